@@ -1,0 +1,39 @@
+# make demo   train a small RAE on handwritten digits, about 4 minutes on 2 CPU cores
+# make test   all tests
+# Both make .venv and install requirements.txt into it first.
+
+PYTHON ?= python3
+BIN := .venv/bin
+
+help:
+	@echo "make setup      create .venv and install requirements.txt"
+	@echo "make demo       train on handwritten digits (CPU, about 4 minutes)"
+	@echo "make test       run all tests (about 8 minutes on 2 cores)"
+	@echo "make lint       ruff check and format check"
+	@echo "make real-size  two steps of the full-size dinov2_b preset (20 GB memory; a GPU is used when there is one)"
+
+setup: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 10), "Python 3.10 or newer is needed"'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+data/digits: | setup
+	$(BIN)/python scripts/prepare_data.py digits --output data/digits
+
+demo: setup data/digits
+	$(BIN)/accelerate launch train_rae.py --config configs/digits_tiny.yaml
+
+test: setup
+	$(BIN)/python -m pytest
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+real-size: setup
+	$(BIN)/python benchmarks/real_size.py
+
+.PHONY: help setup demo test lint real-size

@@ -1,0 +1,103 @@
+"""The run folder: config, metrics, checkpoints, exported models, and the signals that end a run early.
+
+    <output_dir>/config.yaml       the resolved config, itself a valid --config
+    <output_dir>/metrics.jsonl     one JSON object a line
+    <output_dir>/checkpoints/      step-*: complete state, the newest `keep_last`
+    <output_dir>/best, final       from_pretrained folders with the averaged weights
+
+Whatever is a folder is written beside its place and renamed: a half-written one is never taken for a whole one.
+"""
+
+import json
+import math
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Optional
+
+from accelerate import Accelerator
+
+
+def write_folder(target: Path, write: Callable[[Path], None], main_process: bool, wait: Callable[[], None]) -> None:
+    """Let `write` fill a folder beside `target` and put it in target's place. Every process calls this."""
+    beside = target.with_name(f".{target.name}.partial")
+    if main_process:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.parent.mkdir(parents=True, exist_ok=True)
+    wait()
+    write(beside)
+    wait()
+    if main_process:
+        old = target.with_name(f".{target.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
+        if target.exists():
+            target.rename(old)  # a folder cannot be renamed onto a filled one
+        beside.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    wait()
+
+
+def checkpoints(run_dir: Path) -> list:
+    """The run's checkpoints, oldest first."""
+    return sorted((run_dir / "checkpoints").glob("step-*"))
+
+
+def checkpoint_step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def save_checkpoint(accelerator: Accelerator, run_dir: Path, step: int, keep_last: int) -> Path:
+    """Save the complete state of everything that `accelerator` prepared or registered; drop old checkpoints."""
+    path = run_dir / "checkpoints" / f"step-{step:08d}"
+    write_folder(
+        path,
+        lambda folder: accelerator.save_state(str(folder)),
+        accelerator.is_main_process,
+        accelerator.wait_for_everyone,
+    )
+    if accelerator.is_main_process:
+        for old in checkpoints(run_dir)[:-keep_last]:
+            shutil.rmtree(old)
+    return path
+
+
+class MetricsFile:
+    """`metrics.jsonl`, written by the main process only."""
+
+    def __init__(self, path: Path, enabled: bool):
+        self.path, self.enabled = path, enabled
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines of steps after `step`: the run goes on from there and writes them again."""
+        if self.enabled and self.path.exists():
+            kept = [line for line in self.read() if line["step"] <= step]
+            beside = self.path.with_suffix(".partial")
+            beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            beside.replace(self.path)
+
+    def read(self) -> list:
+        """All whole lines; a last line cut off by a crash is left out."""
+        if not self.path.exists():
+            return []
+        text = self.path.read_text()
+        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+
+    def append(self, line: dict) -> None:
+        """Write one line; numbers that JSON does not know (inf, nan) become null."""
+        if self.enabled:
+            clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+            with self.path.open("a") as file:
+                file.write(json.dumps(clean) + "\n")
+
+
+class StopSignal:
+    """Whether SIGTERM or SIGUSR1 (a scheduler's warning) has arrived: the loop then saves and ends cleanly."""
+
+    def __init__(self):
+        self.received: Optional[str] = None
+        for number in (signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame) -> None:
+        self.received = signal.Signals(number).name

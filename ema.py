@@ -1,0 +1,50 @@
+"""Exponential moving average of a module's parameters."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+
+class EMA:
+    """Shadow copy of a module's parameters, float32, ema = decay * ema + (1 - decay) * parameter.
+
+    Only parameters are averaged: the decoder has no buffers. Frozen ones are kept too, so that a state dict is whole.
+    """
+
+    def __init__(self, module: nn.Module, decay: float):
+        self.module = module
+        self.decay = decay
+        self.shadow = {name: p.detach().clone().float() for name, p in module.named_parameters()}
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take one step towards the module's present parameters."""
+        parameters = [p.detach().float() for _, p in self.module.named_parameters()]
+        torch._foreach_lerp_(list(self.shadow.values()), parameters, 1 - self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within this context the module computes with the averaged parameters."""
+        kept = {name: p.data for name, p in self.module.named_parameters()}
+        for name, p in self.module.named_parameters():
+            p.data = self.shadow[name].to(p.dtype)
+        try:
+            yield
+        finally:
+            for name, p in self.module.named_parameters():
+                p.data = kept[name]
+
+    def state_dict(self) -> dict:
+        return dict(self.shadow)
+
+    def load_state_dict(self, state: dict) -> None:
+        """Raises ValueError on other names or shapes."""
+        own = {name: tuple(t.shape) for name, t in self.shadow.items()}
+        other = {name: tuple(t.shape) for name, t in state.items()}
+        if own != other:
+            name = next(n for n in sorted(own.keys() | other.keys()) if own.get(n) != other.get(n))
+            raise ValueError(f"EMA state: {name} has shape {other.get(name)}, the model's is {own.get(name)}")
+        for name, tensor in state.items():
+            self.shadow[name].copy_(tensor)

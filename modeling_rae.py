@@ -1,0 +1,633 @@
+"""Representation Autoencoder (RAE): a frozen pretrained vision encoder and a ViT decoder that inverts it.
+
+The only file that downstream code needs; it imports torch and transformers alone and travels with the weights:
+
+    from transformers import AutoModel
+    rae = AutoModel.from_pretrained("user/my-rae", trust_remote_code=True)
+    z = rae.encode(pixels).latent      # (B, 3, S, S) in [0, 1]  ->  (B, C, h, w)
+    x = rae.decode(z).sample           # (B, C, h, w)  ->  (B, 3, H, W), about [0, 1], not clamped
+
+Sources: Diffusion Transformers with Representation Autoencoders (arXiv 2510.11690), whose published decoder uses the
+same parameter names as the one here; the decoder's architecture and position table are MAE's (arXiv 2111.06377).
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Optional, Union
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.image_processing_base import ImageProcessingMixin
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import ModelOutput
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+LATENT_VAR_EPS = 1e-5  # added to the variance, as the published code does
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Encoders
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncoderFamily:
+    """What the RAE must know about one transformers vision architecture.
+
+    Attributes:
+        final_norm: name of the LayerNorm after the last block; its affine part is dropped.
+        prefix_tokens: number of tokens before the patch tokens (CLS, registers), from the encoder's config.
+        call_kwargs: extra arguments of the forward call, from (normalised pixels, number of patches).
+        config_overrides: settings of the encoder's config that the RAE needs.
+    """
+
+    final_norm: str
+    prefix_tokens: Callable[[PreTrainedConfig], int]
+    call_kwargs: Callable[[torch.Tensor, int], dict] = lambda pixels, num_patches: {}
+    config_overrides: tuple = ()
+
+
+def _mae_kwargs(pixels: torch.Tensor, num_patches: int) -> dict:
+    # MAE sorts the patches by this vector: an increasing one keeps their order
+    order = torch.arange(num_patches, device=pixels.device, dtype=torch.float32)
+    return {"noise": order.expand(pixels.shape[0], -1), "interpolate_pos_encoding": True}
+
+
+# A new family is one entry here, under the `model_type` of its transformers config.
+ENCODER_FAMILIES = {
+    "dinov2": EncoderFamily("layernorm", lambda config: 1),
+    "dinov2_with_registers": EncoderFamily("layernorm", lambda config: 1 + config.num_register_tokens),
+    "siglip_vision_model": EncoderFamily(
+        "post_layernorm",
+        lambda config: 0,
+        lambda pixels, num_patches: {"interpolate_pos_encoding": True},
+        config_overrides=(("vision_use_head", False),),  # the pooling head is not used: not built, not saved
+    ),
+    "vit_mae": EncoderFamily("layernorm", lambda config: 1, _mae_kwargs, config_overrides=(("mask_ratio", 0.0),)),
+}
+
+
+def encoder_family(encoder_config: PreTrainedConfig) -> EncoderFamily:
+    """Look the encoder's `model_type` up. Raises ValueError for an unknown one."""
+    family = ENCODER_FAMILIES.get(encoder_config.model_type)
+    if family is None:
+        raise ValueError(
+            f"encoder model_type '{encoder_config.model_type}' is not supported; "
+            f"known: {', '.join(sorted(ENCODER_FAMILIES))} (a new one is one entry in ENCODER_FAMILIES)"
+        )
+    return family
+
+
+def vision_config(config: Union[PreTrainedConfig, dict]) -> PreTrainedConfig:
+    """The vision part of an encoder's config (SigLIP's is one of two), set up as the RAE uses it."""
+    if isinstance(config, dict):
+        settings = dict(config)
+        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+    config = getattr(config, "vision_config", config)
+    for name, value in encoder_family(config).config_overrides:
+        setattr(config, name, value)
+    return config
+
+
+def _remove_final_affine(encoder: PreTrainedModel) -> None:
+    """Replace the encoder's final LayerNorm with one that has no weight and bias (RAE paper, appendix on encoders)."""
+    name = encoder_family(encoder.config).final_norm
+    paths = [path for path, _ in encoder.named_modules() if path.split(".")[-1] == name]
+    if len(paths) != 1:
+        raise ValueError(f"expected one module '{name}' in {type(encoder).__name__}, found {paths}")
+    norm = encoder.get_submodule(paths[0])
+    parent, _, attribute = paths[0].rpartition(".")
+    plain = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
+    setattr(encoder.get_submodule(parent), attribute, plain)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Configuration
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class RAEConfig(PreTrainedConfig):
+    """Settings of an RAE.
+
+    Args:
+        encoder_config: transformers config of the vision encoder (object or dict with `model_type`).
+        encoder_id: Hub id or folder that the encoder came from; None for an encoder that was never published.
+        encoder_revision: revision of `encoder_id`.
+        encoder_bundled: whether the encoder's weights lie in the same safetensors file as the decoder's.
+        encoder_input_size: side in pixels that images are resized to before the encoder.
+        image_mean, image_std: per-channel normalisation of pixels in [0, 1], from the encoder's image processor.
+        decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size:
+            the decoder's width, blocks, heads and MLP width. Defaults: ViT-XL.
+        decoder_patch_size: side in pixels of the patch that each latent token becomes.
+        decoder_layer_norm_eps, decoder_hidden_act: the decoder's LayerNorm epsilon and activation.
+        noise_tau: sigma of the latent noise in training mode is `noise_tau * U[0, 1]` per sample.
+        train_position_embedding: whether the decoder's position table learns (it starts as MAE's sin-cos table).
+        use_latent_stats: whether the model holds a mean and a variance of its latents and normalises with them.
+        scaling_factor: factor on latents that diffusion code expects; 1.0, normalisation is done by the statistics.
+
+    Raises:
+        ValueError: sizes that do not fit each other; the message has both numbers.
+    """
+
+    model_type = "rae"
+    sub_configs = {"encoder_config": AutoConfig}
+    has_no_defaults_at_init = True
+
+    def __init__(
+        self,
+        encoder_config: Union[PreTrainedConfig, dict, None] = None,
+        encoder_id: Optional[str] = None,
+        encoder_revision: Optional[str] = None,
+        encoder_bundled: bool = True,
+        encoder_input_size: int = 224,
+        image_mean: tuple = IMAGENET_MEAN,
+        image_std: tuple = IMAGENET_STD,
+        decoder_hidden_size: int = 1152,
+        decoder_num_hidden_layers: int = 28,
+        decoder_num_attention_heads: int = 16,
+        decoder_intermediate_size: int = 4096,
+        decoder_patch_size: int = 16,
+        decoder_layer_norm_eps: float = 1e-12,
+        decoder_hidden_act: str = "gelu",
+        noise_tau: float = 0.0,
+        train_position_embedding: bool = False,
+        use_latent_stats: bool = False,
+        scaling_factor: float = 1.0,
+        **kwargs,
+    ):
+        if encoder_config is None:
+            encoder_config = {"model_type": "dinov2_with_registers"}
+        self.encoder_config = vision_config(encoder_config)
+        self.encoder_id = encoder_id
+        self.encoder_revision = encoder_revision
+        self.encoder_bundled = encoder_bundled
+        self.encoder_input_size = encoder_input_size
+        self.image_mean = list(image_mean)
+        self.image_std = list(image_std)
+        self.decoder_hidden_size = decoder_hidden_size
+        self.decoder_num_hidden_layers = decoder_num_hidden_layers
+        self.decoder_num_attention_heads = decoder_num_attention_heads
+        self.decoder_intermediate_size = decoder_intermediate_size
+        self.decoder_patch_size = decoder_patch_size
+        self.decoder_layer_norm_eps = decoder_layer_norm_eps
+        self.decoder_hidden_act = decoder_hidden_act
+        self.noise_tau = noise_tau
+        self.train_position_embedding = train_position_embedding
+        self.use_latent_stats = use_latent_stats
+        self.scaling_factor = scaling_factor
+        self._check_sizes()
+        super().__init__(**kwargs)
+
+    @classmethod
+    def from_encoder(cls, encoder_id: str, revision: Optional[str] = None, **config) -> "RAEConfig":
+        """The config of an RAE around a published encoder, from that encoder's own config and image processor.
+
+        Args:
+            encoder_id: Hub id or local folder with `config.json` and `preprocessor_config.json`.
+            revision: Hub revision.
+            config: further fields of RAEConfig.
+
+        Raises:
+            OSError: a file cannot be had.
+            ValueError: unknown family, sizes that do not fit, or a processor without mean and std.
+        """
+        encoder_config = AutoConfig.from_pretrained(encoder_id, revision=revision)
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(encoder_id, revision=revision)
+        if not {"image_mean", "image_std"} <= processor.keys():
+            raise ValueError(f"{encoder_id}: its preprocessor_config.json has no image_mean and image_std")
+        return cls(
+            encoder_config=encoder_config,
+            encoder_id=encoder_id,
+            encoder_revision=revision,
+            image_mean=processor["image_mean"],
+            image_std=processor["image_std"],
+            **config,
+        )
+
+    def _check_sizes(self) -> None:
+        def divides(small_name: str, small: int, big_name: str, big: int) -> None:
+            if small <= 0 or big % small:
+                raise ValueError(f"{big_name} ({big}) must be a multiple of {small_name} ({small})")
+
+        divides("the encoder's patch size", self.encoder_patch_size, "encoder_input_size", self.encoder_input_size)
+        heads = self.decoder_num_attention_heads
+        divides("decoder_num_attention_heads", heads, "decoder_hidden_size", self.decoder_hidden_size)
+        divides("4, for the 2-D sin-cos table", 4, "decoder_hidden_size", self.decoder_hidden_size)
+        if self.decoder_patch_size <= 0:
+            raise ValueError(f"decoder_patch_size must be positive, got {self.decoder_patch_size}")
+
+    @property
+    def encoder_patch_size(self) -> int:
+        patch = self.encoder_config.patch_size
+        return patch if isinstance(patch, int) else patch[0]
+
+    @property
+    def latent_channels(self) -> int:
+        """Channels C of a latent (C, h, w)."""
+        return self.encoder_config.hidden_size
+
+    @property
+    def latent_size(self) -> int:
+        """Side h = w of a latent (C, h, w)."""
+        return self.encoder_input_size // self.encoder_patch_size
+
+    @property
+    def image_size(self) -> int:
+        """Side in pixels of a reconstruction."""
+        return self.latent_size * self.decoder_patch_size
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Decoder
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def sincos_position_table(width: int, grid_size: int) -> torch.Tensor:
+    """MAE's fixed 2-D table (arXiv 2111.06377), computed in float64.
+
+    Returns (1, 1 + grid_size**2, width) float32: zeros for the CLS token; then, tokens in row-major order, the first
+    half of the channels from the column index, the second half from the row index, each half sines then cosines.
+    """
+    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))  # (width/4,)
+    angle = torch.arange(grid_size, dtype=torch.float64)[:, None] * frequency  # (grid, width/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, width/2)
+    column = axis[None, :, :].expand(grid_size, -1, -1)  # (grid, grid, width/2)
+    row = axis[:, None, :].expand(-1, grid_size, -1)  # (grid, grid, width/2)
+    table = torch.cat([column, row], dim=2).reshape(grid_size**2, width)
+    return torch.cat([torch.zeros(1, width, dtype=torch.float64), table])[None].float()
+
+
+def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """(B, N, p*p*3), values ordered (row, column, channel), N a square, to (B, 3, H, W)."""
+    grid = math.isqrt(patches.shape[1])
+    x = patches.reshape(-1, grid, grid, patch_size, patch_size, 3)  # (B, h, w, p, p, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, grid * patch_size, grid * patch_size)  # (B, 3, h*p, w*p)
+
+
+def eager_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
+    """Attention in plain operations, (B, heads, N, d) each, for attn_implementation='eager'."""
+    weights = (query @ key.transpose(2, 3) * scaling).softmax(dim=-1, dtype=torch.float32).to(query.dtype)
+    return (weights @ value).transpose(1, 2).contiguous(), weights  # (B, N, heads, d)
+
+
+class RAESelfAttention(nn.Module):
+    def __init__(self, config: RAEConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.decoder_hidden_size // config.decoder_num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.query = nn.Linear(config.decoder_hidden_size, config.decoder_hidden_size)
+        self.key = nn.Linear(config.decoder_hidden_size, config.decoder_hidden_size)
+        self.value = nn.Linear(config.decoder_hidden_size, config.decoder_hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        q, k, v = (
+            proj(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)  # (B, heads, N, d)
+            for proj in (self.query, self.key, self.value)
+        )
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        out, _ = attend(self, q, k, v, None, scaling=self.scaling, dropout=0.0)  # (B, N, heads, d)
+        return out.reshape(batch, tokens, width)
+
+
+class RAEDense(nn.Module):
+    """A Linear called `dense`: the published checkpoints nest it so."""
+
+    def __init__(self, in_features: int, out_features: int):
+        super().__init__()
+        self.dense = nn.Linear(in_features, out_features)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.dense(x)
+
+
+class RAEAttention(nn.Module):
+    def __init__(self, config: RAEConfig):
+        super().__init__()
+        self.attention = RAESelfAttention(config)
+        self.output = RAEDense(config.decoder_hidden_size, config.decoder_hidden_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.output(self.attention(x))
+
+
+class RAEDecoderLayer(GradientCheckpointingLayer):
+    """Pre-LayerNorm transformer block, (B, N, D) to (B, N, D)."""
+
+    def __init__(self, config: RAEConfig):
+        super().__init__()
+        width, eps = config.decoder_hidden_size, config.decoder_layer_norm_eps
+        self.attention = RAEAttention(config)
+        self.intermediate = RAEDense(width, config.decoder_intermediate_size)
+        self.output = RAEDense(config.decoder_intermediate_size, width)
+        self.layernorm_before = nn.LayerNorm(width, eps=eps)
+        self.layernorm_after = nn.LayerNorm(width, eps=eps)
+        self.activation = ACT2FN[config.decoder_hidden_act]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.attention(self.layernorm_before(x))
+        return x + self.output(self.activation(self.intermediate(self.layernorm_after(x))))
+
+
+class RAEDecoder(nn.Module):
+    """ViT decoder with the published parameter names.
+
+    `forward`: latents without normalisation (B, C, h, w) to the last LayerNorm's output (B, 1 + N, D), CLS first;
+    `decoder_pred` maps that to patch values (B, 1 + N, p*p*3). They are apart because the adaptive weight of the
+    GAN loss needs both sides of the last layer.
+    """
+
+    def __init__(self, config: RAEConfig):
+        super().__init__()
+        self.config = config
+        width, patch = config.decoder_hidden_size, config.decoder_patch_size
+        self.decoder_embed = nn.Linear(config.latent_channels, width)
+        self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
+        self.decoder_pos_embed = nn.Parameter(
+            torch.zeros(1, 1 + config.latent_size**2, width), requires_grad=config.train_position_embedding
+        )
+        self.decoder_layers = nn.ModuleList(RAEDecoderLayer(config) for _ in range(config.decoder_num_hidden_layers))
+        self.decoder_norm = nn.LayerNorm(width, eps=config.decoder_layer_norm_eps)
+        self.decoder_pred = nn.Linear(width, patch * patch * 3)
+
+    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+        x = self.decoder_embed(latent.flatten(2).transpose(1, 2))  # (B, C, h, w) -> (B, N, D)
+        grid = self.config.latent_size
+        if latent.shape[2:] != (grid, grid):
+            x = x.transpose(1, 2).unflatten(2, latent.shape[2:])  # (B, D, h, w)
+            x = F.interpolate(x, size=(grid, grid), mode="bilinear", align_corners=False)
+            x = x.flatten(2).transpose(1, 2)  # (B, N, D)
+        cls = self.trainable_cls_token.expand(x.shape[0], -1, -1)
+        x = torch.cat([cls, x], dim=1) + self.decoder_pos_embed  # (B, 1 + N, D)
+        for layer in self.decoder_layers:
+            x = layer(x)
+        return self.decoder_norm(x)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The autoencoder
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class RAEEncoderOutput(ModelOutput):
+    """`latent`: (B, C, h, w), normalised when the model has statistics."""
+
+    latent: Optional[torch.Tensor] = None
+
+
+@dataclass
+class RAEDecoderOutput(ModelOutput):
+    """`sample`: (B, 3, H, W), about [0, 1], not clamped. With `return_last_layer=True` also the last layer's input
+    `last_hidden_state` (B, 1 + N, D) and output `patches` (B, 1 + N, p*p*3)."""
+
+    sample: Optional[torch.Tensor] = None
+    last_hidden_state: Optional[torch.Tensor] = None
+    patches: Optional[torch.Tensor] = None
+
+
+class RAEPreTrainedModel(PreTrainedModel):
+    config_class = RAEConfig
+    base_model_prefix = "rae"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["RAEDecoderLayer"]
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        """MAE's: Xavier uniform for linear layers, LayerNorms 1 and 0, the sin-cos table, CLS token and statistics
+        neutral. The encoder initialises itself."""
+        if isinstance(module, nn.Linear):
+            init.xavier_uniform_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        elif isinstance(module, RAEDecoder):
+            config = module.config
+            table = sincos_position_table(config.decoder_hidden_size, config.latent_size)
+            init.copy_(module.decoder_pos_embed, table)
+            init.zeros_(module.trainable_cls_token)
+        elif isinstance(module, RAEModel) and module.config.use_latent_stats:
+            init.zeros_(module.latent_mean)
+            init.ones_(module.latent_var)
+
+
+class RAEModel(RAEPreTrainedModel):
+    """Frozen encoder and trainable decoder (arXiv 2510.11690). In training mode the encoder stays in eval mode, and
+    `encode` adds noise of up to `config.noise_tau` to the latents."""
+
+    def __init__(self, config: RAEConfig):
+        super().__init__(config)
+        self.encoder = AutoModel.from_config(config.encoder_config)
+        _remove_final_affine(self.encoder)
+        self.encoder.requires_grad_(False).eval()
+        self._no_split_modules = {*self._no_split_modules, *(self.encoder._no_split_modules or ())}
+        self.decoder = RAEDecoder(config)
+        if config.use_latent_stats:
+            shape = (config.latent_channels, config.latent_size, config.latent_size)
+            self.register_buffer("latent_mean", torch.zeros(shape))
+            self.register_buffer("latent_var", torch.ones(shape))
+        if not config.encoder_bundled:
+            self._keys_to_ignore_on_load_missing = [r"^encoder\."]  # from_pretrained fetches them from encoder_id
+        self.post_init()
+
+    # ----------------------------------------------------------------------------------------------- construction
+
+    @classmethod
+    def from_encoder(cls, encoder_id: str, revision: Optional[str] = None, **config) -> "RAEModel":
+        """A new RAE around a published encoder, with an untrained decoder. Arguments as RAEConfig.from_encoder's.
+
+        Raises:
+            OSError: the encoder, or its preprocessor config, cannot be had.
+            ValueError: unknown family, sizes that do not fit, missing or misshapen encoder weights.
+        """
+        model = cls(RAEConfig.from_encoder(encoder_id, revision, **config))
+        model.load_encoder()
+        return model
+
+    def load_encoder(self) -> None:
+        """Load the encoder's weights from `config.encoder_id`. Raises OSError when it cannot be had and ValueError when
+        weights are missing."""
+        config = self.config
+        encoder, info = AutoModel.from_pretrained(
+            config.encoder_id,
+            revision=config.encoder_revision,
+            config=vision_config(AutoConfig.from_pretrained(config.encoder_id, revision=config.encoder_revision)),
+            dtype=self.dtype,
+            output_loading_info=True,
+        )
+        if info["missing_keys"]:
+            raise ValueError(
+                f"encoder {config.encoder_id}: {len(info['missing_keys'])} weights of {type(encoder).__name__} are "
+                f"missing from its file, the first is '{sorted(info['missing_keys'])[0]}'"
+            )
+        _remove_final_affine(encoder)
+        self.encoder.load_state_dict(encoder.state_dict())
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
+        """As in transformers, but strict: a missing or unexpected key raises ValueError. A folder without the encoder
+        (`encoder_bundled` false in its config) fetches it from the recorded id and revision."""
+        model, info = super().from_pretrained(
+            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+        )
+        for kind in ("missing_keys", "unexpected_keys"):
+            if info[kind]:
+                first = sorted(info[kind])[0]
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: {len(info[kind])} {kind.replace('_', ' ')}, "
+                    f"the first is '{first}'; this is not the RAE that its config.json describes"
+                )
+        if not model.config.encoder_bundled:
+            model.load_encoder()
+        return (model, info) if output_loading_info else model
+
+    def save_pretrained(self, save_directory, *args, include_encoder: bool = True, **kwargs):
+        """As in transformers. `include_encoder=False` leaves the encoder's weights out; they are then fetched from
+        `config.encoder_id` on loading. Raises ValueError when there is no such id."""
+        if not include_encoder:
+            if self.config.encoder_id is None:
+                raise ValueError("include_encoder=False needs config.encoder_id, the place to load the encoder from")
+            state = kwargs.pop("state_dict", None) or self.state_dict()
+            kwargs["state_dict"] = {k: v for k, v in state.items() if not k.startswith("encoder.")}
+        bundled, self.config.encoder_bundled = self.config.encoder_bundled, include_encoder
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.config.encoder_bundled = bundled
+
+    def train(self, mode: bool = True) -> "RAEModel":
+        super().train(mode)
+        self.encoder.eval()
+        return self
+
+    # ------------------------------------------------------------------------------------------------- statistics
+
+    def set_latent_stats(self, mean: torch.Tensor, var: torch.Tensor) -> None:
+        """Store the data set's latent mean and population variance, (C, h, w) each. Raises ValueError on other shapes
+        or when the model was built without `use_latent_stats`."""
+        if not self.config.use_latent_stats:
+            raise ValueError("the model was built with use_latent_stats=False: it has no place for statistics")
+        for name, value in (("mean", mean), ("var", var)):
+            expected = tuple(self.latent_mean.shape)
+            if tuple(value.shape) != expected:
+                raise ValueError(f"latent {name} has shape {tuple(value.shape)}, the model's latents are {expected}")
+        self.latent_mean.copy_(mean)
+        self.latent_var.copy_(var)
+
+    def _latent_std(self) -> torch.Tensor:
+        return (self.latent_var.float() + LATENT_VAR_EPS).sqrt()
+
+    def _per_channel(self, values: list, like: torch.Tensor) -> torch.Tensor:
+        return like.new_tensor(values).view(1, 3, 1, 1)
+
+    # ------------------------------------------------------------------------------------------------- the method
+
+    def encode(
+        self,
+        pixel_values: torch.Tensor,
+        generator: Optional[torch.Generator] = None,
+        add_noise: Optional[bool] = None,
+    ) -> RAEEncoderOutput:
+        """Pixels to latents.
+
+        Args:
+            pixel_values: (B, 3, S, S) in [0, 1]; resized to `encoder_input_size` when S is another.
+            generator: source of the training noise, on the pixels' device.
+            add_noise: whether to add latent noise; None means in training mode only.
+
+        Returns:
+            RAEEncoderOutput with `latent` (B, C, h, w).
+
+        Raises:
+            ValueError: not (B, 3, S, S).
+        """
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or pixel_values.shape[2] != pixel_values.shape[3]:
+            raise ValueError(f"pixel_values must be (B, 3, S, S), got {tuple(pixel_values.shape)}")
+        size, config = self.config.encoder_input_size, self.config
+        if pixel_values.shape[-1] != size:
+            # bicubic, not antialiased: what the published encoders were given
+            pixel_values = F.interpolate(pixel_values, size=(size, size), mode="bicubic", align_corners=False)
+        mean, std = self._per_channel(config.image_mean, pixel_values), self._per_channel(config.image_std, pixel_values)
+        pixel_values = (pixel_values - mean) / std
+        family = encoder_family(config.encoder_config)
+        out = self.encoder(pixel_values, **family.call_kwargs(pixel_values, config.latent_size**2))
+        tokens = out.last_hidden_state[:, family.prefix_tokens(config.encoder_config) :]  # (B, N, C)
+        latent = tokens.transpose(1, 2).unflatten(2, (config.latent_size, config.latent_size))  # (B, C, h, w)
+        if config.use_latent_stats:
+            latent = ((latent.float() - self.latent_mean.float()) / self._latent_std()).to(latent.dtype)
+        if self.training if add_noise is None else add_noise:
+            latent = self.add_noise(latent, generator)
+        return RAEEncoderOutput(latent=latent)
+
+    def add_noise(self, latent: torch.Tensor, generator: Optional[torch.Generator] = None) -> torch.Tensor:
+        """Training noise (RAE paper, section on noise-augmented decoding): sigma * N(0, 1) on the encoder's tokens with
+        sigma = noise_tau * U[0, 1] per sample, here in the units of `latent` (B, C, h, w), so divided by the
+        statistics' standard deviation. `generator` lives on the latents' device."""
+        if self.config.noise_tau == 0:
+            return latent
+        options = {"generator": generator, "device": latent.device, "dtype": torch.float32}
+        sigma = self.config.noise_tau * torch.rand(latent.shape[0], 1, 1, 1, **options)
+        noise = sigma * torch.randn(latent.shape, **options)
+        if self.config.use_latent_stats:
+            noise = noise / self._latent_std()
+        return latent + noise.to(latent.dtype)
+
+    def decode(self, latent: torch.Tensor, return_last_layer: bool = False) -> RAEDecoderOutput:
+        """Latents (B, C, h, w) to pixels (B, 3, H, W), about [0, 1], not clamped. A grid of another size than the
+        model's is resized bilinearly after the first Linear. Raises ValueError on another number of channels, and on
+        another grid when the model has statistics (they are per position)."""
+        config = self.config
+        if latent.ndim != 4 or latent.shape[1] != config.latent_channels:
+            raise ValueError(f"latent must be (B, {config.latent_channels}, h, w), got {tuple(latent.shape)}")
+        if config.use_latent_stats:
+            if latent.shape[2:] != self.latent_mean.shape[1:]:
+                raise ValueError(
+                    f"latent grid {tuple(latent.shape[2:])} differs from the grid {tuple(self.latent_mean.shape[1:])} "
+                    "of the model's statistics"
+                )
+            latent = (latent.float() * self._latent_std() + self.latent_mean.float()).to(latent.dtype)
+        hidden = self.decoder(latent)  # (B, 1 + N, D)
+        patches = self.decoder.decoder_pred(hidden)  # (B, 1 + N, p*p*3)
+        sample = self.patches_to_pixels(patches)
+        return RAEDecoderOutput(sample, hidden, patches) if return_last_layer else RAEDecoderOutput(sample)
+
+    def patches_to_pixels(self, patches: torch.Tensor) -> torch.Tensor:
+        """Output of the decoder's last Linear, (B, 1 + N, p*p*3), CLS first, to pixels (B, 3, H, W), about [0, 1]."""
+        pixels = unpatchify(patches[:, 1:], self.config.decoder_patch_size)
+        mean, std = self._per_channel(self.config.image_mean, pixels), self._per_channel(self.config.image_std, pixels)
+        return pixels * std + mean
+
+    def forward(
+        self,
+        pixel_values: Optional[torch.Tensor] = None,
+        latent: Optional[torch.Tensor] = None,
+        generator: Optional[torch.Generator] = None,
+        return_last_layer: bool = False,
+    ) -> RAEDecoderOutput:
+        """Reconstruct pixels (B, 3, S, S) in [0, 1], or decode latents (B, C, h, w): give exactly one of them.
+        See `encode` and `decode`."""
+        if (pixel_values is None) == (latent is None):
+            raise ValueError("give exactly one of pixel_values and latent")
+        if latent is None:
+            latent = self.encode(pixel_values, generator).latent
+        return self.decode(latent, return_last_layer)
+
+
+# save_pretrained then copies this file beside the weights and records it in config.json's auto_map
+RAEConfig.register_for_auto_class()
+RAEModel.register_for_auto_class("AutoModel")

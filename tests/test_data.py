@@ -1,0 +1,672 @@
+"""Images, splits, crops, order and loaders of data.py, on real files of every kind. Seconds on a CPU."""
+
+import io
+import logging
+import os
+import pathlib
+import re
+import signal
+import types
+
+import datasets
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+import data
+
+PARITY_DIR = pathlib.Path(os.environ.get("PARITY_DIR", pathlib.Path(__file__).parent / "parity"))
+
+
+def config(path, **changes):
+    """A stand-in for the `data` group of the configuration."""
+    settings = dict(
+        path=str(path), config_name=None, train_split="train", eval_split="validation", holdout_fraction=0.0,
+        image_column=None, label_column=None, resize_size=None, max_unreadable=10, num_workers=0,
+    )  # fmt: skip
+    return types.SimpleNamespace(**{**settings, **changes})
+
+
+def picture(width=40, height=30, seed=0):
+    """Smooth random colours: unlike noise, they survive JPEG."""
+    small = np.random.default_rng(seed).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    return Image.fromarray(small).resize((width, height), Image.Resampling.BICUBIC)
+
+
+def save(path, seed=0, **size):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture(seed=seed, **size).save(path)
+
+
+def class_tree(root, classes=("cat", "dog"), count=3):
+    for number, name in enumerate(classes):
+        for i in range(count):
+            save(root / name / f"{i}.png", seed=10 * number + i)
+    return root
+
+
+def encoded(image, file_format="PNG", **options):
+    stream = io.BytesIO()
+    image.save(stream, file_format, **options)
+    return stream.getvalue()
+
+
+def decoded(content):
+    return np.asarray(data.to_rgb(Image.open(io.BytesIO(content))))
+
+
+def rows(count=6, label=True, **columns):
+    """A `datasets.Dataset` with an Image column and, if asked, a ClassLabel one."""
+    content = {"image": [{"bytes": encoded(picture(seed=i)), "path": None} for i in range(count)]}
+    features = {"image": datasets.Image()}
+    if label:
+        content["label"] = [i % 2 for i in range(count)]
+        features["label"] = datasets.ClassLabel(names=["cat", "dog"])
+    for name, (values, feature) in columns.items():
+        content[name], features[name] = values, feature
+    return datasets.Dataset.from_dict(content, features=datasets.Features(features))
+
+
+def one_line_error(call, *fragments):
+    with pytest.raises(data.DataError) as caught:
+        call()
+    message = str(caught.value)
+    assert "\n" not in message
+    for fragment in fragments:
+        assert str(fragment) in message, message
+    return message
+
+
+class Source(data.ImageSource):
+    """Pictures made on demand; those in `broken` are unreadable."""
+
+    def __init__(self, count, broken=()):
+        self.count = count
+        self.broken = set(broken)
+
+    def __len__(self):
+        return self.count
+
+    def name(self, i):
+        return f"made[{i}]"
+
+    def label(self, i):
+        return None
+
+    def load(self, i):
+        if i in self.broken:
+            raise data.UnreadableImage(self.name(i), "broken")
+        return picture(seed=i)
+
+
+# Conversions ----------------------------------------------------------------------------------------------------------
+
+
+def test_gray_palette_and_one_bit_become_rgb():
+    gray = picture().convert("L")
+    expected = np.asarray(gray.convert("RGB"))
+    assert np.array_equal(decoded(encoded(gray)), expected)
+    assert np.array_equal(decoded(encoded(gray.convert("1"))), np.asarray(gray.convert("1").convert("RGB")))
+    palette = picture().quantize(16)
+    assert np.array_equal(decoded(encoded(palette)), np.asarray(palette.convert("RGB")))
+    assert decoded(encoded(gray)).shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_transparency_is_composited_on_white(mode):
+    alpha = Image.new("L", (3, 1))
+    alpha.putdata([0, 128, 255])
+    image = Image.new("L", (3, 1), 100).convert(mode)
+    image.putalpha(alpha)
+    half = round(255 + (100 - 255) * 128 / 255)
+    assert np.abs(decoded(encoded(image)).astype(int)[0, :, 0] - [255, half, 100]).max() <= 1
+
+
+def test_palette_and_color_key_transparency_show_white():
+    palette = Image.new("P", (2, 1))
+    palette.putpalette([255, 0, 0, 0, 0, 255])
+    palette.putdata([0, 1])
+    assert decoded(encoded(palette, transparency=0)).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+    assert decoded(encoded(palette, "GIF", transparency=0)).tolist() == [[[255, 255, 255], [0, 0, 255]]]
+    key = Image.new("RGB", (1, 1), (9, 8, 7))
+    assert decoded(encoded(key, transparency=(9, 8, 7))).tolist() == [[[255, 255, 255]]]
+
+
+def test_cmyk_jpeg_keeps_its_colors():
+    image = picture()
+    found = decoded(encoded(image.convert("CMYK"), "JPEG", quality=95)).astype(int)
+    assert np.abs(found - np.asarray(image)).mean() < 5
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "TIFF"])
+def test_16_bit_gray_is_scaled_not_clipped(file_format):
+    values = np.array([[0, 128, 129, 257, 32768, 65535]], dtype=np.uint16)
+    content = encoded(Image.fromarray(values), file_format)
+    assert Image.open(io.BytesIO(content)).mode == "I;16"
+    assert decoded(content)[0, :, 1].tolist() == [0, 0, 1, 1, 128, 255]
+
+
+def test_16_bit_pgm_and_float_tiff():
+    pgm = b"P5 3 1 65535\n" + np.array([0, 32768, 65535], dtype=">u2").tobytes()
+    assert decoded(pgm)[0, :, 0].tolist() == [0, 128, 255]
+    values = np.array([[-1.0, 0.0, 0.5, 1.0, 7.0, np.nan]], dtype=np.float32)
+    assert decoded(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 0, 128, 255, 255, 0]
+
+
+def test_animation_gives_its_first_frame():
+    frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
+    content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert decoded(content)[0, 0].tolist() == [255, 0, 0]
+    image = Image.open(io.BytesIO(content))
+    image.seek(1)
+    assert data.to_rgb(image).getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
+def test_exif_orientation_is_applied(file_format):
+    from PIL import ImageOps
+
+    for orientation in range(1, 9):
+        exif = Image.Exif()
+        exif[274] = orientation
+        content = encoded(picture(), file_format, exif=exif)
+        expected = ImageOps.exif_transpose(Image.open(io.BytesIO(content))).convert("RGB")
+        assert np.array_equal(decoded(content), np.asarray(expected))
+
+
+def test_damaged_exif_is_ignored():
+    assert decoded(encoded(picture(), "JPEG", exif=b"Exif\0\0nonsense")).shape == (30, 40, 3)
+
+
+@pytest.mark.parametrize("file_format", ["JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF"])
+def test_truncated_and_foreign_files_are_unreadable(tmp_path, file_format):
+    content = encoded(picture(), file_format)
+    (tmp_path / "0.png").write_bytes(content[: len(content) * 2 // 3])
+    (tmp_path / "1.png").write_text("not an image")
+    (tmp_path / "2.png").write_bytes(b"")
+    (tmp_path / "3.png").symlink_to(tmp_path / "missing")
+    source = data.load_split(config(tmp_path), "train")
+    for i in range(4):
+        with pytest.raises(data.UnreadableImage) as caught:
+            source.load(i)
+        assert caught.value.name == str(tmp_path / f"{i}.png")
+
+
+# Crops ----------------------------------------------------------------------------------------------------------------
+
+
+def test_center_crop_is_adms_to_the_last_bit():
+    folder = PARITY_DIR / "center_crop"
+    expected = sorted(folder.glob("expected_*.png"))
+    assert expected
+    for path in expected:
+        size = int(re.search(r"\d+", path.stem).group())
+        found = data.center_crop(Image.open(folder / "input.png").convert("RGB"), size)
+        assert np.array_equal(np.asarray(found), np.asarray(Image.open(path)))
+
+
+@pytest.mark.parametrize("width,height", [(40, 30), (31, 77), (200, 9), (16, 16), (7, 5)])
+def test_crops_have_the_size_asked_for(width, height):
+    assert data.center_crop(picture(width, height), 16).size == (16, 16)
+    assert data.random_crop(picture(width, height), 16, 24, 0).size == (16, 16)
+
+
+@pytest.mark.parametrize("width,height", [(401, 303), (303, 401), (50, 50), (20, 31)])
+def test_random_crop_resizes_as_torchvision_does(width, height):
+    image = picture(width, height)
+    resize = torchvision.transforms.Resize(48, torchvision.transforms.InterpolationMode.BICUBIC, antialias=True)
+    resized = np.asarray(resize(image))
+    crop = np.asarray(data.random_crop(image, 32, 48, 5))
+    windows = np.lib.stride_tricks.sliding_window_view(resized, (32, 32, 3))[:, :, 0]  # (rows, columns, 32, 32, 3)
+    assert (windows == crop).all(axis=(2, 3, 4)).any()
+
+
+def test_random_crop_reaches_every_position_and_takes_a_generator():
+    ramp = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).convert("RGB")
+    corners = [data.random_crop(ramp, 2, 4, seed).getpixel((0, 0))[0] for seed in range(200)]
+    assert set(corners) == {0, 1, 2, 4, 5, 6, 8, 9, 10}
+    one, other = np.random.default_rng(3), np.random.default_rng(3)
+    assert data.random_crop(ramp, 2, 4, one) == data.random_crop(ramp, 2, 4, other)
+
+
+def test_resize_size():
+    assert [data.training_resize_size(256), data.training_resize_size(64), data.training_resize_size(64, 70)] == [
+        384, 96, 70,
+    ]  # fmt: skip
+    one_line_error(lambda: data.training_resize_size(64, 63), "data.resize_size", 63, 64)
+
+
+# Folders --------------------------------------------------------------------------------------------------------------
+
+
+def test_class_folders_match_torchvision(tmp_path):
+    class_tree(tmp_path / "a", ("zebra", "ant", "Bee"))
+    save(tmp_path / "a" / "ant" / "UPPER.JPEG")
+    save(tmp_path / "a" / "ant" / "deep" / "er" / "x.png")
+    (tmp_path / "a" / "ant" / "notes.txt").write_text("x")
+    (tmp_path / "a" / "ant" / ".hidden.png").write_text("x")
+    (tmp_path / "a" / ".cache").mkdir()
+    (tmp_path / "a" / "ant" / "link.png").symlink_to(tmp_path / "a" / "zebra" / "0.png")
+    source = data.load_split(config(tmp_path / "a"), "any")
+    expected = torchvision.datasets.ImageFolder(tmp_path / "a", is_valid_file=lambda path: "/." not in path
+                                                and not path.endswith(".txt"), allow_empty=True)  # fmt: skip
+    classes = [name for name in expected.classes if not name.startswith(".")]
+    assert source.class_names == classes == ["Bee", "ant", "zebra"]
+    found = sorted((source.name(i), source.class_names[source.label(i)]) for i in range(len(source)))
+    assert found == sorted((path, expected.classes[label]) for path, label in expected.samples)
+    labels = [source.label(i) for i in range(len(source))]
+    assert labels == sorted(labels)
+
+
+def test_split_folders_share_one_class_numbering(tmp_path):
+    class_tree(tmp_path / "train", ("ant", "bee", "cat"))
+    class_tree(tmp_path / "validation", ("bee", "cat"), count=1)
+    class_tree(tmp_path / "test", ("unlabelled",))
+    (tmp_path / "train" / "empty").mkdir()
+    train, evaluation = data.load_splits(config(tmp_path), seed=0)
+    assert len(train) == 9 and len(evaluation) == 2
+    assert train.class_names == evaluation.class_names == ["ant", "bee", "cat"]
+    assert [evaluation.label(i) for i in range(2)] == [1, 2]
+    assert evaluation.name(0) == str(tmp_path / "validation" / "bee" / "0.png")
+    assert evaluation.load(0).size == (40, 30)
+    assert len(data.load_split(config(tmp_path), "test")) == 3
+
+
+def test_split_folders_without_classes(tmp_path):
+    for i in range(3):
+        save(tmp_path / "train" / f"{i}.png")
+    save(tmp_path / "validation" / "0.png")
+    train, evaluation = data.load_splits(config(tmp_path), seed=0)
+    assert (len(train), len(evaluation)) == (3, 1)
+    assert train.class_names is None and train.label(0) is None
+
+
+def test_plain_folder_has_no_labels(tmp_path):
+    save(tmp_path / "b.png")
+    save(tmp_path / "a.JPG")
+    save(tmp_path / "nested" / "c.webp")
+    source = data.load_split(config(tmp_path), "train")
+    assert [os.path.relpath(source.name(i), tmp_path) for i in range(3)] == ["a.JPG", "b.png", "nested/c.webp"]
+    assert source.class_names is None and source.label(0) is None
+
+
+def test_class_called_train_is_a_class(tmp_path):
+    class_tree(tmp_path, ("car", "train", "boat"))
+    source = data.load_split(config(tmp_path), "train")
+    assert source.class_names == ["boat", "car", "train"] and len(source) == 9
+
+
+def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
+    class_tree(tmp_path / "real", ("cat",))
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "cat").symlink_to(tmp_path / "real" / "cat")
+    (tmp_path / "real" / "cat" / "loop").symlink_to(tmp_path / "real")
+    source = data.load_split(config(tmp_path / "links"), "train")
+    assert len(source) == 3 and source.class_names == ["cat"]
+
+
+def test_names_that_are_not_utf8(tmp_path):
+    save(tmp_path / "cat" / "0.png")
+    os.rename(tmp_path / "cat" / "0.png", os.fsencode(tmp_path / "cat") + b"/\xff\xe9.png")
+    save(tmp_path / "cat" / "grün.png")
+    source = data.load_split(config(tmp_path), "train")
+    assert {source.load(i).size for i in range(2)} == {(40, 30)}
+
+
+# `datasets` -----------------------------------------------------------------------------------------------------------
+
+
+def test_saved_dataset_dict(tmp_path):
+    datasets.DatasetDict(train=rows(6), validation=rows(4)).save_to_disk(tmp_path)
+    train, evaluation = data.load_splits(config(tmp_path), seed=0)
+    assert (len(train), len(evaluation)) == (6, 4)
+    assert [train.label(i) for i in range(6)] == [0, 1, 0, 1, 0, 1] and train.class_names == ["cat", "dog"]
+    assert evaluation.name(3) == "validation[3]"
+    assert np.array_equal(np.asarray(train.load(2)), np.asarray(picture(seed=2)))
+
+
+def test_single_saved_dataset_is_one_split(tmp_path):
+    rows(6).save_to_disk(tmp_path)
+    assert len(data.load_split(config(tmp_path), "whatever")) == 6
+    train, evaluation = data.load_splits(config(tmp_path, holdout_fraction=0.3), seed=0)
+    assert (len(train), len(evaluation)) == (4, 2)
+    one_line_error(lambda: data.load_splits(config(tmp_path), 0), "data.eval_split", "no split level", "validation")
+
+
+def test_columns_of_paths_bytes_and_dicts(tmp_path):
+    save(tmp_path / "x.png", seed=7)
+    path, content = str(tmp_path / "x.png"), encoded(picture(seed=7))
+    values = {
+        "path": ([path], datasets.Value("string")),
+        "raw": ([content], datasets.Value("binary")),
+        "both": (
+            [{"bytes": None, "path": path}],
+            {"bytes": datasets.Value("binary"), "path": datasets.Value("string")},
+        ),
+        "file": ([path], datasets.Image()),
+    }
+    for name, (column, feature) in values.items():
+        dataset = datasets.Dataset.from_dict({name: column}, features=datasets.Features({name: feature}))
+        source = data.ColumnSource(dataset, "train", image_column=name)
+        assert np.array_equal(np.asarray(source.load(0)), np.asarray(picture(seed=7)))
+    raw = datasets.Dataset.from_dict({"jpg": [content], "id": [b"x"]})
+    assert data.ColumnSource(raw, "train").load(0).size == (40, 30)
+
+
+def test_damaged_rows_are_unreadable():
+    dataset = datasets.Dataset.from_dict(
+        {"image": [{"bytes": b"junk", "path": None}, None]}, features=datasets.Features(image=datasets.Image())
+    )
+    source = data.ColumnSource(dataset, "test")
+    for i in range(2):
+        with pytest.raises(data.UnreadableImage, match=rf"test\[{i}\]"):
+            source.load(i)
+
+
+def test_string_integer_and_missing_labels():
+    strings = rows(3, label=False, label_text=(["dog", None, "ant"], datasets.Value("string")))
+    source = data.ColumnSource(strings, "train", label_column="label_text")
+    assert source.class_names == ["ant", "dog"] and [source.label(i) for i in range(3)] == [1, None, 0]
+    integers = rows(3, label=False, labels=([4, -1, 2], datasets.Value("int32")))
+    source = data.ColumnSource(integers, "train")
+    assert source.class_names is None and [source.label(i) for i in range(3)] == [4, None, 2]
+    assert data.ColumnSource(rows(2, label=False), "train").label(0) is None
+
+
+def test_fine_label_is_preferred_and_other_pairs_are_ambiguous():
+    two = datasets.ClassLabel(names=["a", "b"])
+    cifar = rows(2, label=False, fine_label=([1, 0], two), coarse_label=([0, 1], two))
+    assert data.ColumnSource(cifar, "train").label(0) == 1
+    other = data.ColumnSource(rows(2, label=False, shape=([1, 0], two), size=([0, 1], two)), "train")
+    assert other.load(0).size == (40, 30)  # training needs no labels
+    one_line_error(lambda: other.label(0), "data.label_column", "shape, size")
+
+
+def test_column_errors(tmp_path):
+    images = ([{"bytes": encoded(picture()), "path": None}], datasets.Image())
+
+    def source(columns, **asked):
+        content = {name: values for name, (values, _) in columns.items()}
+        features = datasets.Features({name: feature for name, (_, feature) in columns.items()})
+        return lambda: data.ColumnSource(datasets.Dataset.from_dict(content, features=features), "train", **asked)
+
+    number = ([1.5], datasets.Value("float32"))
+    one_line_error(source({"x": number}), "data.image_column", "no image column", "x")
+    one_line_error(source({"left": images, "right": images}), "data.image_column", "left, right")
+    one_line_error(source({"image": images}, image_column="img"), "data.image_column", "'img'", "image")
+    one_line_error(source({"image": number}, image_column="image"), "data.image_column", "float32", "expected")
+    one_line_error(source({"image": images, "y": number}, label_column="z"), "data.label_column", "'z'", "image, y")
+    one_line_error(source({"image": images, "y": number}, label_column="y"), "data.label_column", "float32")
+    one_line_error(source({"image": ([], datasets.Image())}), "data.path", "no rows")
+    assert source({"left": images, "image": images})().load(0).size == (40, 30)
+
+
+def test_hub_data_set(monkeypatch):
+    asked = []
+
+    def load_dataset(path, name):
+        asked.append((path, name))
+        return datasets.DatasetDict(train=rows(4), test=rows(2))
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    train, evaluation = data.load_splits(config("user/name.v1", config_name="small", eval_split="test"), seed=0)
+    assert (len(train), len(evaluation)) == (4, 2) and asked == [("user/name.v1", "small")]
+    one_line_error(lambda: data.load_splits(config("name"), 0), "data.eval_split", "'validation'", "test, train")
+
+
+def test_hub_errors_are_one_line(monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    one_line_error(
+        lambda: data.load_split(config("user/surely_not_there"), "train"),
+        "data.path", "'user/surely_not_there'", "neither a local folder nor a Hub data set", "HF_HUB_OFFLINE",
+    )  # fmt: skip
+
+    def bad_config(path, name):
+        raise ValueError("BuilderConfig 'x' not found.\nAvailable: ['a']")
+
+    monkeypatch.setattr(datasets, "load_dataset", bad_config)
+    call = lambda: data.load_split(config("user/name", config_name="x"), "train")  # noqa: E731
+    one_line_error(call, "data.config_name 'x'", "not found. Available: ['a']")
+
+
+# Splits ---------------------------------------------------------------------------------------------------------------
+
+
+def test_holdout_is_seeded_and_never_overlaps(tmp_path):
+    class_tree(tmp_path, count=10)
+
+    def names(seed, fraction=0.15, **asked):
+        train, held_out = data.load_splits(config(tmp_path, holdout_fraction=fraction), seed, **asked)
+        return tuple(held and {held.name(i) for i in range(len(held))} for held in (train, held_out))
+
+    train, held_out = names(0)
+    assert len(held_out) == 3 and len(train) == 17 and not train & held_out
+    assert names(0) == (train, held_out) and names(1) != (train, held_out)
+    assert names(0, need_eval=False) == (train, None)
+    assert len(names(0, fraction=0.001)[1]) == 1
+    _, source = data.load_splits(config(tmp_path, holdout_fraction=0.5), 0)
+    assert source.class_names == ["cat", "dog"]
+    assert all(f"/{source.class_names[source.label(i)]}/" in source.name(i) for i in range(len(source)))
+
+
+def test_evaluation_on_training_images_must_be_asked_for(tmp_path):
+    class_tree(tmp_path)
+    train, evaluation = data.load_splits(config(tmp_path, eval_split="train"), 0)
+    assert evaluation is train and len(train) == 6
+    assert data.load_splits(config(tmp_path), 0, need_eval=False)[1] is None
+    one_line_error(lambda: data.load_splits(config(tmp_path), 0), "data.eval_split", "data.holdout_fraction")
+
+
+def test_similar_split_names_are_not_guessed(tmp_path):
+    class_tree(tmp_path / "train")
+    class_tree(tmp_path / "val")
+    one_line_error(
+        lambda: data.load_splits(config(tmp_path), 0),
+        "data.eval_split", "'validation'", "train, val", "data.holdout_fraction",
+    )  # fmt: skip
+    assert len(data.load_splits(config(tmp_path, eval_split="val"), 0)[1]) == 6
+    one_line_error(lambda: data.load_splits(config(tmp_path, train_split="fit"), 0), "data.train_split", "'fit'")
+    one_line_error(lambda: data.load_split(config(tmp_path), "test"), "'test'", "train, val")
+    train, held_out = data.load_splits(config(tmp_path, holdout_fraction=0.5), 0)
+    assert (len(train), len(held_out)) == (3, 3)
+
+
+def test_holdout_errors(tmp_path):
+    class_tree(tmp_path / "train")
+    class_tree(tmp_path / "val")
+    both = config(tmp_path, eval_split="val", holdout_fraction=0.1)
+    one_line_error(lambda: data.load_splits(both, 0), "data.holdout_fraction", "data.eval_split 'val'")
+    same = config(tmp_path, eval_split="train", holdout_fraction=0.1)
+    one_line_error(lambda: data.load_splits(same, 0), "data.holdout_fraction", "data.eval_split 'train'")
+    for fraction in (-0.1, 1.0):
+        one_line_error(
+            lambda fraction=fraction: data.load_splits(config(tmp_path, holdout_fraction=fraction), 0),
+            "data.holdout_fraction", fraction,
+        )  # fmt: skip
+    one_line_error(lambda: data.load_splits(config(tmp_path, holdout_fraction=0.99), 0), "leaves none")
+
+
+def test_path_errors(tmp_path):
+    def load(path, **changes):
+        return lambda: data.load_split(config(path, **changes), "train")
+
+    one_line_error(load(tmp_path / "missing"), "data.path", tmp_path / "missing", "does not exist")
+    one_line_error(load("./missing"), "data.path", "./missing", "does not exist")
+    one_line_error(load("a/b/c"), "data.path", "a/b/c", "does not exist")
+    one_line_error(load(""), "data.path")
+    (tmp_path / "empty" / "inside").mkdir(parents=True)
+    one_line_error(load(tmp_path / "empty"), "data.path", tmp_path / "empty", "no image files")
+    (tmp_path / "file").write_text("x")
+    one_line_error(load(tmp_path / "file"), "data.path", "is a file")
+    class_tree(tmp_path / "images")
+    one_line_error(load(tmp_path / "images", config_name="x"), "data.config_name", "'x'")
+    one_line_error(load(tmp_path / "images", image_column="x"), "data.image_column", "'x'")
+    one_line_error(load(tmp_path / "images", label_column="x"), "data.label_column", "'x'")
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "dataset_dict.json").write_text('{"splits": ["train"]}')
+    one_line_error(load(tmp_path / "saved"), "data.path", tmp_path / "saved", "not a complete saved data set")
+
+
+# Data sets, collate, unreadable images --------------------------------------------------------------------------------
+
+
+def test_crop_is_a_function_of_seed_epoch_and_index():
+    def pixels(seed, epoch, index):
+        return data.TrainImages(Source(4), 16, 24, seed)[epoch, index]["pixels"]
+
+    first = pixels(0, 0, 1)
+    assert first.dtype == torch.uint8 and first.shape == (3, 16, 16) and first.is_contiguous()
+    assert torch.equal(first, pixels(0, 0, 1))
+    for other in (pixels(0, 1, 1), pixels(1, 0, 1), pixels(0, 0, 2)):
+        assert not torch.equal(first, other)
+
+
+def test_unreadable_training_image_is_replaced_by_the_next():
+    images = data.TrainImages(Source(4, broken=[2, 3]), 16, max_unreadable=2)
+    item = images[0, 2]
+    assert item["index"] == 0 and item["unreadable"] == ["made[2]", "made[3]"]
+    assert images[0, 1]["unreadable"] == []
+    images = data.TrainImages(Source(4, broken=[2, 3]), 16, max_unreadable=1)
+    one_line_error(lambda: images[0, 2], "data.max_unreadable", "2 images in a row", "at most 1", "made[3]")
+    images = data.TrainImages(Source(2, broken=[0, 1]), 16, max_unreadable=10)
+    one_line_error(lambda: images[0, 0], "data.max_unreadable", "2 images in a row")
+
+
+def test_evaluation_drops_unreadable_images():
+    images = data.EvalImages(Source(3, broken=[1]), 16)
+    batch = data.collate([images[i] for i in range(3)])
+    assert batch["pixels"].shape == (2, 3, 16, 16) and batch["index"].tolist() == [0, 2]
+    assert batch["unreadable"] == ["made[1]"]
+    expected = np.asarray(data.center_crop(picture(seed=2), 16))
+    assert np.array_equal(batch["pixels"][1].permute(1, 2, 0).numpy(), expected)
+    empty = data.collate([images[1]], image_size=16)
+    assert empty["pixels"].shape == (0, 3, 16, 16) and empty["pixels"].dtype == torch.uint8
+    assert empty["index"].dtype == torch.int64 and empty["unreadable"] == ["made[1]"]
+
+
+def test_unreadable_log_warns_once_and_stops(caplog):
+    log = data.UnreadableLog(2)
+    with caplog.at_level(logging.WARNING):
+        log.add(["a", "b", "a"])
+        log.add(["b"])
+    assert [record.getMessage() for record in caplog.records] == [
+        "unreadable image 1 (at most 2): a",
+        "unreadable image 2 (at most 2): b",
+    ]
+    one_line_error(lambda: log.add(["c"]), "data.max_unreadable", "3 images", "at most 2", "c")
+    one_line_error(lambda: data.UnreadableLog(0).add(["x"]), "1 images", "x")
+
+
+# Order ----------------------------------------------------------------------------------------------------------------
+
+
+def batches(rank=0, world_size=1, micro=2, start=0, total=7, **changes):
+    settings = dict(num_images=27, global_batch_size=8, seed=3, **changes)
+    return data.TrainBatches(
+        micro_batch_size=micro, rank=rank, world_size=world_size, start_step=start, total_steps=total, **settings
+    )
+
+
+def test_micro_batches_of_all_ranks_make_the_same_global_batches():
+    whole = list(batches(micro=8))
+    assert len(whole) == 7
+    for world_size in (1, 2, 4):
+        for micro in (1, 2, 4, 8):
+            if micro * world_size > 8:
+                continue
+            ranks = [list(batches(rank, world_size, micro)) for rank in range(world_size)]
+            per_step = 8 // (micro * world_size)
+            assert all(len(rank) == 7 * per_step for rank in ranks)
+            for step in range(7):
+                pieces = [ranks[r][step * per_step + m] for m in range(per_step) for r in range(world_size)]
+                assert sum(pieces, []) == whole[step]
+
+
+def test_epochs_are_permutations_and_the_last_incomplete_batch_is_dropped():
+    order = batches(micro=8)
+    assert order.steps_per_epoch == 3
+    steps = list(order)
+    assert [step[0][0] for step in steps] == [0, 0, 0, 1, 1, 1, 2]
+    epochs = [[index for step in steps[3 * e : 3 * e + 3] for _, index in step] for e in (0, 1)]
+    for epoch in epochs:
+        assert len(set(epoch)) == 24 and set(epoch) <= set(range(27))
+    assert epochs[0] != epochs[1]
+
+
+@pytest.mark.parametrize("start", [0, 1, 3, 5, 7, 9])
+def test_resume_gives_the_tail(start):
+    whole, tail = batches(1, 2, 2), batches(1, 2, 2, start=start)
+    expected = list(whole)[2 * start :]
+    assert list(tail) == expected and len(tail) == len(expected)
+
+
+def test_order_errors():
+    one_line_error(lambda: batches(micro=3), "global batch size 8", "micro-batch size 3", "1 processes = 3")
+    one_line_error(
+        lambda: data.TrainBatches(7, 8, 8, 0, 1, 0, 0, 1), "data.path", "7 training images", "global batch of 8"
+    )
+    one_line_error(lambda: batches(rank=2, world_size=2), "rank 2")
+
+
+# Loaders --------------------------------------------------------------------------------------------------------------
+
+
+def test_training_is_the_same_with_any_number_of_workers():
+    state = torch.get_rng_state()
+
+    def run(workers):
+        loader = data.train_loader(Source(27, broken=[4]), batches(total=4), 16, num_workers=workers)
+        return list(loader)
+
+    one, other = run(0), run(2)
+    assert len(one) == len(other) == 16
+    for a, b in zip(one, other, strict=True):
+        assert torch.equal(a["pixels"], b["pixels"]) and torch.equal(a["index"], b["index"])
+        assert a["pixels"].shape == (2, 3, 16, 16) and a["unreadable"] == b["unreadable"]
+    assert ["made[4]"] in [batch["unreadable"] for batch in one]
+    assert torch.equal(state, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("world_size,num_samples", [(1, None), (2, None), (3, 10), (4, 99), (4, 2)])
+def test_evaluation_counts_every_image_once(world_size, num_samples):
+    source = Source(17)
+    loaders = [data.eval_loader(source, 16, 4, 0, rank, world_size, num_samples) for rank in range(world_size)]
+    seen = [list(loader) for loader in loaders]
+    indices = sorted(index for rank in seen for batch in rank for index in batch["index"].tolist())
+    expected = range(17) if num_samples in (None, 99) else [i * 17 // num_samples for i in range(num_samples)]
+    assert indices == list(expected)
+    assert len({len(rank) for rank in seen}) == 1
+    assert all(batch["pixels"].shape[1:] == (3, 16, 16) for rank in seen for batch in rank)
+
+
+def test_evaluation_loader_can_be_read_twice_with_workers(tmp_path):
+    datasets.DatasetDict(train=rows(5)).save_to_disk(tmp_path)
+    source = data.load_split(config(tmp_path), "train")
+    loader = data.eval_loader(source, 16, 2, num_workers=2)
+    first, second = list(loader), list(loader)
+    assert [batch["index"].tolist() for batch in first] == [[0, 1], [2, 3], [4]]
+    for a, b in zip(first, second, strict=True):
+        assert torch.equal(a["pixels"], b["pixels"])
+
+
+def test_an_error_in_a_worker_stays_one_line():
+    source = Source(27, broken=range(27))
+    loader = data.train_loader(source, batches(), 16, max_unreadable=3, num_workers=1)
+    message = one_line_error(lambda: list(loader), "data.max_unreadable", "4 images in a row")
+    assert message.startswith("data.max_unreadable:")
+
+
+class Signals(Source):
+    def load(self, i):
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            os.kill(os.getpid(), number)
+        return super().load(i)
+
+
+def test_workers_leave_signals_to_the_main_process():
+    assert len(list(data.eval_loader(Signals(2), 16, 1, num_workers=1))) == 2

@@ -1,0 +1,181 @@
+"""scripts/prepare_data.py through its real command line. About half a minute on a CPU at most."""
+
+import hashlib
+import importlib.util
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import types
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+
+SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "scripts" / "prepare_data.py"
+
+
+def prepare(*arguments):
+    return subprocess.run([sys.executable, str(SCRIPT), *map(str, arguments)], capture_output=True, text=True)
+
+
+def succeed(*arguments):
+    result = prepare(*arguments)
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+@pytest.fixture
+def fail(capsys):
+    """Runs main() in this process, because starting Python takes two seconds, and returns its one line on stderr."""
+    specification = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
+    module = importlib.util.module_from_spec(specification)
+    specification.loader.exec_module(module)
+
+    def run(*arguments):
+        capsys.readouterr()
+        try:
+            code = module.main([str(argument) for argument in arguments])
+        except SystemExit as stopped:
+            code = stopped.code
+        message = capsys.readouterr().err
+        assert code == 2
+        assert message.count("\n") == 1 and message.startswith("error: "), message
+        return message
+
+    return run
+
+
+def config(path, **changes):
+    settings = dict(
+        path=str(path), config_name=None, train_split="train", eval_split="validation", holdout_fraction=0.0,
+        image_column=None, label_column=None,
+    )  # fmt: skip
+    return types.SimpleNamespace(**{**settings, **changes})
+
+
+def digest(folder):
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    content = [(str(path.relative_to(folder)), hashlib.sha256(path.read_bytes()).hexdigest()) for path in files]
+    return hashlib.sha256(repr(content).encode()).hexdigest()
+
+
+@pytest.fixture(scope="module")
+def dummy(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("dummy") / "images"
+    succeed(
+        "dummy", "--output", folder, "--num_images", 60, "--num_classes", 3, "--size", 24,
+        "--splits", "train:0.5,validation:0.3,test:0.2", "--seed", 4,
+    )  # fmt: skip
+    return folder
+
+
+def test_digits(tmp_path, fail):
+    from sklearn.datasets import load_digits
+
+    output, counts_file = tmp_path / "deep" / "digits", tmp_path / "counts.json"
+    printed = succeed("digits", "--output", output, "--json", counts_file)
+    counts = json.loads(counts_file.read_text())["counts"]
+    assert "1,437 images" in printed and counts == {"train": 1437, "validation": 180, "test": 180}
+    train, evaluation = data.load_splits(config(output), 0)
+    assert train.class_names == evaluation.class_names == [str(digit) for digit in range(10)]
+    digits = load_digits()
+    for source, share in ((train, 0.8), (evaluation, 0.1)):
+        per_class = np.bincount([source.label(i) for i in range(len(source))], minlength=10)
+        assert np.abs(per_class - share * np.bincount(digits.target)).max() <= 2  # stratified
+    names = {path.name: path for path in output.rglob("*.png")}
+    assert len(names) == 1797  # every digit once, in one split
+    path = names["001000.png"]
+    image = Image.open(path)
+    assert (image.mode, image.size, path.parent.name) == ("L", (32, 32), str(digits.target[1000]))
+    small = Image.fromarray(np.rint(digits.images[1000] * 255 / 16).astype(np.uint8))
+    assert np.array_equal(np.asarray(image), np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC)))
+
+    before = digest(output)
+    assert "nothing to do" in succeed("digits", "--output", output)
+    assert digest(output) == before
+    assert "size 32, not 16" in fail("digits", "--output", output, "--size", 16)
+    path.unlink()
+    assert "run again" in fail("digits", "--output", output)
+    assert os.listdir(output.parent) == ["digits"]  # nothing left beside it
+
+
+def test_dummy_is_deterministic_and_balanced(dummy, tmp_path):
+    again, other = tmp_path / "again", tmp_path / "other"
+    command = ["dummy", "--num_images", 60, "--num_classes", 3, "--size", 24]
+    command += ["--splits", "train:0.5,validation:0.3,test:0.2"]
+    succeed(*command, "--output", again, "--seed", 4)
+    succeed(*command, "--output", other, "--seed", 5)
+    assert digest(again) == digest(dummy) != digest(other)
+    train, evaluation = data.load_splits(config(dummy), 0)
+    assert (len(train), len(evaluation), len(data.load_split(config(dummy), "test"))) == (30, 18, 12)
+    assert np.bincount([train.label(i) for i in range(30)]).tolist() == [10, 10, 10]
+    assert train.load(0).size == (24, 24)
+    pixels = np.stack([np.asarray(train.load(i), dtype=float) for i in range(30)])
+    assert pixels.std(axis=(1, 2)).min() > 5  # no flat images
+    assert len({image.tobytes() for image in pixels}) == 30
+
+
+def test_convert_keeps_bytes_and_labels(dummy, tmp_path, fail):
+    import datasets
+
+    output = tmp_path / "converted"
+    succeed("convert", "--input", dummy, "--output", output)
+    saved = datasets.load_from_disk(output)
+    assert {name: len(rows) for name, rows in saved.items()} == {"train": 30, "validation": 18, "test": 12}
+    assert saved["train"].features == datasets.Features(
+        image=datasets.Image(), label=datasets.ClassLabel(names=["class_0", "class_1", "class_2"])
+    )
+    before, after = data.load_split(config(dummy), "train"), data.load_split(config(output), "train")
+    undecoded = saved["train"].cast_column("image", datasets.Image(decode=False))
+    for i in range(30):
+        assert undecoded[i]["image"]["bytes"] == pathlib.Path(before.name(i)).read_bytes()
+        assert after.label(i) == before.label(i)
+    assert np.array_equal(np.asarray(after.load(5)), np.asarray(before.load(5)))
+    assert "nothing to do" in succeed("convert", "--input", dummy, "--output", output)
+    message = fail("convert", "--input", dummy, "--output", tmp_path / "x", "--splits", "a:1")
+    assert "already has the splits test, train, validation" in message
+
+
+def test_convert_splits_class_folders_and_bounds_unreadable_files(dummy, tmp_path):
+    images = tmp_path / "images"
+    for source in (dummy / "train").rglob("*.png"):
+        target = images / source.parent.name / source.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(source.read_bytes())
+    broken = [images / "class_0" / "broken.png", images / "class_1" / "broken.jpg"]
+    for path in broken:
+        path.write_text("not an image")
+    output = tmp_path / "converted"
+    result = prepare("convert", "--input", images, "--output", output, "--splits", "train:0.75,validation:0.25")
+    assert result.returncode == 0, result.stderr
+    assert all(str(path) in result.stderr for path in broken)
+    train, evaluation = data.load_splits(config(output), 0)
+    assert len(train) + len(evaluation) == 30 and 6 <= len(evaluation) <= 8
+    result = prepare("convert", "--input", images, "--output", tmp_path / "x", "--max_unreadable", 1)
+    assert result.returncode == 2 and "error: --max_unreadable: 2 images" in result.stderr
+    assert not list(tmp_path.glob("x*"))
+
+
+def test_bad_input_is_one_line_and_exit_code_2(tmp_path, fail):
+    (tmp_path / "flat").mkdir()
+    Image.new("RGB", (4, 4)).save(tmp_path / "flat" / "x.png")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "file").write_text("mine")
+    output = tmp_path / "output"
+    result = prepare("convert", "--input", tmp_path / "missing", "--output", output)
+    assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
+    assert "required" in fail("digits")
+    assert "invalid choice" in fail("nonsense")
+    assert "--size" in fail("digits", "--output", output, "--size", 0)
+    assert "not a folder of this script" in fail("digits", "--output", tmp_path / "other")
+    assert "sum to 0.9" in fail("dummy", "--output", output, "--splits", "train:0.5,test:0.4")
+    assert "--splits" in fail("dummy", "--output", output, "--splits", "train:0.5,train:0.5")
+    assert "gets none" in fail("dummy", "--output", output, "--num_images", 1, "--size", 8)
+    assert "does not exist" in fail("convert", "--input", tmp_path / "missing", "--output", output)
+    assert "without class folders" in fail("convert", "--input", tmp_path / "flat", "--output", output)
+    assert not output.exists()
+    assert (tmp_path / "other" / "file").read_text() == "mine"

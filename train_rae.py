@@ -1,0 +1,711 @@
+"""Train a representation autoencoder (stage 1): a ViT decoder for a frozen vision encoder, with L1 + LPIPS + GAN.
+
+    accelerate launch train_rae.py --config configs/dinov2_b.yaml --data.path /data/imagenet
+
+Any setting of config.py can be given as a flag; `--help` lists them. The same command continues a run that was stopped.
+The method is that of arXiv 2510.11690. `--config configs/digits_tiny.yaml` trains on handwritten digits in about three
+minutes on two CPU cores and ends above 20 dB PSNR on held-out digits; configs/ has the published settings.
+"""
+
+import logging
+import math
+import os
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NoReturn, Optional
+
+import numpy as np
+import torch
+from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.utils import ProjectConfiguration, set_seed
+from PIL import Image
+from safetensors.torch import load_file
+from torch import nn
+from tqdm.auto import tqdm
+from transformers.utils.logging import disable_progress_bar
+
+from checkpointing import MetricsFile, StopSignal, checkpoint_step, checkpoints, save_checkpoint, write_folder
+from config import (
+    Config,
+    ConfigError,
+    LRScheduleConfig,
+    check_same_config,
+    config_dict,
+    config_yaml,
+    fail,
+    parse_config,
+)
+from data import DataError, EvalImages, ImageSource, TrainBatches, UnreadableLog, eval_loader, load_splits, train_loader
+from discriminator import DiffAug, DinoDiscriminator, load_backbone
+from ema import EMA
+from losses import DISCRIMINATOR_LOSSES, build_lpips, generator_gradient, to_discriminator_range
+from metrics import HIGHER_IS_BETTER, evaluate_reconstructions, quantize
+from modeling_rae import RAEConfig, RAEModel
+from pictures import plot_curves, reconstruction_grid
+
+logger = logging.getLogger(__name__)
+
+
+class NonFiniteLoss(RuntimeError):
+    """Training produced nan or inf."""
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a run is made of
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """The networks, optimizers and resolved numbers that a training step needs."""
+
+    config: Config
+    accelerator: Accelerator
+    rae: nn.Module  # prepared: the forward pass with gradients goes through it
+    discriminator: Optional[nn.Module]  # prepared; None when the GAN is off
+    optimizer: Any
+    disc_optimizer: Any
+    perceptual: Optional[nn.Module]
+    augment: DiffAug
+    ema: EMA
+    steps_per_epoch: int
+    lpips_start: int
+    gan_start: int
+    disc_start: int  # step of the discriminator's first update
+
+    @property
+    def model(self) -> RAEModel:
+        return self.accelerator.unwrap_model(self.rae)
+
+
+@dataclass
+class RunState:
+    """What a checkpoint holds beside networks and optimizers."""
+
+    step: int = 0
+    best: Optional[float] = None
+    nonfinite_in_a_row: int = 0
+
+    def state_dict(self) -> dict:
+        return asdict(self)
+
+    def load_state_dict(self, state: dict) -> None:
+        for name, value in state.items():
+            setattr(self, name, value)
+
+
+@contextmanager
+def blame(key: str) -> Iterator[None]:
+    """Turn an error of building something into one about the setting that asked for it."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        message = str(error)
+        raise ConfigError(message if message.startswith(key.split(".")[0] + ".") else f"{key}: {message}") from error
+
+
+def build_accelerator(config: Config) -> Accelerator:
+    output = config.train.output_dir
+    with blame("train.mixed_precision"):
+        accelerator = Accelerator(
+            mixed_precision=config.train.mixed_precision,
+            log_with=list(config.logging.report_to) or None,
+            project_config=ProjectConfiguration(project_dir=output, logging_dir=f"{output}/logs"),
+            # buffers are the same on all processes by construction; a broadcast would change the discriminator's
+            # spectral-norm vectors between its two forward passes
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+        )
+    if accelerator.device.type == "cpu":
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        torch.set_num_threads(config.train.cpu_threads or max(1, os.cpu_count() // local_processes))
+    missing = set(config.logging.report_to) - {str(tracker) for tracker in accelerator.log_with}
+    if missing:
+        raise ConfigError(f"logging.report_to: the package of tracker '{sorted(missing)[0]}' is not installed")
+    return accelerator
+
+
+def micro_batch_size(config: Config, num_processes: int) -> int:
+    """Images of one forward pass in one process. Raises ConfigError when the global batch does not divide."""
+    accumulation = config.train.gradient_accumulation_steps
+    size, rest = divmod(config.train.global_batch_size, num_processes * accumulation)
+    if rest or size == 0:
+        raise ConfigError(
+            f"train.global_batch_size: {config.train.global_batch_size} is not a multiple of {num_processes} processes "
+            f"x {accumulation} train.gradient_accumulation_steps"
+        )
+    return size
+
+
+def build_rae(config: Config) -> RAEModel:
+    """The autoencoder as `config.model` describes it. Sizes are checked before any weights are loaded or fetched."""
+    m = config.model
+    settings = {
+        "encoder_input_size": m.encoder_input_size,
+        "decoder_hidden_size": m.decoder_hidden_size,
+        "decoder_num_hidden_layers": m.decoder_num_hidden_layers,
+        "decoder_num_attention_heads": m.decoder_num_attention_heads,
+        "decoder_intermediate_size": m.decoder_intermediate_size,
+        "decoder_patch_size": m.decoder_patch_size,
+        "noise_tau": m.noise_tau,
+        "train_position_embedding": m.train_position_embedding,
+        "use_latent_stats": m.latent_stats is not None,
+        "attn_implementation": m.attn_implementation,
+    }
+    with blame("model.encoder"):
+        if m.encoder_weights == "random":
+            rae_config = RAEConfig(encoder_config={"model_type": m.encoder, **m.encoder_config}, **settings)
+        else:
+            rae_config = RAEConfig.from_encoder(m.encoder, m.encoder_revision, **settings)
+    if rae_config.image_size != m.image_size:
+        raise ConfigError(
+            f"model.image_size: {m.image_size}, but encoder_input_size {m.encoder_input_size} / encoder patch "
+            f"{rae_config.encoder_patch_size} x decoder_patch_size {m.decoder_patch_size} = {rae_config.image_size}"
+        )
+    start = None if m.init_from is None else load_initial_rae(m.init_from, rae_config)
+    with blame("model.encoder"):
+        rae = RAEModel(rae_config)
+        if m.encoder_weights == "pretrained":
+            rae.load_encoder()
+    if m.latent_stats is not None:
+        with blame("model.latent_stats"):
+            rae.set_latent_stats(**read_latent_stats(m.latent_stats))
+    if start is not None:
+        rae.decoder.load_state_dict(start.decoder.state_dict())
+    if m.gradient_checkpointing:
+        rae.gradient_checkpointing_enable()
+    return rae
+
+
+def load_initial_rae(source: str, expected: RAEConfig) -> RAEModel:
+    """The RAE whose decoder training starts from; its architecture is compared before its weights are loaded."""
+    with blame("model.init_from"):
+        found = RAEConfig.from_pretrained(source)
+        architecture = ("latent_channels", "latent_size", "decoder_hidden_size", "decoder_num_hidden_layers",
+                        "decoder_num_attention_heads", "decoder_intermediate_size", "decoder_patch_size")  # fmt: skip
+        for name in architecture:
+            if getattr(found, name) != getattr(expected, name):
+                raise ValueError(
+                    f"{source} is of another architecture: its {name} is {getattr(found, name)}, "
+                    f"this run's is {getattr(expected, name)}"
+                )
+        return RAEModel.from_pretrained(source, dtype=torch.float32)
+
+
+def read_latent_stats(path: str) -> dict:
+    """`mean` and `var` of a statistics file, .safetensors or .pt (read with weights_only)."""
+    if not Path(path).is_file():
+        raise OSError(f"file {path} does not exist")
+    is_safetensors = path.endswith(".safetensors")
+    stats = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+    if not {"mean", "var"} <= stats.keys():
+        raise ValueError(f"{path} holds {sorted(stats)}, expected 'mean' and 'var'")
+    return {"mean": stats["mean"], "var": stats["var"]}
+
+
+def build_discriminator(config: Config) -> DinoDiscriminator:
+    gan = config.gan
+    with blame("gan.backbone"):
+        vit = load_backbone(gan.backbone, gan.weights, gan.backbone_config)
+        vit.set_attn_implementation(config.model.attn_implementation)
+        return DinoDiscriminator(vit, gan.key_depths, gan.kernel_size, gan.norm, gan.norm_eps, gan.spectral_norm)
+
+
+def build_run(config: Config, accelerator: Accelerator, steps_per_epoch: int) -> Run:
+    """Build all networks and optimizers and prepare them for the devices at hand."""
+
+    def start(step: Optional[int], epoch: float) -> int:
+        return round(epoch * steps_per_epoch) if step is None else step
+
+    def adamw(parameters: Iterator, settings: Any) -> torch.optim.Optimizer:
+        trained = [p for p in parameters if p.requires_grad]
+        options = {k: v for k, v in asdict(settings).items()}
+        return torch.optim.AdamW(trained, **options, fused=accelerator.device.type == "cuda")
+
+    set_seed(config.train.seed)
+    gan, perceptual = config.gan, config.perceptual
+    rae = build_rae(config)
+    optimizer = adamw(rae.decoder.parameters(), config.optimizer)
+    needs_lpips = perceptual.weight > 0 or "lpips" in config.eval.metrics
+    with blame("perceptual.vgg_path"):
+        lpips = build_lpips(perceptual.weights, perceptual.vgg_path).to(accelerator.device) if needs_lpips else None
+    discriminator = disc_optimizer = None
+    if gan.weight > 0:
+        discriminator = build_discriminator(config)
+        disc_optimizer = adamw(discriminator.parameters(), gan.optimizer)
+        rae, optimizer, discriminator, disc_optimizer = accelerator.prepare(
+            rae, optimizer, discriminator, disc_optimizer
+        )
+    else:
+        rae, optimizer = accelerator.prepare(rae, optimizer)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        rae=rae,
+        discriminator=discriminator,
+        optimizer=optimizer,
+        disc_optimizer=disc_optimizer,
+        perceptual=lpips,
+        augment=DiffAug(gan.augment_prob, gan.augment_cutout),
+        ema=EMA(accelerator.unwrap_model(rae).decoder, config.ema.decay),
+        steps_per_epoch=steps_per_epoch,
+        lpips_start=start(perceptual.start_step, perceptual.start_epoch),
+        gan_start=start(gan.start_step, gan.start_epoch),
+        disc_start=start(gan.update_start_step, gan.update_start_epoch),
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One training step
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def learning_rate(step: int, peak: float, schedule: LRScheduleConfig, steps_per_epoch: int) -> float:
+    """Learning rate of the 0-based `step`: a function of the step alone, so there is no scheduler to save."""
+    epochs = {"warmup": schedule.warmup_epochs, "end": schedule.decay_end_epoch}
+    warmup = int(epochs["warmup"] * steps_per_epoch) if schedule.warmup_steps is None else schedule.warmup_steps
+    end = int(epochs["end"] * steps_per_epoch) if schedule.decay_end_step is None else schedule.decay_end_step
+    end = max(end, warmup)
+    if step < warmup:
+        return peak * ((step + 1) / warmup if schedule.warmup_from_zero else 1.0)
+    if schedule.type == "constant":
+        return peak
+    final = schedule.final_lr / peak
+    if step >= end:
+        return peak * final
+    progress = (step - warmup) / (end - warmup)
+    if schedule.type == "linear":
+        return peak * (1 - (1 - final) * progress)
+    return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def set_learning_rate(optimizer: Any, lr: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+
+
+def step_generator(run: Run, step: int, micro_batch: int) -> torch.Generator:
+    """Source of noise and augmentation: a function of seed, step, rank and micro-batch, so a resumed run repeats it."""
+    key = (run.config.train.seed, step, run.accelerator.process_index, micro_batch)
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(run.accelerator.device).manual_seed(seed)
+
+
+def no_sync_except_last(run: Run, network: nn.Module, i: int, count: int) -> Any:
+    return nullcontext() if i == count - 1 else run.accelerator.no_sync(network)
+
+
+def mean_over_processes(run: Run, values: list) -> list:
+    """Mean of scalar tensors over all processes, as floats. CPU-GPU sync point; nan and inf reach every process."""
+    return run.accelerator.reduce(torch.stack([v.float() for v in values]), "mean").tolist()
+
+
+def train_step(run: Run, batches: list, step: int, stop: bool = False) -> dict:
+    """One whole step of the method: decoder update, moving average, discriminator updates.
+
+    Args:
+        batches: this process's micro-batches of pixels, each (B, 3, S, S) in [0, 1] on the device.
+        step: 0-based; decides learning rates, which losses are on, and the noise.
+        stop: whether this process was asked to stop; the answer is the same on all processes.
+
+    Returns:
+        dict of floats, means over micro-batches and processes: loss, recon, lpips, gan, adaptive_weight, grad_norm,
+        lr; disc_loss, logits_real, logits_fake, accuracy, lr_disc (None where the discriminator does not train yet);
+        `stop`; and `nonfinite`: the name of a term that is nan or inf, in which case nothing was updated by it.
+    """
+    generators = [step_generator(run, step, i) for i in range(len(batches))]
+    with torch.no_grad(), run.accelerator.autocast():
+        latents = [run.model.encode(pixels, add_noise=False).latent for pixels in batches]
+    record = decoder_step(run, batches, latents, generators, step, stop)
+    disc_names = ("disc_loss", "logits_real", "logits_fake", "accuracy", "lr_disc")
+    record.update(dict.fromkeys(disc_names))
+    if record["nonfinite"] is None:
+        run.ema.update()
+        if run.discriminator is not None and step >= run.disc_start:
+            updates = run.config.gan.updates_per_step
+            for update in range(updates):
+                count = (step - run.disc_start) * updates + update  # the discriminator's own step counter
+                record.update(discriminator_step(run, batches, latents, generators, count))
+    return record
+
+
+def decoder_step(run: Run, batches: list, latents: list, generators: list, step: int, stop: bool) -> dict:
+    """Update the decoder. Arguments as in `train_step`; latents are clean."""
+    config, accelerator, model = run.config, run.accelerator, run.model
+    lr = learning_rate(step, config.optimizer.lr, config.lr_schedule, run.steps_per_epoch)
+    set_learning_rate(run.optimizer, lr)
+    perceptual = run.perceptual if config.perceptual.weight > 0 and step >= run.lpips_start else None
+    use_gan = run.discriminator is not None and step >= run.gan_start
+    if use_gan:
+        discriminator = accelerator.unwrap_model(run.discriminator).eval()
+    scale_loss = (lambda loss: loss) if accelerator.scaler is None else accelerator.scaler.scale
+    model.train()
+    sums = torch.zeros(5, device=accelerator.device)
+    for i, (pixels, latent, generator) in enumerate(zip(batches, latents, generators)):
+        with no_sync_except_last(run, run.rae, i, len(batches)):
+            noisy = model.add_noise(latent, generator)
+            out = run.rae(latent=noisy, return_last_layer=True)
+            with accelerator.autocast():
+                gradient, terms = generator_gradient(
+                    out.patches,
+                    out.last_hidden_state,
+                    model.patches_to_pixels,
+                    pixels,
+                    perceptual,
+                    config.perceptual.weight,
+                    (lambda x: discriminator(run.augment(x, generator))) if use_gan else None,
+                    config.gan.weight,
+                    config.gan.max_adaptive_weight,
+                    scale_loss,
+                )
+            out.patches.backward(gradient / len(batches))
+            sums += torch.stack([t.float() for t in vars(terms).values()])
+    accelerator.unscale_gradients(run.optimizer)
+    parameters = [p for p in model.decoder.parameters() if p.requires_grad]
+    grad_norm = nn.utils.clip_grad_norm_(parameters, config.train.clip_grad_norm or math.inf)
+    asked = torch.tensor(float(stop), device=accelerator.device)
+    *values, grad_norm, asked = mean_over_processes(run, [*(sums / len(batches)), grad_norm, asked])
+    record = {**dict(zip(vars(terms), values)), "grad_norm": grad_norm, "lr": lr, "stop": asked > 0}
+    # with fp16 a gradient that overflows is the loss scaler's business: it skips the step
+    watched = record if accelerator.scaler is None else {k: v for k, v in record.items() if k != "grad_norm"}
+    record["nonfinite"] = next((name for name, value in watched.items() if not math.isfinite(value)), None)
+    if record["nonfinite"] is None:
+        run.optimizer.step()
+    run.optimizer.zero_grad(set_to_none=True)
+    return record
+
+
+def discriminator_step(run: Run, batches: list, latents: list, generators: list, count: int) -> dict:
+    """Update the discriminator on images and on reconstructions of clean latents with the updated decoder.
+    `count`: updates of the discriminator so far."""
+    config, accelerator, model = run.config, run.accelerator, run.model
+    lr = learning_rate(count, config.gan.optimizer.lr, config.gan.lr_schedule, run.steps_per_epoch)
+    set_learning_rate(run.disc_optimizer, lr)
+    accelerator.unwrap_model(run.discriminator).train()
+    loss_function = DISCRIMINATOR_LOSSES[config.gan.loss]
+    sums = torch.zeros(4, device=accelerator.device)
+    for i, (pixels, latent, generator) in enumerate(zip(batches, latents, generators)):
+        with no_sync_except_last(run, run.discriminator, i, len(batches)):
+            with torch.no_grad(), accelerator.autocast():
+                fake = run.augment(to_discriminator_range(model.decode(latent).sample.float()), generator)
+                real = run.augment(2 * pixels - 1, generator)
+            fake_logits, real_logits = run.discriminator(fake, real)
+            loss = loss_function(real_logits.float(), fake_logits.float())
+            accelerator.backward(loss / len(batches))
+            accuracy = (real_logits > fake_logits).float().mean()
+            sums += torch.stack([loss.detach(), real_logits.detach().mean(), fake_logits.detach().mean(), accuracy])
+    names = ("disc_loss", "logits_real", "logits_fake", "accuracy")
+    record = dict(zip(names, mean_over_processes(run, list(sums / len(batches)))))
+    record["nonfinite"] = next((name for name, value in record.items() if not math.isfinite(value)), None)
+    if record["nonfinite"] is None:
+        run.disc_optimizer.step()
+    run.disc_optimizer.zero_grad(set_to_none=True)
+    return {**record, "lr_disc": lr}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluation, pictures, logging
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def reconstruct(run: Run, pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels (B, 3, S, S) in [0, 1] to their reconstructions, without noise."""
+    with torch.no_grad(), run.accelerator.autocast():
+        return run.model.decode(run.model.encode(pixels, add_noise=False).latent).sample.float()
+
+
+class Reporter:
+    """Everything that a run writes down: metrics.jsonl, trackers, sample grids, curves, best/ and final/."""
+
+    def __init__(self, run: Run, state: RunState, run_dir: Path, eval_images: ImageSource, unreadable: UnreadableLog):
+        self.run, self.state, self.run_dir, self.unreadable = run, state, run_dir, unreadable
+        accelerator, config = run.accelerator, run.config
+        self.file = MetricsFile(run_dir / "metrics.jsonl", accelerator.is_main_process)
+        self.loader = eval_loader(
+            eval_images,
+            config.model.image_size,
+            config.eval.batch_size,
+            config.data.num_workers,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.eval.num_samples,
+        )
+        shown = EvalImages(eval_images, config.model.image_size)
+        stride = max(1, len(shown) // config.logging.num_samples)  # files are sorted by class: show several
+        items = [shown[i]["pixels"] for i in range(0, len(shown), stride)]
+        self.shown = torch.stack([p for p in items if p is not None][: config.logging.num_samples]).float() / 255
+
+    def write(self, kind: str, values: dict) -> None:
+        step = self.state.step
+        epoch = step / self.run.steps_per_epoch
+        self.file.append({"kind": kind, "step": step, "epoch": round(epoch, 4), "time": round(time.time(), 3), **values})
+        prefix = f"eval_{values['model']}" if kind == "eval" else kind
+        numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+        self.run.accelerator.log(numbers, step=step)
+
+    def train(self, record: dict, images_per_second: float) -> None:
+        values = {k: v for k, v in record.items() if k not in ("stop", "nonfinite")}
+        self.write("train", {**values, "images_per_second": round(images_per_second, 3)})
+
+    def evaluate(self) -> None:
+        """Evaluate the averaged model, and the raw one if asked; the best averaged one goes to best/."""
+        run, names = self.run, self.run.config.eval.metrics
+        run.model.eval()
+        for model in ("raw", "ema") if run.config.eval.raw else ("ema",):
+            with run.ema.applied() if model == "ema" else nullcontext():
+                values = evaluate_reconstructions(
+                    lambda pixels: reconstruct(run, pixels),
+                    self.loader,
+                    names,
+                    run.accelerator,
+                    run.perceptual,
+                    self.unreadable.add,
+                )
+            self.write("eval", {"model": model, **values})
+        shown = ", ".join(f"{name} {values[name]:.4f}" for name in names)
+        tell(run, f"step {self.state.step}: {shown} (EMA, {values['num_samples']} images)")
+        value = values[run.config.eval.best_metric]
+        sign = 1 if HIGHER_IS_BETTER[run.config.eval.best_metric] else -1
+        if self.state.best is None or sign * value > sign * self.state.best:
+            self.state.best = value
+            self.export("best")
+
+    def samples(self) -> Path:
+        """Write the sample grid of the averaged model, and the curves; show the grid to the trackers."""
+        run, path = self.run, self.run_dir / "samples" / f"step-{self.state.step:08d}.png"
+        if run.accelerator.is_main_process:
+            run.model.eval()
+            with run.ema.applied():
+                images = self.shown.to(run.accelerator.device)
+                grid = reconstruction_grid(images, quantize(reconstruct(run, images))).numpy()
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(grid).save(path)
+            plot_curves(self.file.read(), self.run_dir / "curves.png")
+            for tracker in run.accelerator.trackers:
+                if hasattr(tracker, "log_images"):
+                    options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                    tracker.log_images({"reconstructions": grid[None]}, step=self.state.step, **options)
+        return path
+
+    def export(self, name: str) -> None:
+        """Write the averaged model as a from_pretrained folder."""
+        accelerator, model = self.run.accelerator, self.run.model
+
+        def write(folder: Path) -> None:
+            if accelerator.is_main_process:
+                with self.run.ema.applied():
+                    model.save_pretrained(folder)
+
+        write_folder(self.run_dir / name, write, accelerator.is_main_process, accelerator.wait_for_everyone)
+
+    def summary(self) -> str:
+        """First and last evaluation of the averaged model, and where the files are."""
+        evals = [line for line in self.file.read() if line["kind"] == "eval" and line["model"] == "ema"]
+        rows = [f"{'EMA model, held-out images':<28}{'before':>10}{'after':>10}"]
+        for name in self.run.config.eval.metrics:
+            rows.append(f"{name:<28}{evals[0][name]:>10.4f}{evals[-1][name]:>10.4f}")
+        picture = self.run_dir / "samples" / f"step-{evals[-1]['step']:08d}.png"
+        places = {"pictures": picture, "curves": self.run_dir / "curves.png", "model": self.run_dir / "final"}
+        return "\n".join([*rows, *(f"{what:<10}{place}" for what, place in places.items())])
+
+
+def tell(run: Run, message: str) -> None:
+    """Print on the main process, above the progress bar."""
+    if run.accelerator.is_main_process:
+        tqdm.write(message)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The run
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def prepare_run_folder(config: Config, accelerator: Accelerator) -> Path:
+    """Create the run folder, or check that it is of the same config."""
+    run_dir = Path(config.train.output_dir)
+    saved = run_dir / "config.yaml"
+    if saved.exists():
+        check_same_config(config, saved)
+    elif run_dir.exists() and any(run_dir.iterdir()):
+        raise ConfigError(f"train.output_dir: {run_dir} is not empty and has no config.yaml of a run")
+    accelerator.wait_for_everyone()  # all have looked before one writes
+    if accelerator.is_main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        saved.write_text(config_yaml(config))
+    return run_dir
+
+
+def start_trackers(config: Config, accelerator: Accelerator, run_dir: Path) -> None:
+    """Start the trackers; a continued run goes on in the same wandb run."""
+    options = {}
+    if "wandb" in config.logging.report_to and accelerator.is_main_process:
+        id_file = run_dir / "wandb_run_id.txt"
+        if not id_file.exists():
+            id_file.write_text(uuid.uuid4().hex[:8])
+        run_id = id_file.read_text().strip()
+        options["wandb"] = {"id": run_id, "resume": "allow", "name": run_dir.name, "dir": str(run_dir)}
+    accelerator.init_trackers(config.logging.project, init_kwargs=options)
+    if accelerator.is_main_process:
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # its hyperparameter table takes no nested settings
+                tracker.store_init_configuration(config_dict(config))
+            if not hasattr(tracker, "log_images"):
+                logger.warning("tracker %s takes no images: sample grids are in %s/samples", tracker.name, run_dir)
+
+
+def stop_on_nonfinite(run: Run, state: RunState, record: dict, run_dir: Path) -> None:
+    """Count a step with a non-finite term; raise NonFiniteLoss when there were too many in a row."""
+    if record["nonfinite"] is None:
+        state.nonfinite_in_a_row = 0
+        return
+    state.nonfinite_in_a_row += 1
+    limit = run.config.train.max_nonfinite_steps
+    saved = checkpoints(run_dir)
+    where = f"{record['nonfinite']} is {record[record['nonfinite']]} at step {state.step}"
+    if state.nonfinite_in_a_row > limit:
+        raise NonFiniteLoss(f"{where}; the last good checkpoint is {saved[-1] if saved else 'none'}")
+    tell(run, f"skipped: {where} ({state.nonfinite_in_a_row} in a row of at most {limit})")
+
+
+def train(run: Run, state: RunState, reporter: Reporter, loader: Any, total_steps: int, run_dir: Path) -> bool:
+    """The training loop. Returns whether it came to its end (and was not asked to stop)."""
+    config, accelerator = run.config, run.accelerator
+
+    def due(steps: Optional[int], epochs: float = 0) -> bool:
+        every = steps or max(1, round(epochs * run.steps_per_epoch))
+        return state.step % every == 0 or state.step == total_steps
+
+    if state.step == 0:
+        reporter.evaluate()
+        reporter.samples()
+    stop = StopSignal()
+    micro_batches = iter(loader)
+    progress = tqdm(
+        total=total_steps,
+        initial=state.step,
+        unit="step",
+        disable=not (config.logging.progress_bar and accelerator.is_main_process),
+    )
+    clock, clocked = time.perf_counter(), state.step
+    while state.step < total_steps:
+        batches = []
+        for _ in range(config.train.gradient_accumulation_steps):
+            batch = next(micro_batches)
+            reporter.unreadable.add(batch["unreadable"])
+            batches.append(batch["pixels"].to(accelerator.device, non_blocking=True).float() / 255)
+        record = train_step(run, batches, state.step, stop.received is not None)
+        state.step += 1
+        stop_on_nonfinite(run, state, record, run_dir)
+
+        if state.step == 1 or due(config.logging.every_steps):
+            rate = (state.step - clocked) * config.train.global_batch_size / (time.perf_counter() - clock)
+            reporter.train(record, rate)
+            progress.set_postfix(loss=f"{record['loss']:.4f}", images_per_s=f"{rate:.1f}", refresh=False)
+            clock, clocked = time.perf_counter(), state.step
+        progress.update()
+
+        pause = time.perf_counter()
+        evaluation_due = due(config.eval.every_steps, config.eval.every_epochs)
+        if evaluation_due:
+            reporter.evaluate()
+        if evaluation_due if config.logging.samples_every_steps is None else due(config.logging.samples_every_steps):
+            reporter.samples()
+        if record["stop"] or due(config.train.save_every_steps, config.train.save_every_epochs):
+            save_checkpoint(accelerator, run_dir, state.step, config.train.keep_last)
+        clock += time.perf_counter() - pause  # images per second are those of training
+        if record["stop"] and state.step < total_steps:
+            tell(run, f"stopped by {stop.received or 'another process'} after step {state.step}, saved; "
+                      "the same command continues")  # fmt: skip
+            break
+    progress.close()
+    return state.step == total_steps
+
+
+def main() -> None:
+    config = parse_config()
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    disable_progress_bar()  # transformers' bars for loading and writing would cut through the run's own
+
+    # everything that can be wrong is looked at before anything expensive starts
+    accelerator = build_accelerator(config)
+    train_images, eval_images = load_splits(config.data, config.train.seed)
+    micro_batch = micro_batch_size(config, accelerator.num_processes)
+    batches = TrainBatches(
+        len(train_images),
+        config.train.global_batch_size,
+        micro_batch,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.train.seed,
+        start_step=0,
+        total_steps=0,
+    )
+    total_steps = config.train.max_steps or max(1, round(config.train.epochs * batches.steps_per_epoch))
+    run_dir = prepare_run_folder(config, accelerator)
+    saved = checkpoints(run_dir)
+    if saved and checkpoint_step(saved[-1]) >= total_steps and (run_dir / "final").exists():
+        if accelerator.is_main_process:
+            print(f"{run_dir} is finished: {checkpoint_step(saved[-1])} of {total_steps} steps, model in {run_dir}/final")
+        return
+
+    # networks, and the state of an earlier part of this run
+    run = build_run(config, accelerator, batches.steps_per_epoch)
+    state = RunState()
+    accelerator.register_for_checkpointing(run.ema, state)
+    if saved:
+        accelerator.load_state(str(saved[-1]))
+        tell(run, f"continuing from {saved[-1]}")
+    batches.start_step, batches.total_steps = state.step, total_steps
+    loader = train_loader(
+        train_images,
+        batches,
+        config.model.image_size,
+        config.data.resize_size,
+        config.data.max_unreadable,
+        config.data.num_workers,
+    )
+    reporter = Reporter(run, state, run_dir, eval_images, UnreadableLog(config.data.max_unreadable))
+    reporter.file.forget_after(state.step)
+    start_trackers(config, accelerator, run_dir)
+    tell(run, describe(run, len(train_images), len(eval_images), micro_batch, total_steps))
+
+    if train(run, state, reporter, loader, total_steps, run_dir):
+        reporter.export("final")
+        tell(run, reporter.summary() if accelerator.is_main_process else "")
+    accelerator.end_training()
+
+
+def describe(run: Run, num_train: int, num_eval: int, micro_batch: int, total_steps: int) -> str:
+    """What is about to happen, in a few lines."""
+    c, a = run.config, run.accelerator
+    decoder = sum(p.numel() for p in run.model.decoder.parameters()) / 1e6
+    encoder = sum(p.numel() for p in run.model.encoder.parameters()) / 1e6
+    starts = [f"LPIPS from step {run.lpips_start}" if c.perceptual.weight > 0 else "no LPIPS"]
+    if run.discriminator is not None:
+        starts += [f"discriminator from {run.disc_start}", f"adversarial loss from {run.gan_start}"]
+    return "\n".join(
+        [
+            f"encoder {c.model.encoder} {encoder:.1f}M frozen, decoder {decoder:.1f}M, {c.model.image_size} px",
+            f"{num_train} training and {num_eval} evaluation images, {run.steps_per_epoch} steps an epoch, "
+            f"{total_steps} steps; {', '.join(starts)}",
+            f"batch {c.train.global_batch_size} = {a.num_processes} processes x {micro_batch} images x "
+            f"{c.train.gradient_accumulation_steps} accumulated, precision {a.mixed_precision}, {a.device.type}",
+        ]
+    )
+
+
+def run_main(function: Callable[[], None]) -> Optional[NoReturn]:
+    """Bad input ends in one line and exit code 2, a run that went wrong in one line and exit code 1."""
+    try:
+        function()
+    except (ConfigError, DataError) as error:
+        fail(error)
+    except NonFiniteLoss as error:
+        raise SystemExit(f"error: {error}") from None
+
+
+if __name__ == "__main__":
+    run_main(main)
