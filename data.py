@@ -18,6 +18,7 @@ import os
 import re
 import signal
 import struct
+import threading
 
 import numpy as np
 import torch
@@ -814,5 +815,15 @@ def _loader(images, batches, collate_fn, num_workers):
 def _start_worker(worker_id):
     """One thread per worker; signals meant for the run, which reach the whole process group, are the main process's."""
     torch.set_num_threads(1)
-    for name in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(name, signal.SIG_IGN)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent():
+    """End at a SIGTERM from the main process alone: it ends leftover workers with one when it exits, and waits."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

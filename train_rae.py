@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
+from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 from safetensors.torch import load_file
 from torch import nn
@@ -99,13 +100,21 @@ class RunState:
 
 
 @contextmanager
-def blame(key: str) -> Iterator[None]:
-    """Turn an error of building something into one about the setting that asked for it."""
+def blame(key: str, source: Optional[str] = None) -> Iterator[None]:
+    """Turn an error of building something into one about the setting that asked for it; `source` is the Hub id or path
+    that it names."""
     try:
         yield
     except (ValueError, OSError, ImportError) as error:
         message = str(error)
-        raise ConfigError(message if message.startswith(key.split(".")[0] + ".") else f"{key}: {message}") from error
+        if message.startswith(key.split(".")[0] + "."):
+            raise ConfigError(message) from error  # names its setting already
+        if isinstance(error, OSError) and source is not None and not Path(source).exists():
+            message = (
+                f"'{source}' is no local folder, is not in the cache {HF_HUB_CACHE}, and could not be fetched "
+                f"({message.split('. ')[0]}); {key} also takes the path of a local copy"
+            )
+        raise ConfigError(f"{key}: {message}") from error
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -155,7 +164,7 @@ def build_rae(config: Config) -> RAEModel:
         "use_latent_stats": m.latent_stats is not None,
         "attn_implementation": m.attn_implementation,
     }
-    with blame("model.encoder"):
+    with blame("model.encoder", m.encoder):
         if m.encoder_weights == "random":
             rae_config = RAEConfig(encoder_config={"model_type": m.encoder, **m.encoder_config}, **settings)
         else:
@@ -166,7 +175,7 @@ def build_rae(config: Config) -> RAEModel:
             f"{rae_config.encoder_patch_size} x decoder_patch_size {m.decoder_patch_size} = {rae_config.image_size}"
         )
     start = None if m.init_from is None else load_initial_rae(m.init_from, rae_config)
-    with blame("model.encoder"):
+    with blame("model.encoder", m.encoder):
         rae = RAEModel(rae_config)
         if m.encoder_weights == "pretrained":
             rae.load_encoder()
@@ -182,7 +191,7 @@ def build_rae(config: Config) -> RAEModel:
 
 def load_initial_rae(source: str, expected: RAEConfig) -> RAEModel:
     """The RAE whose decoder training starts from; its architecture is compared before its weights are loaded."""
-    with blame("model.init_from"):
+    with blame("model.init_from", source):
         found = RAEConfig.from_pretrained(source)
         architecture = ("latent_channels", "latent_size", "decoder_hidden_size", "decoder_num_hidden_layers",
                         "decoder_num_attention_heads", "decoder_intermediate_size", "decoder_patch_size")  # fmt: skip
@@ -208,7 +217,7 @@ def read_latent_stats(path: str) -> dict:
 
 def build_discriminator(config: Config) -> DinoDiscriminator:
     gan = config.gan
-    with blame("gan.backbone"):
+    with blame("gan.backbone", gan.backbone):
         vit = load_backbone(gan.backbone, gan.weights, gan.backbone_config)
         vit.set_attn_implementation(config.model.attn_implementation)
         return DinoDiscriminator(vit, gan.key_depths, gan.kernel_size, gan.norm, gan.norm_eps, gan.spectral_norm)
@@ -523,18 +532,14 @@ def tell(run: Run, message: str) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def prepare_run_folder(config: Config, accelerator: Accelerator) -> Path:
-    """Create the run folder, or check that it is of the same config."""
+def check_run_folder(config: Config) -> Path:
+    """The run folder: a new one, or one of the same config. Raises ConfigError for anything else."""
     run_dir = Path(config.train.output_dir)
     saved = run_dir / "config.yaml"
     if saved.exists():
         check_same_config(config, saved)
     elif run_dir.exists() and any(run_dir.iterdir()):
         raise ConfigError(f"train.output_dir: {run_dir} is not empty and has no config.yaml of a run")
-    accelerator.wait_for_everyone()  # all have looked before one writes
-    if accelerator.is_main_process:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        saved.write_text(config_yaml(config))
     return run_dir
 
 
@@ -626,7 +631,6 @@ def train(run: Run, state: RunState, reporter: Reporter, loader: Any, total_step
 
 def main() -> None:
     config = parse_config()
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     disable_progress_bar()  # transformers' bars for loading and writing would cut through the run's own
 
     # everything that can be wrong is looked at before anything expensive starts
@@ -644,7 +648,7 @@ def main() -> None:
         total_steps=0,
     )
     total_steps = config.train.max_steps or max(1, round(config.train.epochs * batches.steps_per_epoch))
-    run_dir = prepare_run_folder(config, accelerator)
+    run_dir = check_run_folder(config)
     saved = checkpoints(run_dir)
     if saved and checkpoint_step(saved[-1]) >= total_steps and (run_dir / "final").exists():
         if accelerator.is_main_process:
@@ -669,6 +673,9 @@ def main() -> None:
     )
     reporter = Reporter(run, state, run_dir, eval_images, UnreadableLog(config.data.max_unreadable))
     reporter.file.forget_after(state.step)
+    if accelerator.is_main_process:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(config_yaml(config))
     start_trackers(config, accelerator, run_dir)
     tell(run, describe(run, len(train_images), len(eval_images), micro_batch, total_steps))
 

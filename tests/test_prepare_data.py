@@ -29,24 +29,34 @@ def succeed(*arguments):
 
 
 @pytest.fixture
-def fail(capsys):
-    """Runs main() in this process, because starting Python takes two seconds, and returns its one line on stderr."""
+def run(capsys):
+    """Runs main() in this process, because starting Python takes two seconds; returns (exit code, stdout, stderr)."""
     specification = importlib.util.spec_from_file_location("prepare_data", SCRIPT)
     module = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(module)
 
-    def run(*arguments):
+    def call(*arguments):
         capsys.readouterr()
         try:
             code = module.main([str(argument) for argument in arguments])
         except SystemExit as stopped:
             code = stopped.code
-        message = capsys.readouterr().err
+        return (code, *capsys.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def fail(run):
+    """Runs main() on bad input and returns its one line on stderr."""
+
+    def call(*arguments):
+        code, _, message = run(*arguments)
         assert code == 2
         assert message.count("\n") == 1 and message.startswith("error: "), message
         return message
 
-    return run
+    return call
 
 
 def config(path, **changes):
@@ -73,7 +83,7 @@ def dummy(tmp_path_factory):
     return folder
 
 
-def test_digits(tmp_path, fail):
+def test_digits(tmp_path, run, fail):
     from sklearn.datasets import load_digits
 
     output, counts_file = tmp_path / "deep" / "digits", tmp_path / "counts.json"
@@ -95,7 +105,7 @@ def test_digits(tmp_path, fail):
     assert np.array_equal(np.asarray(image), np.asarray(small.resize((32, 32), Image.Resampling.BICUBIC)))
 
     before = digest(output)
-    assert "nothing to do" in succeed("digits", "--output", output)
+    assert "nothing to do" in run("digits", "--output", output)[1]
     assert digest(output) == before
     assert "size 32, not 16" in fail("digits", "--output", output, "--size", 16)
     path.unlink()
@@ -103,12 +113,12 @@ def test_digits(tmp_path, fail):
     assert os.listdir(output.parent) == ["digits"]  # nothing left beside it
 
 
-def test_dummy_is_deterministic_and_balanced(dummy, tmp_path):
+def test_dummy_is_deterministic_and_balanced(dummy, tmp_path, run):
     again, other = tmp_path / "again", tmp_path / "other"
     command = ["dummy", "--num_images", 60, "--num_classes", 3, "--size", 24]
     command += ["--splits", "train:0.5,validation:0.3,test:0.2"]
-    succeed(*command, "--output", again, "--seed", 4)
-    succeed(*command, "--output", other, "--seed", 5)
+    for folder, seed in ((again, 4), (other, 5)):
+        assert run(*command, "--output", folder, "--seed", seed)[0] == 0
     assert digest(again) == digest(dummy) != digest(other)
     train, evaluation = data.load_splits(config(dummy), 0)
     assert (len(train), len(evaluation), len(data.load_split(config(dummy), "test"))) == (30, 18, 12)
@@ -119,7 +129,7 @@ def test_dummy_is_deterministic_and_balanced(dummy, tmp_path):
     assert len({image.tobytes() for image in pixels}) == 30
 
 
-def test_convert_keeps_bytes_and_labels(dummy, tmp_path, fail):
+def test_convert_keeps_bytes_and_labels(dummy, tmp_path, run, fail):
     import datasets
 
     output = tmp_path / "converted"
@@ -135,12 +145,12 @@ def test_convert_keeps_bytes_and_labels(dummy, tmp_path, fail):
         assert undecoded[i]["image"]["bytes"] == pathlib.Path(before.name(i)).read_bytes()
         assert after.label(i) == before.label(i)
     assert np.array_equal(np.asarray(after.load(5)), np.asarray(before.load(5)))
-    assert "nothing to do" in succeed("convert", "--input", dummy, "--output", output)
+    assert "nothing to do" in run("convert", "--input", dummy, "--output", output)[1]
     message = fail("convert", "--input", dummy, "--output", tmp_path / "x", "--splits", "a:1")
     assert "already has the splits test, train, validation" in message
 
 
-def test_convert_splits_class_folders_and_bounds_unreadable_files(dummy, tmp_path):
+def test_convert_splits_class_folders_and_bounds_unreadable_files(dummy, tmp_path, run):
     images = tmp_path / "images"
     for source in (dummy / "train").rglob("*.png"):
         target = images / source.parent.name / source.name
@@ -155,8 +165,8 @@ def test_convert_splits_class_folders_and_bounds_unreadable_files(dummy, tmp_pat
     assert all(str(path) in result.stderr for path in broken)
     train, evaluation = data.load_splits(config(output), 0)
     assert len(train) + len(evaluation) == 30 and 6 <= len(evaluation) <= 8
-    result = prepare("convert", "--input", images, "--output", tmp_path / "x", "--max_unreadable", 1)
-    assert result.returncode == 2 and "error: --max_unreadable: 2 images" in result.stderr
+    code, _, message = run("convert", "--input", images, "--output", tmp_path / "x", "--max_unreadable", 1)
+    assert code == 2 and "error: --max_unreadable: 2 images" in message
     assert not list(tmp_path.glob("x*"))
 
 

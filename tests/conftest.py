@@ -1,0 +1,74 @@
+"""A small data set, and the real command lines on it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# digits_tiny made tiny again: every loss is on within three steps
+TINY = {
+    "data.num_workers": "0",
+    "train.max_steps": "6",
+    "train.global_batch_size": "8",
+    "train.cpu_threads": "1",
+    "model.decoder_hidden_size": "32",
+    "model.decoder_num_hidden_layers": "2",
+    "model.decoder_intermediate_size": "64",
+    "lr_schedule.warmup_steps": "2",
+    "lr_schedule.decay_end_step": "5",
+    "perceptual.start_step": "1",
+    "gan.update_start_step": "1",
+    "gan.start_step": "2",
+    "eval.every_steps": "3",
+    "logging.every_steps": "1",
+    "logging.report_to": "[]",
+    "logging.progress_bar": "false",
+}
+# the same without LPIPS, whose VGG16 is the slowest part
+PLAIN = {**TINY, "perceptual.weight": "0", "eval.metrics": "[psnr]"}
+
+
+def flags(settings: dict) -> list:
+    return [part for key, value in settings.items() for part in (f"--{key}", str(value))]
+
+
+def command(*args, launch: tuple = ()) -> list:
+    """A command line of this repository in the tests' Python; `launch` are arguments of accelerate launch."""
+    start = [sys.executable, "-m", "accelerate.commands.launch", *launch] if launch else [sys.executable]
+    return [*start, *map(str, args)]
+
+
+def run_command(*args, launch: tuple = (), check: bool = True, **environment) -> subprocess.CompletedProcess:
+    done = subprocess.run(
+        command(*args, launch=launch),
+        cwd=ROOT,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    if check:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def read_metrics(run_dir: Path) -> list:
+    """Lines of metrics.jsonl without what a clock decides."""
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    """24 training and 8 validation images of 40 px in 4 classes."""
+    folder = tmp_path_factory.mktemp("data") / "dummy"
+    run_command(
+        "scripts/prepare_data.py", "dummy", "--output", folder, "--num_images", 32, "--num_classes", 4,
+        "--size", 40, "--splits", "train:0.75,validation:0.25",
+    )  # fmt: skip
+    return folder
