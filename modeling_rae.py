@@ -96,6 +96,18 @@ def vision_config(config: Union[PreTrainedConfig, dict]) -> PreTrainedConfig:
     return config
 
 
+class LayerNormWithoutAffine(nn.Module):
+    """LayerNorm over the last dimension, no weight and bias. Not an nn.LayerNorm: some transformers releases initialise
+    the weights of every nn.LayerNorm that they meet, without asking whether there are any."""
+
+    def __init__(self, normalized_shape: tuple, eps: float):
+        super().__init__()
+        self.normalized_shape, self.eps = normalized_shape, eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, self.normalized_shape, eps=self.eps)
+
+
 def _remove_final_affine(encoder: PreTrainedModel) -> None:
     """Replace the encoder's final LayerNorm with one that has no weight and bias (RAE paper, appendix on encoders)."""
     name = encoder_family(encoder.config).final_norm
@@ -104,8 +116,7 @@ def _remove_final_affine(encoder: PreTrainedModel) -> None:
         raise ValueError(f"expected one module '{name}' in {type(encoder).__name__}, found {paths}")
     norm = encoder.get_submodule(paths[0])
     parent, _, attribute = paths[0].rpartition(".")
-    plain = nn.LayerNorm(norm.normalized_shape, eps=norm.eps, elementwise_affine=False)
-    setattr(encoder.get_submodule(parent), attribute, plain)
+    setattr(encoder.get_submodule(parent), attribute, LayerNormWithoutAffine(norm.normalized_shape, norm.eps))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -294,7 +305,8 @@ class RAESelfAttention(nn.Module):
             proj(x).view(batch, tokens, -1, self.head_dim).transpose(1, 2)  # (B, heads, N, d)
             for proj in (self.query, self.key, self.value)
         )
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        name = self.config._attn_implementation
+        attend = eager_attention if name == "eager" else ALL_ATTENTION_FUNCTIONS[name]
         out, _ = attend(self, q, k, v, None, scaling=self.scaling, dropout=0.0)  # (B, N, heads, d)
         return out.reshape(batch, tokens, width)
 
@@ -352,9 +364,7 @@ class RAEDecoder(nn.Module):
         width, patch = config.decoder_hidden_size, config.decoder_patch_size
         self.decoder_embed = nn.Linear(config.latent_channels, width)
         self.trainable_cls_token = nn.Parameter(torch.zeros(1, 1, width))
-        self.decoder_pos_embed = nn.Parameter(
-            torch.zeros(1, 1 + config.latent_size**2, width), requires_grad=config.train_position_embedding
-        )
+        self.decoder_pos_embed = nn.Parameter(torch.zeros(1, 1 + config.latent_size**2, width))
         self.decoder_layers = nn.ModuleList(RAEDecoderLayer(config) for _ in range(config.decoder_num_hidden_layers))
         self.decoder_norm = nn.LayerNorm(width, eps=config.decoder_layer_norm_eps)
         self.decoder_pred = nn.Linear(width, patch * patch * 3)
@@ -413,7 +423,7 @@ class RAEPreTrainedModel(PreTrainedModel):
         if isinstance(module, nn.Linear):
             init.xavier_uniform_(module.weight)
             init.zeros_(module.bias)
-        elif isinstance(module, nn.LayerNorm) and module.elementwise_affine:
+        elif isinstance(module, nn.LayerNorm):
             init.ones_(module.weight)
             init.zeros_(module.bias)
         elif isinstance(module, RAEDecoder):
@@ -434,7 +444,6 @@ class RAEModel(RAEPreTrainedModel):
         super().__init__(config)
         self.encoder = AutoModel.from_config(config.encoder_config)
         _remove_final_affine(self.encoder)
-        self.encoder.requires_grad_(False).eval()
         self._no_split_modules = {*self._no_split_modules, *(self.encoder._no_split_modules or ())}
         self.decoder = RAEDecoder(config)
         if config.use_latent_stats:
@@ -444,6 +453,11 @@ class RAEModel(RAEPreTrainedModel):
         if not config.encoder_bundled:
             self._keys_to_ignore_on_load_missing = [r"^encoder\."]  # from_pretrained fetches them from encoder_id
         self.post_init()
+        self._freeze()
+
+    def _freeze(self) -> None:
+        self.encoder.requires_grad_(False).eval()
+        self.decoder.decoder_pos_embed.requires_grad_(self.config.train_position_embedding)
 
     # ----------------------------------------------------------------------------------------------- construction
 
@@ -494,6 +508,7 @@ class RAEModel(RAEPreTrainedModel):
                 )
         if not model.config.encoder_bundled:
             model.load_encoder()
+        model._freeze()  # some transformers releases load into new, trainable parameters
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory, *args, include_encoder: bool = True, **kwargs):

@@ -378,9 +378,10 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
     asked = torch.tensor(float(stop), device=accelerator.device)
     *values, grad_norm, asked = mean_over_processes(run, [*(sums / len(batches)), grad_norm, asked])
     record = {**dict(zip(vars(terms), values)), "grad_norm": grad_norm, "lr": lr, "stop": asked > 0}
-    # with fp16 a gradient that overflows is the loss scaler's business: it skips the step
-    watched = record if accelerator.scaler is None else {k: v for k, v in record.items() if k != "grad_norm"}
-    record["nonfinite"] = next((name for name, value in watched.items() if not math.isfinite(value)), None)
+    watched = ["recon", "lpips", "gan"]
+    if accelerator.scaler is None:  # with fp16 a gradient that overflows is the loss scaler's business: it skips the step
+        watched += ["adaptive_weight", "grad_norm"]
+    record["nonfinite"] = next((name for name in watched if not math.isfinite(record[name])), None)
     if record["nonfinite"] is None:
         run.optimizer.step()
     run.optimizer.zero_grad(set_to_none=True)
@@ -518,6 +519,8 @@ class Reporter:
             rows.append(f"{name:<28}{evals[0][name]:>10.4f}{evals[-1][name]:>10.4f}")
         picture = self.run_dir / "samples" / f"step-{evals[-1]['step']:08d}.png"
         places = {"pictures": picture, "curves": self.run_dir / "curves.png", "model": self.run_dir / "final"}
+        if self.run.accelerator.device.type == "cuda":
+            rows.append(f"peak GPU memory of a process: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         return "\n".join([*rows, *(f"{what:<10}{place}" for what, place in places.items())])
 
 

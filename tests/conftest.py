@@ -8,6 +8,10 @@ from pathlib import Path
 
 import pytest
 
+# before huggingface_hub and accelerate are imported, here and in every command that a test starts
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["ACCELERATE_USE_CPU"] = "true"
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # digits_tiny made tiny again: every loss is on within three steps
@@ -47,7 +51,7 @@ def run_command(*args, launch: tuple = (), check: bool = True, **environment) ->
     done = subprocess.run(
         command(*args, launch=launch),
         cwd=ROOT,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
+        env={**os.environ, **environment},
         capture_output=True,
         text=True,
         timeout=300,

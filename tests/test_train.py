@@ -139,10 +139,7 @@ def test_checkpoints_and_evaluation_leave_no_trace(images, whole_run, tmp_path):
     run_dir = tmp_path / "busy"
     busy = {"eval.every_steps": "1", "train.save_every_steps": "1", "data.num_workers": "2", "eval.batch_size": "3"}
     train(images, run_dir, {**settings, **busy})
-    assert same(final_state(run_dir), final_state(whole)) is False  # best so far was found at another step, so
-    a, b = final_state(run_dir), final_state(whole)
-    counters = "custom_checkpoint_1.pkl"
-    assert same({k: v for k, v in a.items() if k != counters}, {k: v for k, v in b.items() if k != counters})
+    assert same(final_state(run_dir), final_state(whole))
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000005", "step-00000006"]
 
 
@@ -164,11 +161,17 @@ def test_resume_forgets_lines_after_the_checkpoint(images, tmp_path):
 # ------------------------------------------------------------------------------------------- more than one process
 
 
+def processes_on_cpu(count: int) -> tuple:
+    """Arguments of accelerate launch. Its `--cpu` starts several processes through MPI only, so this is its launcher
+    for GPUs, told by ACCELERATE_USE_CPU (conftest.py) to compute on the CPU."""
+    distributed = ("--multi_gpu",) if count > 1 else ("--cpu",)
+    return (*distributed, "--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no",
+            "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+
+
 def worker(tmp_path, name, images, settings, processes):
-    launch = ("--cpu", "--num_processes", processes, "--num_machines", 1, "--mixed_precision", "no",
-              "--dynamo_backend", "no", "--num_cpu_threads_per_process", 1)  # fmt: skip
     settings = {**settings, "data.path": images}
-    run_command("tests/distributed_worker.py", tmp_path / name, *flags(settings), launch=tuple(map(str, launch)))
+    run_command("tests/distributed_worker.py", tmp_path / name, *flags(settings), launch=processes_on_cpu(processes))
     return [load_file(file) for file in sorted((tmp_path / name).glob("rank*.safetensors"))]
 
 
@@ -183,7 +186,8 @@ def test_two_processes(images, tmp_path):
     assert any(name.startswith("heads.") for name in first)
     for name in first:
         assert torch.equal(first[name], second[name]) == (name != "seen"), name
-    plain = {**TINY, "gan.weight": "0", "model.noise_tau": "0"}
+    # Adam's epsilon damps what is rounding alone, such as the gradient of the keys' biases
+    plain = {**TINY, "gan.weight": "0", "model.noise_tau": "0", "optimizer.eps": "1.0e-4"}
     pair = worker(tmp_path, "pair", images, plain, 2)
     (single,) = worker(tmp_path, "single", images, plain, 1)
     assert sorted(torch.cat([rank["seen"] for rank in pair]).tolist()) == sorted(single["seen"].tolist())
@@ -194,8 +198,8 @@ def test_launched_run_with_two_processes(images, tmp_path):
     """The whole command under accelerate launch: each evaluation image counts once, and one process can go on."""
     run_dir = tmp_path / "two"
     settings = {**PLAIN, "train.max_steps": "2"}
-    launch = ("--cpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no")
-    train(images, run_dir, {**settings, "eval.batch_size": "3"}, launch=launch)
+    done = train(images, run_dir, {**settings, "eval.batch_size": "3"}, launch=processes_on_cpu(2))
+    assert "8 = 2 processes x 4 images x 1 accumulated" in done.stdout
     assert [line["num_samples"] for line in read_metrics(run_dir) if line["kind"] == "eval"] == [8, 8]
     train(images, run_dir, {**settings, "train.max_steps": "3"})
     assert read_metrics(run_dir)[-1]["step"] == 3
@@ -217,7 +221,7 @@ def take_steps(run, pixels, micro_batches, steps=3):
 def test_accumulation_is_a_bigger_batch(images):
     """Four micro-batches of 2 are one batch of 8, losses and weights, up to the order of sums."""
     pixels = torch.rand(8, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    settings = {"gan.weight": "0", "model.noise_tau": "0", "train.clip_grad_norm": "0.5"}
+    settings = {"gan.weight": "0", "model.noise_tau": "0", "train.clip_grad_norm": "0.5", "optimizer.eps": "1.0e-4"}
     one, weights = take_steps(tiny_run(images, Accelerator(cpu=True), **settings), pixels, 1)
     four, accumulated = take_steps(tiny_run(images, Accelerator(cpu=True), **settings), pixels, 4)
     assert relative_difference(accumulated, weights) < 1e-5
@@ -266,7 +270,7 @@ def test_fp16_loss_scaling(images):
         Accelerator().state._reset_state()
     full_run = tiny_run(images, Accelerator(cpu=True), **settings)
     (full, _), expected = take_steps(full_run, pixels, 2, steps=2)
-    assert half["loss"] == pytest.approx(full["loss"], rel=5e-3)
+    assert half["loss"] == pytest.approx(full["loss"], rel=2e-2)
     assert half["adaptive_weight"] == pytest.approx(full["adaptive_weight"], rel=5e-2)
     assert half["grad_norm"] == pytest.approx(full["grad_norm"], rel=5e-2)
     start = dict(tiny_run(images, Accelerator(cpu=True), **settings).model.decoder.named_parameters())
@@ -338,7 +342,7 @@ def test_unreadable_images(images, tmp_path):
     settings = {**PLAIN, "train.max_steps": "3"}
     done = train(data, tmp_path / "one", settings)
     assert done.stderr.count(str(files[0])) == 1 and "unreadable image 1" in done.stderr
-    files[1].write_text("not an image")
+    files[9].write_text("not an image")
     done = train(data, tmp_path / "two", {**settings, "data.max_unreadable": "1"}, check=False)
     assert done.returncode == 2
     assert error_line(done.stderr).startswith("error: data.max_unreadable: 2 images cannot be read")
@@ -355,7 +359,6 @@ def error_line(stderr: str) -> str:
 
 def fails(capsys, monkeypatch, images, settings) -> str:
     """Run train_rae.py's main in this process, expect exit code 2, give its one line."""
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sys, "argv", ["train_rae.py", *flags({**PLAIN, "data.path": images, **settings})])
     with pytest.raises(SystemExit) as exit_info:
         train_rae.run_main(train_rae.main)
@@ -439,7 +442,7 @@ def test_start_from_a_trained_model(images, whole_run, tmp_path):
 
 def test_nonfinite_loss(images, tmp_path):
     """A loss that is not finite ends the run with step, term and last good checkpoint; skipping is bounded."""
-    settings = {**PLAIN, "optimizer.lr": "1.0e+38", "train.save_every_steps": "1", "lr_schedule.warmup_steps": "0",
+    settings = {**PLAIN, "optimizer.lr": "1.0e+30", "train.save_every_steps": "1", "lr_schedule.warmup_steps": "0",
                 "gan.weight": "0"}  # fmt: skip
     done = train(images, tmp_path / "stop", settings, check=False)
     assert done.returncode == 1

@@ -1,0 +1,342 @@
+"""config.py through its command line: presets, precedence, error messages, and no dead settings. Seconds on a CPU."""
+
+import ast
+import dataclasses
+from pathlib import Path
+
+import pytest
+import yaml
+
+import config as config_module
+from config import Config, ConfigError, check_same_config, config_dict, config_yaml, parse_config
+
+REPO = Path(config_module.__file__).parent
+DIGITS = str(REPO / "configs" / "digits_tiny.yaml")
+# presets of train_rae.py: the header's launch command says whose it is
+PRESETS = [path for path in sorted((REPO / "configs").glob("*.yaml")) if "train_rae.py" in path.read_text()]
+
+
+def write(path, text):
+    path.write_text(text)
+    return str(path)
+
+
+@pytest.fixture
+def error(capsys):
+    """Parses arguments that must fail and returns the one line on stderr."""
+
+    def parse(*arguments):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stopped:
+            parse_config([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        assert stopped.value.code == 2 and captured.out == ""
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
+        return captured.err
+
+    return parse
+
+
+# Files and flags ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_presets_parse_and_resolve_to_themselves(preset, tmp_path):
+    """Every preset parses; what is resolved from it is a valid --config of the same meaning and types; its header says
+    how to launch it."""
+    config = parse_config(["--config", str(preset)])
+    resolved = write(tmp_path / "config.yaml", config_yaml(config))
+    again = parse_config(["--config", resolved])
+    assert again == config and config_yaml(again) == Path(resolved).read_text()
+    assert isinstance(again.gan.key_depths, tuple) and isinstance(again.optimizer.betas, tuple)
+    assert f"--config configs/{preset.name}" in preset.read_text()
+
+
+def test_there_is_a_preset_to_test():
+    """The default is one of the presets."""
+    assert config_module.DEFAULT_CONFIG in PRESETS
+
+
+def test_every_setting_survives_the_run_folder(tmp_path):
+    """A config with no field at its default comes back equal from its own YAML."""
+    changed = parse_config(["--config", DIGITS])
+
+    def change(settings):
+        for field in dataclasses.fields(settings):
+            value = getattr(settings, field.name)
+            if dataclasses.is_dataclass(value):
+                change(value)
+            elif isinstance(value, bool):
+                setattr(settings, field.name, not value)
+            elif isinstance(value, float):
+                setattr(settings, field.name, value / 3 + 1e-7)
+            elif isinstance(value, int):
+                setattr(settings, field.name, value + 1)
+            elif value is None and "int" in str(field.type):
+                setattr(settings, field.name, 7)
+            elif value is None and "float" in str(field.type):
+                setattr(settings, field.name, 1e-5)
+            elif value is None and "[str]" in str(field.type) and field.name != "vgg_path":
+                setattr(settings, field.name, "1e3")
+
+    change(changed)
+    changed.data.path, changed.model.encoder_config = "no", {"a": [1, {"b": None}], "c": 1e-6, "d": "gelu"}
+    changed.gan.key_depths, changed.logging.report_to = (), ()
+    resolved = write(tmp_path / "config.yaml", config_yaml(changed))
+    again = parse_config(["--config", resolved])
+    assert again == changed and again.model.init_from == "1e3" and again.train.max_steps == 7
+
+
+def test_later_files_win_and_flags_over_files(tmp_path):
+    """--config is repeatable; a file changes what it names and nothing else; flags win, wherever they stand."""
+    first = write(tmp_path / "1.yaml", "gan: {weight: 0.1, start_epoch: 3}\ntrain: {seed: 5}\noptimizer: {lr: 1e-3}\n")
+    second = write(tmp_path / "2.yaml", "gan: {weight: 0.2, optimizer: {lr: 0.5}}\n")
+    config = parse_config(["--config", first, "--config", second])
+    assert (config.gan.weight, config.gan.start_epoch, config.train.seed) == (0.2, 3, 5)
+    assert (config.optimizer.lr, config.gan.optimizer.lr, config.gan.optimizer.betas) == (1e-3, 0.5, (0.9, 0.95))
+    assert parse_config(["--config", second, f"--config={first}"]).gan.weight == 0.1
+    assert config.model == Config().model  # without digits_tiny, the dataclasses' defaults
+    flags = ["--gan.weight", "0.3", "--gan.key_depths", "[1,2]", "--train.max_steps=9"]
+    config = parse_config(["--config", first, *flags, "--data.path", "x"])
+    assert (config.gan.weight, config.gan.key_depths, config.train.max_steps) == (0.3, (1, 2), 9)
+    assert (config.gan.start_epoch, config.data.path) == (3, "x")
+
+
+def test_flags_before_files_win_too(tmp_path):
+    """The order of flags and files on the command line does not matter."""
+    file = write(tmp_path / "1.yaml", "gan: {weight: 0.1}\n")
+    assert parse_config(["--gan.weight", "0.3", "--config", file]).gan.weight == 0.3
+
+
+def test_without_a_file_the_default_preset_is_used(monkeypatch, tmp_path):
+    """No --config means configs/digits_tiny.yaml, from any folder, and flags change it."""
+    monkeypatch.chdir(tmp_path)
+    assert parse_config([]) == parse_config(["--config", DIGITS])
+    config = parse_config(["--train.max_steps", "3"])
+    assert config.train.max_steps == 3 and config.model.encoder_weights == "random"
+    monkeypatch.setattr("sys.argv", ["train_rae.py", "--train.seed", "4"])
+    assert parse_config() == parse_config(["--train.seed", "4"])
+
+
+# Errors ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, named",
+    [
+        ("gan: {wieght: 1}", "wieght"),
+        ("gan: {optimizer: {lrr: 1}}", "optimizer.lrr"),
+        ("adversary: {weight: 1}", "adversary"),
+        ("seed: 1", "seed"),
+        ("gan: {weight: heavy}", "gan.weight"),
+        ("train: {max_steps: 1.5}", "train.max_steps"),
+        ("train: {gradient_accumulation_steps: true}", "train.gradient_accumulation_steps"),
+        ("gan: {loss: wgan}", "gan.loss"),
+        ("optimizer: {betas: [0.9]}", "optimizer.betas"),
+        ("gan: {key_depths: [one]}", "gan.key_depths"),
+        ("gan: {weight: .nan}", "gan.weight"),
+        ("gan: [", "config"),
+        ("just words", "config"),
+        ("", "config"),
+        ("gan: words", "gan"),
+    ],
+)
+def test_bad_files_are_one_line_that_names_the_key(tmp_path, error, text, named):
+    """Unknown keys, wrong types and broken YAML in a file end with exit code 2 and one line on stderr."""
+    assert named in error("--config", write(tmp_path / "bad.yaml", text))
+
+
+@pytest.mark.parametrize("text", ["gan: 3", "gan: null", "gan: [1]", "train: {}\ngan:\n  optimizer: 3"])
+def test_a_group_that_is_no_mapping_is_an_error(tmp_path, error, text):
+    """A group set to a number, a list or nothing is not taken for its defaults."""
+    assert "gan" in error("--config", write(tmp_path / "bad.yaml", text))
+
+
+def test_bad_flags_are_one_line_that_names_the_key(tmp_path, error):
+    """The same for flags, and for a file that does not exist."""
+    for arguments in (["--gan.wieght", 1], ["--gan.wieght=1"], ["--gan.optimizer.lrr", 1], ["--seed", 1]):
+        assert arguments[0].split("=")[0] in error(*arguments)
+    for key, value in (("gan.weight", "x"), ("train.max_steps", 1.5), ("gan.loss", "x"), ("eval.metrics", "[fid]")):
+        assert key in error(f"--{key}", value) and str(value).strip("[]") in error(f"--{key}", value)
+    assert "nowhere.yaml" in error("--config", tmp_path / "nowhere.yaml")
+    assert str(tmp_path) in error("--config", tmp_path)
+    assert "--gan.weight" in error("--gan.weight")
+    assert "surplus" in error("surplus")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("optimizer.lr", 0),
+        ("optimizer.betas", "[0.9,1.0]"),
+        ("optimizer.betas", "[-0.1,0.9]"),
+        ("optimizer.weight_decay", -0.1),
+        ("lr_schedule.final_lr", -1),
+        ("gan.optimizer.lr", -1),
+        ("gan.optimizer.betas", "[1.0,0.9]"),
+        ("gan.optimizer.weight_decay", -1),
+        ("gan.lr_schedule.final_lr", -1),
+        ("model.noise_tau", -0.1),
+        ("data.holdout_fraction", 1.0),
+        ("data.holdout_fraction", -0.1),
+        ("data.num_workers", -1),
+        ("train.cpu_threads", 0),
+        ("train.global_batch_size", 0),
+        ("train.gradient_accumulation_steps", 0),
+        ("train.max_steps", 0),
+        ("train.epochs", 0),
+        ("train.keep_last", 0),
+        ("train.save_every_steps", 0),
+        ("train.save_every_epochs", 0),
+        ("train.clip_grad_norm", 0),
+        ("ema.decay", 1.0),
+        ("ema.decay", -0.1),
+        ("perceptual.weight", -1),
+        ("gan.weight", -0.5),
+        ("gan.updates_per_step", 0),
+        ("gan.augment_prob", 1.1),
+        ("gan.augment_cutout", 1.0),
+        ("eval.every_steps", 0),
+        ("eval.every_epochs", 0),
+        ("eval.batch_size", 0),
+        ("logging.every_steps", 0),
+        ("logging.num_samples", 0),
+        ("perceptual.vgg_path", "vgg.pth"),  # digits_tiny's VGG16 is random
+    ],
+)
+def test_values_that_no_run_can_use(error, key, value):
+    """Each is refused with its key and its value."""
+    message = error(f"--{key}", value)
+    assert f"error: {key}: expected" in message
+    got = message.rsplit("got ", 1)[1].strip().strip("'")
+    assert yaml.safe_load(got.replace("(", "[").replace(")", "]")) == yaml.safe_load(str(value))
+
+
+def test_values_that_contradict_each_other(error):
+    """The best metric must be measured; architecture settings belong to random weights only."""
+    assert "eval.best_metric" in error("--eval.metrics", "[ssim]")
+    assert "eval.best_metric" in error("--eval.metrics", "[]")
+    assert parse_config(["--eval.metrics", "[ssim]", "--eval.best_metric", "ssim"]).eval.metrics == ("ssim",)
+    assert "model.encoder_config" in error("--model.encoder_weights", "pretrained")
+    assert "gan.backbone_config" in error("--gan.weights", "pretrained")
+
+
+def test_other_processes_do_not_repeat_the_message(monkeypatch, capsys):
+    """Under a launcher only rank 0 prints; all exit with 2."""
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(["--gan.weight", "x"])
+    assert stopped.value.code == 2 and capsys.readouterr().err == ""
+
+
+# The schema -----------------------------------------------------------------------------------------------------------
+
+
+def schema():
+    """(class name, field name, docstring) of every setting of every group."""
+    tree = ast.parse((REPO / "config.py").read_text())
+    for node in tree.body:
+        if isinstance(node, ast.ClassDef) and dataclasses.is_dataclass(getattr(config_module, node.name)):
+            yield node.name, None, ast.get_docstring(node)
+            for i, statement in enumerate(node.body):
+                if isinstance(statement, ast.AnnAssign):
+                    after = node.body[i + 1] if i + 1 < len(node.body) else None
+                    is_text = isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)
+                    yield node.name, statement.target.id, after.value.value if is_text else None
+
+
+def test_every_setting_is_documented(capsys):
+    """Each class and each field has a docstring, and --help shows the fields'."""
+    groups = {field.name for field in dataclasses.fields(Config)}
+    for class_name, field, text in schema():
+        if (class_name, field in groups) != ("Config", True):  # a group's documentation is its class's
+            assert text and text.strip(), f"{class_name}.{field} has no docstring"
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(["--help"])
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for flag in ("--gan.weight", "--gan.optimizer.lr", "--eval.best_metric", "--config"):
+        assert flag in shown
+    assert "Strength of the latent noise in training" in " ".join(shown.split())
+
+
+def test_every_setting_is_read():
+    """Each field is read as an attribute in a script or module other than config.py; an optimizer's become AdamW's
+    arguments through asdict."""
+    read, text = set(), ""
+    for path in [*REPO.glob("*.py"), *(REPO / "scripts").glob("*.py")]:
+        if path.name != "config.py":
+            text += path.read_text()
+            nodes = ast.walk(ast.parse(path.read_text()))
+            read |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+    assert "asdict(settings)" in text  # how OptimizerConfig is consumed
+    dead = [f"{c}.{f}" for c, f, _ in schema() if f is not None and c != "OptimizerConfig" and f not in read]
+    assert not dead, f"settings that nothing reads: {dead}"
+    optimizer = {field.name for field in dataclasses.fields(config_module.OptimizerConfig)}
+    assert optimizer == {"lr", "betas", "eps", "weight_decay"}  # all of them arguments of torch.optim.AdamW
+
+
+# Continuing a run -----------------------------------------------------------------------------------------------------
+
+
+def leaves(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict) and not key.endswith("_config"):
+            yield from leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def other(value):
+    """A value that differs from this one."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return {**value, "x": 1} if isinstance(value, dict) else "other"
+
+
+def test_a_run_folder_is_continued_with_its_own_settings_only(tmp_path):
+    """The same config passes, and so does one that differs in a resumable key; any other key is an error that names
+    the key, both values and the folder's file."""
+    resumable = {
+        "data.num_workers", "data.max_unreadable", "model.gradient_checkpointing", "train.cpu_threads", "train.epochs",
+        "train.gradient_accumulation_steps", "train.keep_last", "train.max_nonfinite_steps", "train.max_steps",
+        "train.output_dir", "train.save_every_steps", "train.save_every_epochs",
+    }  # fmt: skip
+    config = parse_config([])
+    saved = tmp_path / "config.yaml"
+    saved.write_text(config_yaml(config))
+    check_same_config(config, saved)
+    keys = dict(leaves(config_dict(config)))
+    assert resumable <= keys.keys()
+    allowed = set()
+    for key, value in keys.items():
+        tree = config_dict(config)
+        *groups, name = key.split(".")
+        group = tree
+        for part in groups:
+            group = group[part]
+        group[name] = other(value)
+        saved.write_text(yaml.safe_dump(tree, sort_keys=False))
+        try:
+            check_same_config(config, saved)
+            allowed.add(key)
+        except ConfigError as error:
+            message = str(error)
+            assert f"{key} is {other(value)!r} there and {value!r} now" in message and str(saved) in message
+    assert allowed == resumable | {key for key in keys if key.startswith(("eval.", "logging."))}
+
+
+def test_a_run_folder_of_another_version(tmp_path):
+    """A setting that the saved config lacks, or has beside ours, is named too."""
+    config = parse_config([])
+    tree = config_dict(config)
+    lost = tree["gan"].pop("norm")
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match=f"gan.norm is None there and '{lost}' now"):
+        check_same_config(config, tmp_path / "config.yaml")
+    tree["gan"].update(norm=lost, surplus=1)
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
+    with pytest.raises(ConfigError, match="gan.surplus is 1 there and None now"):
+        check_same_config(config, tmp_path / "config.yaml")
