@@ -10,13 +10,36 @@ Whatever is a folder is written beside its place and renamed: a half-written one
 
 import json
 import math
+import pickle
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
 
+import torch
 from accelerate import Accelerator
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+
+def read_tensors(path: Path, setting: str) -> dict:
+    """The tensors of a .safetensors file, or of a file of torch.save, in which nothing but tensors is accepted.
+
+    Raises OSError when there is no such file and ValueError when it holds something else; the message names `setting`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise OSError(f"{setting}: file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{setting}: {path} is no file of tensors ({str(error).splitlines()[0]})") from None
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{setting}: {path} holds a {type(tensors).__name__}, expected a dictionary of tensors")
+    return tensors
 
 
 def write_folder(target: Path, write: Callable[[Path], None], main_process: bool, wait: Callable[[], None]) -> None:

@@ -6,14 +6,15 @@ Later files win over earlier ones, flags over files. An unknown key or a wrong t
 Start points are given in epochs, as published, or in steps, which win where both are given.
 """
 
+import math
 import os
 import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn, Optional, Union
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
+from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -294,70 +295,109 @@ def parse_config(argv: Optional[list] = None) -> Config:
     parser = ArgumentParser(prog="train_rae.py", exit_on_error=False, description="Train a representation autoencoder.")
     parser.add_argument("--config", action="config", help="YAML file; repeatable, later ones win")
     parser.add_class_arguments(Config, nested_key=None, as_group=False)
-    argv = sys.argv[1:] if argv is None else argv
-    if not any(arg.split("=")[0] in ("--config", "--help", "-h") for arg in argv):
-        argv = ["--config", str(DEFAULT_CONFIG), *argv]
+    argv = files_first(sys.argv[1:] if argv is None else argv)
     try:
-        parsed = parser.instantiate_classes(parser.parse_args(argv))
-        values = {name: getattr(parsed, name) for name in Config.__dataclass_fields__}
-        config = Config(**values)
+        parsed = parser.parse_args(argv)
+        check_groups(Config, parsed)
+        parsed = parser.instantiate_classes(parsed)
+        config = Config(**{group.name: getattr(parsed, group.name) for group in fields(Config)})
         check_config(config)
-    except (ArgumentError, ConfigError, ValueError, OSError) as error:
+    except (ArgumentError, ValueError, OSError) as error:
         fail(error)
     return config
+
+
+def files_first(argv: list) -> list:
+    """The command line with its --config options in front, so that flags win wherever they stand; without any, the
+    default preset's."""
+    files, flags, i = [], [], 0
+    while i < len(argv):
+        length = 2 if argv[i] == "--config" else 1
+        (files if argv[i].split("=")[0] == "--config" else flags).extend(argv[i : i + length])
+        i += length
+    if not files and not {"--help", "-h"} & set(flags):
+        files = ["--config", str(DEFAULT_CONFIG)]
+    return [*files, *flags]
+
+
+def check_groups(schema: type, values: Any, prefix: str = "") -> None:
+    """Raise ConfigError where a YAML file gives something else than a mapping for a group of settings."""
+    for item in fields(schema):
+        group, value = item.default_factory, values.get(item.name)
+        if is_dataclass(group):
+            if not isinstance(value, Namespace):
+                raise ConfigError(f"{prefix}{item.name}: expected a mapping of settings, got {value!r}")
+            check_groups(group, value, f"{prefix}{item.name}.")
+
+
+# What every value must be, beyond its type: keys, condition, and the words for it. Values of None are left alone.
+RULES = (
+    (
+        "optimizer.lr gan.optimizer.lr optimizer.eps gan.optimizer.eps gan.norm_eps train.epochs train.max_steps "
+        "train.global_batch_size train.gradient_accumulation_steps train.cpu_threads train.clip_grad_norm "
+        "train.save_every_steps train.save_every_epochs train.keep_last gan.updates_per_step gan.max_adaptive_weight "
+        "eval.every_steps eval.every_epochs eval.num_samples eval.batch_size logging.every_steps "
+        "logging.samples_every_steps logging.num_samples data.resize_size",
+        lambda value: value > 0,
+        "a positive number",
+    ),
+    (
+        "optimizer.weight_decay gan.optimizer.weight_decay lr_schedule.final_lr gan.lr_schedule.final_lr "
+        "lr_schedule.warmup_epochs lr_schedule.warmup_steps lr_schedule.decay_end_epoch lr_schedule.decay_end_step "
+        "gan.lr_schedule.warmup_epochs gan.lr_schedule.warmup_steps gan.lr_schedule.decay_end_epoch "
+        "gan.lr_schedule.decay_end_step model.noise_tau data.num_workers data.max_unreadable train.max_nonfinite_steps "
+        "perceptual.weight perceptual.start_epoch perceptual.start_step gan.weight gan.start_epoch gan.start_step "
+        "gan.update_start_epoch gan.update_start_step",
+        lambda value: value >= 0,
+        "a number of at least 0",
+    ),
+    (
+        "data.holdout_fraction ema.decay gan.augment_cutout",
+        lambda value: 0 <= value < 1,
+        "a number in [0, 1)",
+    ),
+    ("gan.augment_prob", lambda value: 0 <= value <= 1, "a number in [0, 1]"),
+    ("train.seed", lambda value: 0 <= value < 2**32, "a number in [0, 2**32)"),
+    (
+        "optimizer.betas gan.optimizer.betas",
+        lambda betas: all(0 <= beta < 1 for beta in betas),
+        "two numbers in [0, 1)",
+    ),
+)
 
 
 def check_config(config: Config) -> None:
     """Raise ConfigError for values that no run can use and that can be seen without loading anything."""
 
-    def require(condition: bool, key: str, expected: str) -> None:
-        group, _, name = key.rpartition(".")
-        value: Any = config
-        for part in [*group.split("."), name]:
-            value = getattr(value, part)
+    def require(condition: bool, key: str, expected: str, value: Any) -> None:
         if not condition:
             raise ConfigError(f"{key}: expected {expected}, got {value!r}")
 
-    for prefix, optimizer, schedule in (
-        ("", config.optimizer, config.lr_schedule),
-        ("gan.", config.gan.optimizer, config.gan.lr_schedule),
+    settings = flat(config_dict(config))
+    for key, value in settings.items():
+        require(not isinstance(value, float) or math.isfinite(value), key, "a finite number", value)
+    for keys, condition, expected in RULES:
+        for key in keys.split():
+            if settings[key] is not None:
+                require(condition(settings[key]), key, expected, settings[key])
+    best, metrics = config.eval.best_metric, config.eval.metrics
+    require(best in metrics, "eval.best_metric", f"one of eval.metrics {list(metrics)}", best)
+    # a setting that would be ignored is a mistake
+    for key, used, needed in (
+        ("model.encoder_config", config.model.encoder_weights == "random", "model.encoder_weights is random"),
+        ("gan.backbone_config", config.gan.weights == "random", "gan.weights is random"),
+        ("perceptual.vgg_path", config.perceptual.weights == "pretrained", "perceptual.weights is pretrained"),
     ):
-        require(optimizer.lr > 0, f"{prefix}optimizer.lr", "a positive learning rate")
-        require(all(0 <= beta < 1 for beta in optimizer.betas), f"{prefix}optimizer.betas", "two numbers in [0, 1)")
-        require(optimizer.weight_decay >= 0, f"{prefix}optimizer.weight_decay", "a number of at least 0")
-        require(schedule.final_lr >= 0, f"{prefix}lr_schedule.final_lr", "a number of at least 0")
-    require(config.model.noise_tau >= 0, "model.noise_tau", "a number of at least 0")
-    require(0 <= config.data.holdout_fraction < 1, "data.holdout_fraction", "a number in [0, 1)")
-    require(config.data.num_workers >= 0, "data.num_workers", "a number of at least 0")
-    require(config.train.cpu_threads is None or config.train.cpu_threads > 0, "train.cpu_threads", "a positive number")
-    require(config.train.global_batch_size > 0, "train.global_batch_size", "a positive number")
-    require(config.train.gradient_accumulation_steps > 0, "train.gradient_accumulation_steps", "a positive number")
-    require(config.train.max_steps is None or config.train.max_steps > 0, "train.max_steps", "a positive number")
-    require(config.train.epochs > 0, "train.epochs", "a positive number")
-    require(config.train.keep_last >= 1, "train.keep_last", "at least 1")
-    require(config.train.save_every_steps is None or config.train.save_every_steps > 0,
-            "train.save_every_steps", "a positive number")  # fmt: skip
-    require(config.train.save_every_epochs > 0, "train.save_every_epochs", "a positive number")
-    require(config.train.clip_grad_norm is None or config.train.clip_grad_norm > 0,
-            "train.clip_grad_norm", "a positive number or null")  # fmt: skip
-    require(0 <= config.ema.decay < 1, "ema.decay", "a number in [0, 1)")
-    require(config.perceptual.weight >= 0, "perceptual.weight", "a number of at least 0")
-    require(config.gan.weight >= 0, "gan.weight", "a number of at least 0")
-    require(config.gan.updates_per_step > 0, "gan.updates_per_step", "a positive number")
-    require(0 <= config.gan.augment_prob <= 1, "gan.augment_prob", "a number in [0, 1]")
-    require(0 <= config.gan.augment_cutout < 1, "gan.augment_cutout", "a number in [0, 1)")
-    require(config.eval.every_steps is None or config.eval.every_steps > 0, "eval.every_steps", "a positive number")
-    require(config.eval.every_epochs > 0, "eval.every_epochs", "a positive number")
-    require(config.eval.best_metric in config.eval.metrics, "eval.best_metric", f"one of {config.eval.metrics}")
-    require(config.eval.batch_size > 0, "eval.batch_size", "a positive number")
-    require(config.logging.every_steps > 0, "logging.every_steps", "a positive number")
-    require(config.logging.num_samples > 0, "logging.num_samples", "a positive number")
-    require(config.model.encoder_weights == "random" or not config.model.encoder_config,
-            "model.encoder_config", "nothing unless model.encoder_weights is random")  # fmt: skip
-    require(config.gan.weights == "random" or not config.gan.backbone_config,
-            "gan.backbone_config", "nothing unless gan.weights is random")  # fmt: skip
-    require(config.perceptual.weights == "pretrained" or config.perceptual.vgg_path is None,
-            "perceptual.vgg_path", "nothing when perceptual.weights is random")  # fmt: skip
+        require(used or not settings[key], key, f"nothing unless {needed}", settings[key])
+
+
+def flat(tree: dict, prefix: str = "") -> dict:
+    """Nested settings as {"group.name": value}; the free-form `*_config` dictionaries stay whole."""
+    leaves = {}
+    for key, value in tree.items():
+        nested = isinstance(value, dict) and not key.endswith("_config")
+        leaves.update(flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
+    return leaves
 
 
 def config_dict(config: Config) -> dict:
@@ -373,7 +413,23 @@ def config_dict(config: Config) -> dict:
 
 def config_yaml(config: Config) -> str:
     """The resolved config as YAML text, itself a valid `--config`."""
-    return yaml.safe_dump(config_dict(config), sort_keys=False)
+    return yaml.dump(config_dict(config), Dumper=ConfigDumper, sort_keys=False)
+
+
+class ConfigDumper(yaml.SafeDumper):
+    """Quotes text that reads as a number: jsonargparse takes 1e3 for one, PyYAML alone would leave it bare."""
+
+
+def _quote_numbers(dumper: ConfigDumper, text: str) -> yaml.Node:
+    try:
+        float(text)
+        style = "'"
+    except ValueError:
+        style = None
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+ConfigDumper.add_representer(str, _quote_numbers)
 
 
 # What may differ between a run and its continuation: it changes how far, how fast or how visibly it goes, not what
@@ -397,14 +453,6 @@ RESUMABLE_KEYS = (
 
 def check_same_config(config: Config, saved: Path) -> None:
     """Raise ConfigError when `saved`, the config.yaml of a run folder, is of another run than `config`."""
-
-    def flat(tree: dict, prefix: str = "") -> dict:
-        leaves = {}
-        for key, value in tree.items():
-            # the free-form dictionaries are compared as a whole
-            nested = isinstance(value, dict) and not key.endswith("_config")
-            leaves.update(flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
-        return leaves
 
     old, new = flat(yaml.safe_load(saved.read_text())), flat(config_dict(config))
     for key in sorted(old.keys() | new.keys()):

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Optional
 
 import torch
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from transformers import ViTConfig, ViTModel
 
+from checkpointing import read_tensors
 from modeling_rae import IMAGENET_MEAN, IMAGENET_STD
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -78,7 +78,7 @@ def _timm_to_transformers(state: dict) -> dict:
         for old, new in renames:
             name = name.replace(old, new)
         if ".attn.qkv." in name:
-            for part, chunk in zip(("query", "key", "value"), tensor.chunk(3)):
+            for part, chunk in zip(("query", "key", "value"), tensor.chunk(3), strict=True):
                 renamed[name.replace(".attn.qkv.", f".attention.attention.{part}.")] = chunk.contiguous()
         else:
             renamed[name] = tensor
@@ -86,10 +86,9 @@ def _timm_to_transformers(state: dict) -> dict:
 
 
 def _load_timm_file(path: Path, num_attention_heads: Optional[int]) -> ViTModel:
-    read = load_file if path.suffix == ".safetensors" else lambda p: torch.load(p, map_location="cpu", weights_only=True)
-    state = {name: t for name, t in read(path).items() if not name.startswith("head.")}
+    state = {name: t for name, t in read_tensors(path, "gan.backbone").items() if not name.startswith("head.")}
     if "pos_embed" not in state or "blocks.0.attn.qkv.weight" not in state:
-        raise ValueError(f"gan.backbone: {path} is not a DINO ViT with timm's names (no pos_embed or blocks.0.attn.qkv)")
+        raise ValueError(f"gan.backbone: {path} is no DINO ViT with timm's names (no pos_embed or blocks.0.attn.qkv)")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
     config = ViTConfig(
@@ -107,8 +106,8 @@ def _load_timm_file(path: Path, num_attention_heads: Optional[int]) -> ViTModel:
 def _strict_vit(source: Optional[str], **kwargs) -> ViTModel:
     vit, info = ViTModel.from_pretrained(source, add_pooling_layer=False, output_loading_info=True, **kwargs)
     if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise ValueError(f"gan.backbone: {source or 'the file'} lacks {len(missing)} weights, the first is {missing[0]}")
+        first, count = min(info["missing_keys"]), len(info["missing_keys"])
+        raise ValueError(f"gan.backbone: {source or 'the file'} lacks {count} weights, the first is {first}")
     return vit
 
 
@@ -131,8 +130,6 @@ def load_backbone(
     if weights == "random":
         return ViTModel(ViTConfig(**{**(config or {}), **BACKBONE_SETTINGS}), add_pooling_layer=False)
     if Path(source).suffix in (".pth", ".pt", ".safetensors"):
-        if not Path(source).is_file():
-            raise OSError(f"gan.backbone: file {source} does not exist")
         return _load_timm_file(Path(source), num_attention_heads)
     config = ViTConfig.from_pretrained(source, **BACKBONE_SETTINGS)
     return _strict_vit(source, config=config, dtype=torch.float32)
@@ -250,7 +247,8 @@ class DinoDiscriminator(nn.Module):
         return self
 
     def _judge(self, features: list) -> torch.Tensor:
-        return torch.cat([head(x).squeeze(1) for head, x in zip(self.heads, features)], dim=1)  # (B, heads * N)
+        logits = [head(x).squeeze(1) for head, x in zip(self.heads, features, strict=True)]  # (B, N) each
+        return torch.cat(logits, dim=1)  # (B, heads * N)
 
     def forward(self, fake: torch.Tensor, real: Optional[torch.Tensor] = None):
         """Images (B, 3, H, W) in [-1, 1] to logits (B, heads * N); with `real` a pair (fake logits, real logits).

@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn import functional as F
 from torchvision.models import VGG16_Weights
 
+from checkpointing import read_tensors
+
 # --------------------------------------------------------------------------------------------------------------------
 # Adversarial losses
 # --------------------------------------------------------------------------------------------------------------------
@@ -56,7 +58,7 @@ def random_vgg16_state() -> dict:
     channels = (64, 64, 128, 128, 256, 256, 256, 512, 512, 512, 512, 512, 512)
     positions = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)  # of the convolutions among torchvision's features
     state, fan_in = {}, 3
-    for i, (position, width) in enumerate(zip(positions, channels)):
+    for i, (position, width) in enumerate(zip(positions, channels, strict=True)):
         random = np.random.RandomState(zlib.crc32(f"vgg16.conv{i}".encode()))
         weight = random.standard_normal((width, fan_in, 3, 3)) * np.sqrt(2 / (9 * fan_in))
         state[f"features.{position}.weight"] = torch.from_numpy(weight.astype(np.float32))
@@ -65,20 +67,20 @@ def random_vgg16_state() -> dict:
     return state
 
 
-def _pretrained_vgg16_state(vgg_path: Optional[str]) -> dict:
-    if vgg_path is not None:
-        if not Path(vgg_path).is_file():
-            raise OSError(f"perceptual.vgg_path: file {vgg_path} does not exist")
-        return torch.load(vgg_path, map_location="cpu", weights_only=True)
+def _pretrained_vgg16_file() -> Path:
+    """torchvision's VGG16 in torch.hub's folder, downloaded when it is not there."""
     url = VGG16_Weights.IMAGENET1K_V1.url
-    place = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    try:
-        return torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True, progress=False)
-    except OSError as error:  # URLError is one
-        raise OSError(
-            f"LPIPS needs VGG16's weights: {place} does not exist and the download failed ({error}); "
-            "put the file there or name a local copy with perceptual.vgg_path"
-        ) from None
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.split("-")[-1], progress=False)
+        except (OSError, RuntimeError) as error:  # no connection; a file with another hash
+            raise OSError(
+                f"perceptual.vgg_path: LPIPS needs VGG16's weights, {file} does not exist and the download failed "
+                f"({error}); put the file there or name a local copy"
+            ) from None
+    return file
 
 
 def build_lpips(weights: str = "pretrained", vgg_path: Optional[str] = None) -> nn.Module:
@@ -94,7 +96,11 @@ def build_lpips(weights: str = "pretrained", vgg_path: Optional[str] = None) -> 
         OSError: the weights cannot be had; the message names file and setting.
         ValueError: the file holds something else.
     """
-    state = random_vgg16_state() if weights == "random" else _pretrained_vgg16_state(vgg_path)
+    if weights == "random":
+        file, state = None, random_vgg16_state()
+    else:
+        file = Path(vgg_path) if vgg_path is not None else _pretrained_vgg16_file()
+        state = read_tensors(file, "perceptual.vgg_path")
     with warnings.catch_warnings():  # lpips still passes torchvision's old `pretrained` argument
         warnings.simplefilter("ignore", UserWarning)
         model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
@@ -102,7 +108,7 @@ def build_lpips(weights: str = "pretrained", vgg_path: Optional[str] = None) -> 
     try:
         model.net.load_state_dict({name: state[f"features.{i}.{kind}"] for name, (i, kind) in own.items()})
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"perceptual.vgg_path: {vgg_path} is not torchvision's VGG16 ({error})") from None
+        raise ValueError(f"perceptual.vgg_path: {file} is not torchvision's VGG16 ({error})") from None
     return model.requires_grad_(False).eval()
 
 
@@ -179,9 +185,10 @@ def generator_gradient(
     (gan_gradient,) = torch.autograd.grad(scale_loss(gan), reconstruction)
     (base_t,) = torch.autograd.grad(mapped, t, base_gradient, retain_graph=True)
     (gan_t,) = torch.autograd.grad(mapped, t, gan_gradient)
-    h = last_hidden_state.detach().flatten(0, 1).float()  # (B * (1 + N), D)
+    h = last_hidden_state.detach().flatten(0, 1)  # (B * (1 + N), D)
+    h = h.to(torch.promote_types(h.dtype, torch.float32))
     unscale = scale_loss(torch.ones_like(loss, dtype=torch.float32))
-    base_norm, gan_norm = ((g.flatten(0, 1).float().t() @ h).norm() / unscale for g in (base_t, gan_t))
+    base_norm, gan_norm = ((g.flatten(0, 1).to(h.dtype).t() @ h).norm() / unscale for g in (base_t, gan_t))
     w = adaptive_weight(base_norm, gan_norm, max_adaptive_weight)
     loss = loss.detach() + gan_weight * w * gan.detach()
     terms = GeneratorTerms(loss, recon.detach(), perceived.detach(), gan.detach(), w)

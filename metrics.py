@@ -70,4 +70,4 @@ def evaluate_reconstructions(
     total, *means = accelerator.reduce(sums, "sum").tolist()
     if total == 0:
         raise ValueError("evaluation found no readable image")
-    return {"num_samples": int(total), **{name: mean / total for name, mean in zip(names, means)}}
+    return {"num_samples": int(total), **{name: mean / total for name, mean in zip(names, means, strict=True)}}

@@ -496,9 +496,7 @@ class RAEModel(RAEPreTrainedModel):
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
         """As in transformers, but strict: a missing or unexpected key raises ValueError. A folder without the encoder
         (`encoder_bundled` false in its config) fetches it from the recorded id and revision."""
-        model, info = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
-        )
+        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
         for kind in ("missing_keys", "unexpected_keys"):
             if info[kind]:
                 first = sorted(info[kind])[0]
@@ -547,8 +545,8 @@ class RAEModel(RAEPreTrainedModel):
     def _latent_std(self) -> torch.Tensor:
         return (self.latent_var.float() + LATENT_VAR_EPS).sqrt()
 
-    def _per_channel(self, values: list, like: torch.Tensor) -> torch.Tensor:
-        return like.new_tensor(values).view(1, 3, 1, 1)
+    def _image_mean_and_std(self, like: torch.Tensor) -> tuple:
+        return tuple(like.new_tensor(v).view(1, 3, 1, 1) for v in (self.config.image_mean, self.config.image_std))
 
     # ------------------------------------------------------------------------------------------------- the method
 
@@ -577,12 +575,13 @@ class RAEModel(RAEPreTrainedModel):
         if pixel_values.shape[-1] != size:
             # bicubic, not antialiased: what the published encoders were given
             pixel_values = F.interpolate(pixel_values, size=(size, size), mode="bicubic", align_corners=False)
-        mean, std = self._per_channel(config.image_mean, pixel_values), self._per_channel(config.image_std, pixel_values)
+        mean, std = self._image_mean_and_std(pixel_values)
         pixel_values = (pixel_values - mean) / std
         family = encoder_family(config.encoder_config)
         out = self.encoder(pixel_values, **family.call_kwargs(pixel_values, config.latent_size**2))
         tokens = out.last_hidden_state[:, family.prefix_tokens(config.encoder_config) :]  # (B, N, C)
-        latent = tokens.transpose(1, 2).unflatten(2, (config.latent_size, config.latent_size))  # (B, C, h, w)
+        latent = tokens.transpose(1, 2).contiguous()  # (B, C, N)
+        latent = latent.unflatten(2, (config.latent_size, config.latent_size))  # (B, C, h, w)
         if config.use_latent_stats:
             latent = ((latent.float() - self.latent_mean.float()) / self._latent_std()).to(latent.dtype)
         if self.training if add_noise is None else add_noise:
@@ -624,7 +623,7 @@ class RAEModel(RAEPreTrainedModel):
     def patches_to_pixels(self, patches: torch.Tensor) -> torch.Tensor:
         """Output of the decoder's last Linear, (B, 1 + N, p*p*3), CLS first, to pixels (B, 3, H, W), about [0, 1]."""
         pixels = unpatchify(patches[:, 1:], self.config.decoder_patch_size)
-        mean, std = self._per_channel(self.config.image_mean, pixels), self._per_channel(self.config.image_std, pixels)
+        mean, std = self._image_mean_and_std(pixels)
         return pixels * std + mean
 
     def forward(

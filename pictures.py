@@ -36,11 +36,11 @@ def plot_curves(lines: list, path: Path) -> None:
         ("SSIM and LPIPS, EMA, held out", evals, ["ssim", "lpips"]),
     ]
     figure, axes = plt.subplots(2, 4, figsize=(18, 7), layout="constrained")
-    for axis, (title, source, names) in zip(axes.flat, panels):
+    for axis, (title, source, names) in zip(axes.flat, panels, strict=True):
         for name in names:
             points = [(line["step"], line[name]) for line in source if line.get(name) is not None]
             if points:
-                axis.plot(*zip(*points), label=name, marker="." if source is evals else None)
+                axis.plot(*zip(*points, strict=True), label=name, marker="." if source is evals else None)
                 axis.legend()
         axis.set_title(title)
         axis.set_xlabel("step")

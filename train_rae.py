@@ -15,6 +15,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn, Optional
 
@@ -24,12 +25,19 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.utils import ProjectConfiguration, set_seed
 from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
-from safetensors.torch import load_file
 from torch import nn
 from tqdm.auto import tqdm
-from transformers.utils.logging import disable_progress_bar
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from checkpointing import MetricsFile, StopSignal, checkpoint_step, checkpoints, save_checkpoint, write_folder
+from checkpointing import (
+    MetricsFile,
+    StopSignal,
+    checkpoint_step,
+    checkpoints,
+    read_tensors,
+    save_checkpoint,
+    write_folder,
+)
 from config import (
     Config,
     ConfigError,
@@ -205,11 +213,8 @@ def load_initial_rae(source: str, expected: RAEConfig) -> RAEModel:
 
 
 def read_latent_stats(path: str) -> dict:
-    """`mean` and `var` of a statistics file, .safetensors or .pt (read with weights_only)."""
-    if not Path(path).is_file():
-        raise OSError(f"file {path} does not exist")
-    is_safetensors = path.endswith(".safetensors")
-    stats = load_file(path) if is_safetensors else torch.load(path, map_location="cpu", weights_only=True)
+    """`mean` and `var` of a statistics file."""
+    stats = read_tensors(path, "model.latent_stats")
     if not {"mean", "var"} <= stats.keys():
         raise ValueError(f"{path} holds {sorted(stats)}, expected 'mean' and 'var'")
     return {"mean": stats["mean"], "var": stats["var"]}
@@ -231,8 +236,7 @@ def build_run(config: Config, accelerator: Accelerator, steps_per_epoch: int) ->
 
     def adamw(parameters: Iterator, settings: Any) -> torch.optim.Optimizer:
         trained = [p for p in parameters if p.requires_grad]
-        options = {k: v for k, v in asdict(settings).items()}
-        return torch.optim.AdamW(trained, **options, fused=accelerator.device.type == "cuda")
+        return torch.optim.AdamW(trained, **asdict(settings), fused=accelerator.device.type == "cuda")
 
     set_seed(config.train.seed)
     gan, perceptual = config.gan, config.perceptual
@@ -350,10 +354,14 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
     use_gan = run.discriminator is not None and step >= run.gan_start
     if use_gan:
         discriminator = accelerator.unwrap_model(run.discriminator).eval()
+
+    def judge(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+        return discriminator(run.augment(images, generator))
+
     scale_loss = (lambda loss: loss) if accelerator.scaler is None else accelerator.scaler.scale
     model.train()
     sums = torch.zeros(5, device=accelerator.device)
-    for i, (pixels, latent, generator) in enumerate(zip(batches, latents, generators)):
+    for i, (pixels, latent, generator) in enumerate(zip(batches, latents, generators, strict=True)):
         with no_sync_except_last(run, run.rae, i, len(batches)):
             noisy = model.add_noise(latent, generator)
             out = run.rae(latent=noisy, return_last_layer=True)
@@ -365,7 +373,7 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
                     pixels,
                     perceptual,
                     config.perceptual.weight,
-                    (lambda x: discriminator(run.augment(x, generator))) if use_gan else None,
+                    partial(judge, generator=generator) if use_gan else None,
                     config.gan.weight,
                     config.gan.max_adaptive_weight,
                     scale_loss,
@@ -377,9 +385,9 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
     grad_norm = nn.utils.clip_grad_norm_(parameters, config.train.clip_grad_norm or math.inf)
     asked = torch.tensor(float(stop), device=accelerator.device)
     *values, grad_norm, asked = mean_over_processes(run, [*(sums / len(batches)), grad_norm, asked])
-    record = {**dict(zip(vars(terms), values)), "grad_norm": grad_norm, "lr": lr, "stop": asked > 0}
+    record = {**dict(zip(vars(terms), values, strict=True)), "grad_norm": grad_norm, "lr": lr, "stop": asked > 0}
     watched = ["recon", "lpips", "gan"]
-    if accelerator.scaler is None:  # with fp16 a gradient that overflows is the loss scaler's business: it skips the step
+    if accelerator.scaler is None:  # with fp16 an overflowing gradient is the loss scaler's business: it skips the step
         watched += ["adaptive_weight", "grad_norm"]
     record["nonfinite"] = next((name for name in watched if not math.isfinite(record[name])), None)
     if record["nonfinite"] is None:
@@ -397,7 +405,7 @@ def discriminator_step(run: Run, batches: list, latents: list, generators: list,
     accelerator.unwrap_model(run.discriminator).train()
     loss_function = DISCRIMINATOR_LOSSES[config.gan.loss]
     sums = torch.zeros(4, device=accelerator.device)
-    for i, (pixels, latent, generator) in enumerate(zip(batches, latents, generators)):
+    for i, (pixels, latent, generator) in enumerate(zip(batches, latents, generators, strict=True)):
         with no_sync_except_last(run, run.discriminator, i, len(batches)):
             with torch.no_grad(), accelerator.autocast():
                 fake = run.augment(to_discriminator_range(model.decode(latent).sample.float()), generator)
@@ -408,7 +416,7 @@ def discriminator_step(run: Run, batches: list, latents: list, generators: list,
             accuracy = (real_logits > fake_logits).float().mean()
             sums += torch.stack([loss.detach(), real_logits.detach().mean(), fake_logits.detach().mean(), accuracy])
     names = ("disc_loss", "logits_real", "logits_fake", "accuracy")
-    record = dict(zip(names, mean_over_processes(run, list(sums / len(batches)))))
+    record = dict(zip(names, mean_over_processes(run, list(sums / len(batches))), strict=True))
     record["nonfinite"] = next((name for name, value in record.items() if not math.isfinite(value)), None)
     if record["nonfinite"] is None:
         run.disc_optimizer.step()
@@ -450,8 +458,8 @@ class Reporter:
 
     def write(self, kind: str, values: dict) -> None:
         step = self.state.step
-        epoch = step / self.run.steps_per_epoch
-        self.file.append({"kind": kind, "step": step, "epoch": round(epoch, 4), "time": round(time.time(), 3), **values})
+        place = {"step": step, "epoch": round(step / self.run.steps_per_epoch, 4)}
+        self.file.append({"kind": kind, **place, "time": round(time.time(), 3), **values})
         prefix = f"eval_{values['model']}" if kind == "eval" else kind
         numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
         self.run.accelerator.log(numbers, step=step)
@@ -634,7 +642,9 @@ def train(run: Run, state: RunState, reporter: Reporter, loader: Any, total_step
 
 def main() -> None:
     config = parse_config()
-    disable_progress_bar()  # transformers' bars for loading and writing would cut through the run's own
+    # transformers' bars and load reports would cut through the run's own output; loading is checked strictly here
+    disable_progress_bar()
+    set_verbosity_error()
 
     # everything that can be wrong is looked at before anything expensive starts
     accelerator = build_accelerator(config)
@@ -655,7 +665,8 @@ def main() -> None:
     saved = checkpoints(run_dir)
     if saved and checkpoint_step(saved[-1]) >= total_steps and (run_dir / "final").exists():
         if accelerator.is_main_process:
-            print(f"{run_dir} is finished: {checkpoint_step(saved[-1])} of {total_steps} steps, model in {run_dir}/final")
+            done = checkpoint_step(saved[-1])
+            print(f"{run_dir} is finished: {done} of {total_steps} steps, model in {run_dir / 'final'}")
         return
 
     # networks, and the state of an earlier part of this run

@@ -77,14 +77,23 @@ def test_every_setting_survives_the_run_folder(tmp_path):
             elif value is None and "float" in str(field.type):
                 setattr(settings, field.name, 1e-5)
             elif value is None and "[str]" in str(field.type) and field.name != "vgg_path":
-                setattr(settings, field.name, "1e3")
+                setattr(settings, field.name, "no: # a")
 
     change(changed)
     changed.data.path, changed.model.encoder_config = "no", {"a": [1, {"b": None}], "c": 1e-6, "d": "gelu"}
     changed.gan.key_depths, changed.logging.report_to = (), ()
     resolved = write(tmp_path / "config.yaml", config_yaml(changed))
     again = parse_config(["--config", resolved])
-    assert again == changed and again.model.init_from == "1e3" and again.train.max_steps == 7
+    assert again == changed and again.model.init_from == "no: # a" and again.train.max_steps == 7
+
+
+@pytest.mark.parametrize("text", ["1e3", "12e4567", "0123", "1_000", "true", "on", "2024-01-01", "{x"])
+def test_text_that_looks_like_something_else_stays_text(tmp_path, text):
+    """A commit such as 12e4567, as a flag and back from the run folder."""
+    config = parse_config(["--model.encoder_revision", text, "--train.output_dir", text])
+    assert config.train.output_dir == text
+    config.model.encoder_revision = text
+    assert parse_config(["--config", write(tmp_path / "config.yaml", config_yaml(config))]) == config
 
 
 def test_later_files_win_and_flags_over_files(tmp_path):
@@ -135,6 +144,7 @@ def test_without_a_file_the_default_preset_is_used(monkeypatch, tmp_path):
         ("optimizer: {betas: [0.9]}", "optimizer.betas"),
         ("gan: {key_depths: [one]}", "gan.key_depths"),
         ("gan: {weight: .nan}", "gan.weight"),
+        ("train: {epochs: .inf}", "train.epochs"),
         ("gan: [", "config"),
         ("just words", "config"),
         ("", "config"),
@@ -201,6 +211,16 @@ def test_bad_flags_are_one_line_that_names_the_key(tmp_path, error):
         ("eval.batch_size", 0),
         ("logging.every_steps", 0),
         ("logging.num_samples", 0),
+        ("train.seed", -1),
+        ("train.seed", 2**32),
+        ("train.max_nonfinite_steps", -1),
+        ("data.max_unreadable", -1),
+        ("data.resize_size", 0),
+        ("gan.start_step", -1),
+        ("gan.max_adaptive_weight", -1.0),
+        ("lr_schedule.warmup_steps", -1),
+        ("eval.num_samples", 0),
+        ("logging.samples_every_steps", 0),
         ("perceptual.vgg_path", "vgg.pth"),  # digits_tiny's VGG16 is random
     ],
 )

@@ -16,8 +16,19 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from config import Config, DataConfig, EMAConfig, EvalConfig, GANConfig, LoggingConfig, LRScheduleConfig
-from config import ModelConfig, OptimizerConfig, PerceptualConfig, TrainConfig
+from config import (
+    Config,
+    DataConfig,
+    EMAConfig,
+    EvalConfig,
+    GANConfig,
+    LoggingConfig,
+    LRScheduleConfig,
+    ModelConfig,
+    OptimizerConfig,
+    PerceptualConfig,
+    TrainConfig,
+)
 from data import center_crop
 from discriminator import DinoDiscriminator, diff_augment, load_backbone
 from losses import DISCRIMINATOR_LOSSES

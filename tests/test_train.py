@@ -8,18 +8,17 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from conftest import PLAIN, ROOT, TINY, command, flags, read_metrics, run_command
 from PIL import Image
 from safetensors.torch import load_file
 
 import train_rae
 from config import LRScheduleConfig, parse_config
-from conftest import PLAIN, ROOT, TINY, command, flags, read_metrics, run_command
 from modeling_rae import RAEModel
 
 
@@ -115,7 +114,11 @@ def test_stop_and_resume_is_exact(images, whole_run, tmp_path):
     for number in (signal.SIGTERM, signal.SIGUSR1):
         lines_before = len(read_metrics(run_dir)) if run_dir.exists() else 2  # the first run evaluates two models
         process = subprocess.Popen(
-            command("train_rae.py", *flags(settings)), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+            command("train_rae.py", *flags(settings)),
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         deadline = time.time() + 120
         while not (run_dir / "metrics.jsonl").exists() or len(read_metrics(run_dir)) <= lines_before:
