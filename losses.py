@@ -188,7 +188,8 @@ def generator_gradient(
     h = last_hidden_state.detach().flatten(0, 1)  # (B * (1 + N), D)
     h = h.to(torch.promote_types(h.dtype, torch.float32))
     unscale = scale_loss(torch.ones_like(loss, dtype=torch.float32))
-    base_norm, gan_norm = ((g.flatten(0, 1).to(h.dtype).t() @ h).norm() / unscale for g in (base_t, gan_t))
+    with torch.autocast(h.device.type, enabled=False):  # a sum over all tokens of scaled gradients overflows float16
+        base_norm, gan_norm = ((g.flatten(0, 1).to(h.dtype).t() @ h).norm() / unscale for g in (base_t, gan_t))
     w = adaptive_weight(base_norm, gan_norm, max_adaptive_weight)
     loss = loss.detach() + gan_weight * w * gan.detach()
     terms = GeneratorTerms(loss, recon.detach(), perceived.detach(), gan.detach(), w)

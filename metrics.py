@@ -58,7 +58,7 @@ def evaluate_reconstructions(
         ValueError: no image could be evaluated.
     """
     # no collective call inside the loop: processes may have different numbers of batches
-    sums = torch.zeros(1 + len(names), dtype=torch.float64, device=accelerator.device)
+    sums = torch.zeros(1 + len(names), dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
     for batch in loader:
         on_unreadable(batch["unreadable"])
         if len(batch["pixels"]) == 0:
@@ -66,8 +66,10 @@ def evaluate_reconstructions(
         images = batch["pixels"].to(accelerator.device).float() / 255  # already on the 8-bit grid
         values = image_metrics(images, quantize(reconstruct(images)), names, perceptual)
         sums[0] += len(images)
-        sums[1:] += torch.stack([values[name].double().sum() for name in names])
-    total, *means = accelerator.reduce(sums, "sum").tolist()
+        sums[1:] += torch.stack([values[name].cpu().double().sum() for name in names])
+    if accelerator.num_processes > 1:
+        sums = accelerator.reduce(sums.to(accelerator.device), "sum")
+    total, *means = sums.tolist()
     if total == 0:
         raise ValueError("evaluation found no readable image")
     return {"num_samples": int(total), **{name: mean / total for name, mean in zip(names, means, strict=True)}}

@@ -32,8 +32,8 @@ def plot_curves(lines: list, path: Path) -> None:
         ("adaptive weight", train, ["adaptive_weight"]),
         ("gradient norm", train, ["grad_norm"]),
         ("learning rate", train, ["lr", "lr_disc"]),
-        ("PSNR in dB, EMA, held out", evals, ["psnr"]),
-        ("SSIM and LPIPS, EMA, held out", evals, ["ssim", "lpips"]),
+        ("PSNR in dB, EMA", evals, ["psnr"]),
+        ("SSIM and LPIPS, EMA", evals, ["ssim", "lpips"]),
     ]
     figure, axes = plt.subplots(2, 4, figsize=(18, 7), layout="constrained")
     for axis, (title, source, names) in zip(axes.flat, panels, strict=True):
@@ -42,6 +42,8 @@ def plot_curves(lines: list, path: Path) -> None:
             if points:
                 axis.plot(*zip(*points, strict=True), label=name, marker="." if source is evals else None)
                 axis.legend()
+        if title == "gradient norm":
+            axis.set_yscale("log")  # the first steps are far above the rest
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

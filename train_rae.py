@@ -48,7 +48,17 @@ from config import (
     fail,
     parse_config,
 )
-from data import DataError, EvalImages, ImageSource, TrainBatches, UnreadableLog, eval_loader, load_splits, train_loader
+from data import (
+    DataError,
+    EvalImages,
+    ImageSource,
+    TrainBatches,
+    UnreadableLog,
+    eval_loader,
+    load_splits,
+    train_loader,
+    training_resize_size,
+)
 from discriminator import DiffAug, DinoDiscriminator, load_backbone
 from ema import EMA
 from losses import DISCRIMINATOR_LOSSES, build_lpips, generator_gradient, to_discriminator_range
@@ -382,7 +392,9 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
             sums += torch.stack([t.float() for t in vars(terms).values()])
     accelerator.unscale_gradients(run.optimizer)
     parameters = [p for p in model.decoder.parameters() if p.requires_grad]
-    grad_norm = nn.utils.clip_grad_norm_(parameters, config.train.clip_grad_norm or math.inf)
+    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    if config.train.clip_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, config.train.clip_grad_norm, grad_norm)
     asked = torch.tensor(float(stop), device=accelerator.device)
     *values, grad_norm, asked = mean_over_processes(run, [*(sums / len(batches)), grad_norm, asked])
     record = {**dict(zip(vars(terms), values, strict=True)), "grad_norm": grad_norm, "lr": lr, "stop": asked > 0}
@@ -491,7 +503,7 @@ class Reporter:
             self.state.best = value
             self.export("best")
 
-    def samples(self) -> Path:
+    def samples(self) -> None:
         """Write the sample grid of the averaged model, and the curves; show the grid to the trackers."""
         run, path = self.run, self.run_dir / "samples" / f"step-{self.state.step:08d}.png"
         if run.accelerator.is_main_process:
@@ -506,7 +518,6 @@ class Reporter:
                 if hasattr(tracker, "log_images"):
                     options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
                     tracker.log_images({"reconstructions": grid[None]}, step=self.state.step, **options)
-        return path
 
     def export(self, name: str) -> None:
         """Write the averaged model as a from_pretrained folder."""
@@ -522,7 +533,9 @@ class Reporter:
     def summary(self) -> str:
         """First and last evaluation of the averaged model, and where the files are."""
         evals = [line for line in self.file.read() if line["kind"] == "eval" and line["model"] == "ema"]
-        rows = [f"{'EMA model, held-out images':<28}{'before':>10}{'after':>10}"]
+        data = self.run.config.data
+        images = "training images" if data.eval_split == data.train_split else "held-out images"
+        rows = [f"{f'EMA model, {images}':<28}{'before':>10}{'after':>10}"]
         for name in self.run.config.eval.metrics:
             rows.append(f"{name:<28}{evals[0][name]:>10.4f}{evals[-1][name]:>10.4f}")
         picture = self.run_dir / "samples" / f"step-{evals[-1]['step']:08d}.png"
@@ -649,6 +662,7 @@ def main() -> None:
     # everything that can be wrong is looked at before anything expensive starts
     accelerator = build_accelerator(config)
     train_images, eval_images = load_splits(config.data, config.train.seed)
+    training_resize_size(config.model.image_size, config.data.resize_size)
     micro_batch = micro_batch_size(config, accelerator.num_processes)
     batches = TrainBatches(
         len(train_images),
