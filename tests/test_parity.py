@@ -119,7 +119,7 @@ def case_config(case: dict, folder: Path, tmp_path: Path) -> Config:
             train_position_embedding=case["train_position_embedding"],
         ),
         data=DataConfig(),
-        train=TrainConfig(global_batch_size=case["batch_size"], clip_grad_norm=case["clip_grad_norm"]),
+        train=TrainConfig(global_batch_size=case["batch_size"], clip_grad_norm=case["clip_grad_norm"] or None),
         optimizer=optimizer,
         lr_schedule=lr_schedule,
         perceptual=PerceptualConfig(
@@ -158,6 +158,11 @@ def reconstruct(model, images):
     with torch.no_grad():
         latent = model.encode(images, add_noise=False).latent
         return latent, model.decode(latent).sample
+
+
+def test_cases_are_there():
+    """A PARITY_DIR without cases must not pass as one whose cases agree."""
+    assert CASES and UNITS, f"no cases under {PARITY_DIR}"
 
 
 @pytest.mark.parametrize("name", CASES)
