@@ -8,15 +8,18 @@
 Whatever is a folder is written beside its place and renamed: a half-written one is never taken for a whole one.
 """
 
+import fcntl
 import json
 import math
+import os
 import pickle
 import shutil
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional
+from typing import Optional, TextIO
 
+import psutil
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
@@ -39,6 +42,9 @@ def read_tensors(path: Path, setting: str) -> dict:
         raise ValueError(f"{setting}: {path} is no file of tensors ({str(error).splitlines()[0]})") from None
     if not isinstance(tensors, dict):
         raise ValueError(f"{setting}: {path} holds a {type(tensors).__name__}, expected a dictionary of tensors")
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{setting}: '{name}' in {path} is a {type(value).__name__}, expected a tensor")
     return tensors
 
 
@@ -59,6 +65,22 @@ def write_folder(target: Path, write: Callable[[Path], None], main_process: bool
         beside.rename(target)
         shutil.rmtree(old, ignore_errors=True)
     wait()
+
+
+def restore_folders(run_dir: Path) -> None:
+    """Put a folder back that a crash in `write_folder` caught between its two renames."""
+    for old in run_dir.glob(".*.old"):
+        target = run_dir / old.name.removeprefix(".").removesuffix(".old")
+        if not target.exists():
+            old.rename(target)
+
+
+def lock_run_folder(run_dir: Path) -> TextIO:
+    """Hold the run folder until the returned file is closed or the process ends. Raises BlockingIOError when another
+    process holds it."""
+    file = (run_dir / ".lock").open("w")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    return file
 
 
 def checkpoints(run_dir: Path) -> list:
@@ -114,13 +136,32 @@ class MetricsFile:
                 file.write(json.dumps(clean) + "\n")
 
 
+def _launcher() -> Optional[int]:
+    """Process id of the accelerate launch or torchrun that started this process, or None."""
+    try:
+        parent = psutil.Process().parent()
+        words = " ".join(parent.cmdline()) if parent is not None else ""
+    except psutil.Error:  # not ours to look at
+        return None
+    return parent.pid if any(name in words for name in ("accelerate", "torchrun", "torch.distributed")) else None
+
+
 class StopSignal:
-    """Whether SIGTERM or SIGUSR1 (a scheduler's warning) has arrived: the loop then saves and ends cleanly."""
+    """Whether the run was asked to stop, by SIGTERM or SIGUSR1 (a scheduler's warning), or by the end of the launcher:
+    accelerate launch dies of a signal without passing it on. The loop then saves and ends cleanly."""
 
     def __init__(self):
-        self.received: Optional[str] = None
+        self.signal: Optional[str] = None
+        self.launcher = _launcher()
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame) -> None:
-        self.received = signal.Signals(number).name
+        self.signal = signal.Signals(number).name
+
+    @property
+    def received(self) -> Optional[str]:
+        """What asked for the stop, or None."""
+        if self.signal is None and self.launcher is not None and os.getppid() != self.launcher:
+            return "the end of its launcher"
+        return self.signal

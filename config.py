@@ -83,7 +83,7 @@ class DataConfig:
     resize_size: Optional[int] = None
     """Shorter side in pixels before the random crop; none: 384 for 256 px images, else 1.5 times the image size."""
     max_unreadable: int = 10
-    """Number of unreadable images after which a run stops."""
+    """Distinct unreadable images that a process skips before the run stops."""
     num_workers: int = 4
     """Data loading processes for each training process."""
 
@@ -337,7 +337,9 @@ RULES = (
         "train.global_batch_size train.gradient_accumulation_steps train.cpu_threads train.clip_grad_norm "
         "train.save_every_steps train.save_every_epochs train.keep_last gan.updates_per_step gan.max_adaptive_weight "
         "eval.every_steps eval.every_epochs eval.num_samples eval.batch_size logging.every_steps "
-        "logging.samples_every_steps logging.num_samples data.resize_size",
+        "logging.samples_every_steps logging.num_samples data.resize_size model.encoder_input_size model.image_size "
+        "model.decoder_hidden_size model.decoder_num_hidden_layers model.decoder_num_attention_heads "
+        "model.decoder_intermediate_size model.decoder_patch_size gan.kernel_size",
         lambda value: value > 0,
         "a positive number",
     ),
@@ -432,8 +434,8 @@ def _quote_numbers(dumper: ConfigDumper, text: str) -> yaml.Node:
 ConfigDumper.add_representer(str, _quote_numbers)
 
 
-# What may differ between a run and its continuation: it changes how far, how fast or how visibly it goes, not what
-# a step computes.
+# What may differ between a run and its continuation: how far, how fast and how visibly it goes. Accumulation is among
+# them, so that a run can move to fewer devices; its noise then falls differently, as with another number of processes.
 RESUMABLE_KEYS = (
     "data.num_workers",
     "data.max_unreadable",
@@ -454,7 +456,13 @@ RESUMABLE_KEYS = (
 def check_same_config(config: Config, saved: Path) -> None:
     """Raise ConfigError when `saved`, the config.yaml of a run folder, is of another run than `config`."""
 
-    old, new = flat(yaml.safe_load(saved.read_text())), flat(config_dict(config))
+    try:
+        text = yaml.safe_load(saved.read_text())
+    except yaml.YAMLError:
+        text = None
+    if not isinstance(text, dict):
+        raise ConfigError(f"{saved} is damaged, expected the settings of a run; choose another train.output_dir")
+    old, new = flat(text), flat(config_dict(config))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(RESUMABLE_KEYS):
             raise ConfigError(

@@ -42,7 +42,7 @@ class DinoBackbone(nn.Module):
         bad = [depth for depth in key_depths if not 0 <= depth < len(blocks)]
         if bad:
             raise ValueError(f"gan.key_depths: block {bad[0]} does not exist, the backbone has {len(blocks)} (0-based)")
-        self.blocks = blocks  # a plain attribute's list would register twice; these stay children of `vit`
+        self.blocks = blocks  # a plain list: a ModuleList would register these children of `vit` a second time
         self.key_depths = tuple(key_depths)
 
     def forward(self, images: torch.Tensor) -> list:

@@ -7,6 +7,8 @@ import torch
 from accelerate import Accelerator
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
+from data import DataError
+
 PSNR_CAP = 100.0  # dB, for an image that is reconstructed exactly: a mean must stay finite
 HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
 
@@ -55,7 +57,7 @@ def evaluate_reconstructions(
         dict of `num_samples` and the metrics' means.
 
     Raises:
-        ValueError: no image could be evaluated.
+        DataError: no image could be read.
     """
     # no collective call inside the loop: processes may have different numbers of batches
     sums = torch.zeros(1 + len(names), dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
@@ -71,5 +73,5 @@ def evaluate_reconstructions(
         sums = accelerator.reduce(sums.to(accelerator.device), "sum")
     total, *means = sums.tolist()
     if total == 0:
-        raise ValueError("evaluation found no readable image")
+        raise DataError("data.eval_split: none of the evaluation images can be read")
     return {"num_samples": int(total), **{name: mean / total for name, mean in zip(names, means, strict=True)}}

@@ -10,6 +10,7 @@ minutes on two CPU cores and ends above 20 dB PSNR on held-out digits; configs/ 
 import logging
 import math
 import os
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -17,16 +18,20 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NoReturn, Optional
+from typing import Any, NoReturn, Optional, TextIO
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import ProjectConfiguration, set_seed
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
+from transformers import AutoConfig, ViTConfig
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from checkpointing import (
@@ -34,7 +39,9 @@ from checkpointing import (
     StopSignal,
     checkpoint_step,
     checkpoints,
+    lock_run_folder,
     read_tensors,
+    restore_folders,
     save_checkpoint,
     write_folder,
 )
@@ -69,8 +76,12 @@ from pictures import plot_curves, reconstruction_grid
 logger = logging.getLogger(__name__)
 
 
-class NonFiniteLoss(RuntimeError):
-    """Training produced nan or inf."""
+class RunError(RuntimeError):
+    """A run went wrong after it had begun; the message is one line, `code` the exit code."""
+
+    def __init__(self, message: str, code: int = 1):
+        super().__init__(message)
+        self.code = code
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -106,7 +117,9 @@ class RunState:
     """What a checkpoint holds beside networks and optimizers."""
 
     step: int = 0
+    num_images: int = 0  # of the training split
     best: Optional[float] = None
+    best_of: str = ""  # what `best` is comparable with: metric and number of images
     nonfinite_in_a_row: int = 0
 
     def state_dict(self) -> dict:
@@ -123,7 +136,7 @@ def blame(key: str, source: Optional[str] = None) -> Iterator[None]:
     that it names."""
     try:
         yield
-    except (ValueError, OSError, ImportError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
         message = str(error)
         if message.startswith(key.split(".")[0] + "."):
             raise ConfigError(message) from error  # names its setting already
@@ -137,6 +150,11 @@ def blame(key: str, source: Optional[str] = None) -> Iterator[None]:
 
 def build_accelerator(config: Config) -> Accelerator:
     output = config.train.output_dir
+    for name in config.logging.report_to:
+        if name not in LOGGER_TYPE_TO_CLASS:
+            raise ConfigError(
+                f"logging.report_to: expected trackers among {', '.join(LOGGER_TYPE_TO_CLASS)}, got {name!r}"
+            )
     with blame("train.mixed_precision"):
         accelerator = Accelerator(
             mixed_precision=config.train.mixed_precision,
@@ -148,10 +166,12 @@ def build_accelerator(config: Config) -> Accelerator:
         )
     if accelerator.device.type == "cpu":
         local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        torch.set_num_threads(config.train.cpu_threads or max(1, os.cpu_count() // local_processes))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(config.train.cpu_threads or max(1, cores // local_processes))
     missing = set(config.logging.report_to) - {str(tracker) for tracker in accelerator.log_with}
     if missing:
         raise ConfigError(f"logging.report_to: the package of tracker '{sorted(missing)[0]}' is not installed")
+    config.train.mixed_precision = accelerator.mixed_precision  # what the launcher decided is a part of the run
     return accelerator
 
 
@@ -167,9 +187,12 @@ def micro_batch_size(config: Config, num_processes: int) -> int:
     return size
 
 
-def build_rae(config: Config) -> RAEModel:
-    """The autoencoder as `config.model` describes it. Sizes are checked before any weights are loaded or fetched."""
+def build_rae_config(config: Config) -> RAEConfig:
+    """The autoencoder's config as `config.model` describes it; needs nothing of the encoder but its own config."""
     m = config.model
+    if m.attn_implementation not in ("eager", *ALL_ATTENTION_FUNCTIONS):
+        known = ", ".join(sorted(["eager", *ALL_ATTENTION_FUNCTIONS]))
+        raise ConfigError(f"model.attn_implementation: expected one of {known}, got '{m.attn_implementation}'")
     settings = {
         "encoder_input_size": m.encoder_input_size,
         "decoder_hidden_size": m.decoder_hidden_size,
@@ -184,6 +207,7 @@ def build_rae(config: Config) -> RAEModel:
     }
     with blame("model.encoder", m.encoder):
         if m.encoder_weights == "random":
+            check_names(m.encoder_config, AutoConfig.for_model(m.encoder), "model.encoder_config")
             rae_config = RAEConfig(encoder_config={"model_type": m.encoder, **m.encoder_config}, **settings)
         else:
             rae_config = RAEConfig.from_encoder(m.encoder, m.encoder_revision, **settings)
@@ -192,14 +216,29 @@ def build_rae(config: Config) -> RAEModel:
             f"model.image_size: {m.image_size}, but encoder_input_size {m.encoder_input_size} / encoder patch "
             f"{rae_config.encoder_patch_size} x decoder_patch_size {m.decoder_patch_size} = {rae_config.image_size}"
         )
+    return rae_config
+
+
+def check_names(settings: dict, known: Any, key: str) -> None:
+    """transformers' configs take any name; a typo must not end in a default."""
+    for name in settings:
+        if not hasattr(known, name):
+            raise ConfigError(f"{key}: {type(known).__name__} has no setting '{name}'")
+
+
+def build_rae(config: Config, rae_config: RAEConfig) -> RAEModel:
+    """The autoencoder with its encoder's weights, statistics and the decoder it starts from."""
+    m = config.model
+    stats = None if m.latent_stats is None else read_latent_stats(m.latent_stats)
     start = None if m.init_from is None else load_initial_rae(m.init_from, rae_config)
+    set_seed(config.train.seed)  # the same initial weights, whichever other networks the run has
     with blame("model.encoder", m.encoder):
         rae = RAEModel(rae_config)
         if m.encoder_weights == "pretrained":
             rae.load_encoder()
-    if m.latent_stats is not None:
+    if stats is not None:
         with blame("model.latent_stats"):
-            rae.set_latent_stats(**read_latent_stats(m.latent_stats))
+            rae.set_latent_stats(**stats)
     if start is not None:
         rae.decoder.load_state_dict(start.decoder.state_dict())
     if m.gradient_checkpointing:
@@ -224,14 +263,17 @@ def load_initial_rae(source: str, expected: RAEConfig) -> RAEModel:
 
 def read_latent_stats(path: str) -> dict:
     """`mean` and `var` of a statistics file."""
-    stats = read_tensors(path, "model.latent_stats")
+    with blame("model.latent_stats"):
+        stats = read_tensors(path, "model.latent_stats")
     if not {"mean", "var"} <= stats.keys():
-        raise ValueError(f"{path} holds {sorted(stats)}, expected 'mean' and 'var'")
+        raise ConfigError(f"model.latent_stats: {path} holds {sorted(stats)}, expected 'mean' and 'var'")
     return {"mean": stats["mean"], "var": stats["var"]}
 
 
 def build_discriminator(config: Config) -> DinoDiscriminator:
     gan = config.gan
+    check_names(gan.backbone_config, ViTConfig(), "gan.backbone_config")
+    set_seed(config.train.seed)
     with blame("gan.backbone", gan.backbone):
         vit = load_backbone(gan.backbone, gan.weights, gan.backbone_config)
         vit.set_attn_implementation(config.model.attn_implementation)
@@ -248,22 +290,18 @@ def build_run(config: Config, accelerator: Accelerator, steps_per_epoch: int) ->
         trained = [p for p in parameters if p.requires_grad]
         return torch.optim.AdamW(trained, **asdict(settings), fused=accelerator.device.type == "cuda")
 
-    set_seed(config.train.seed)
     gan, perceptual = config.gan, config.perceptual
-    rae = build_rae(config)
-    optimizer = adamw(rae.decoder.parameters(), config.optimizer)
+    rae_config = build_rae_config(config)  # sizes are checked before any weights are loaded or fetched
     needs_lpips = perceptual.weight > 0 or "lpips" in config.eval.metrics
     with blame("perceptual.vgg_path"):
         lpips = build_lpips(perceptual.weights, perceptual.vgg_path).to(accelerator.device) if needs_lpips else None
-    discriminator = disc_optimizer = None
-    if gan.weight > 0:
-        discriminator = build_discriminator(config)
+    discriminator = build_discriminator(config) if gan.weight > 0 else None
+    rae = build_rae(config, rae_config)
+    rae, optimizer = accelerator.prepare(rae, adamw(rae.decoder.parameters(), config.optimizer))
+    disc_optimizer = None
+    if discriminator is not None:
         disc_optimizer = adamw(discriminator.parameters(), gan.optimizer)
-        rae, optimizer, discriminator, disc_optimizer = accelerator.prepare(
-            rae, optimizer, discriminator, disc_optimizer
-        )
-    else:
-        rae, optimizer = accelerator.prepare(rae, optimizer)
+        discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
     return Run(
         config=config,
         accelerator=accelerator,
@@ -336,14 +374,15 @@ def train_step(run: Run, batches: list, step: int, stop: bool = False) -> dict:
 
     Returns:
         dict of floats, means over micro-batches and processes: loss, recon, lpips, gan, adaptive_weight, grad_norm,
-        lr; disc_loss, logits_real, logits_fake, accuracy, lr_disc (None where the discriminator does not train yet);
+        lr; disc_loss, logits_real, logits_fake, accuracy, disc_grad_norm, lr_disc (None where the discriminator does
+        not train yet);
         `stop`; and `nonfinite`: the name of a term that is nan or inf, in which case nothing was updated by it.
     """
     generators = [step_generator(run, step, i) for i in range(len(batches))]
     with torch.no_grad(), run.accelerator.autocast():
         latents = [run.model.encode(pixels, add_noise=False).latent for pixels in batches]
     record = decoder_step(run, batches, latents, generators, step, stop)
-    disc_names = ("disc_loss", "logits_real", "logits_fake", "accuracy", "lr_disc")
+    disc_names = ("disc_loss", "logits_real", "logits_fake", "accuracy", "disc_grad_norm", "lr_disc")
     record.update(dict.fromkeys(disc_names))
     if record["nonfinite"] is None:
         run.ema.update()
@@ -352,7 +391,25 @@ def train_step(run: Run, batches: list, step: int, stop: bool = False) -> dict:
             for update in range(updates):
                 count = (step - run.disc_start) * updates + update  # the discriminator's own step counter
                 record.update(discriminator_step(run, batches, latents, generators, count))
+                if record["nonfinite"] is not None:
+                    break
     return record
+
+
+def apply_update(run: Run, optimizer: Any, record: dict, terms: tuple, norm_name: str) -> None:
+    """Take the optimizer's step unless one of the loss `terms` or the gradient norm is not finite. `record["nonfinite"]`
+    gets the name of the first that is not, or None."""
+    scaler = run.accelerator.scaler
+    watched = terms
+    # an overflow in fp16 is the loss scaler's business, it skips the step and halves the scale: until that is under 1
+    if scaler is None or (not math.isfinite(record[norm_name]) and scaler.get_scale() < 1):
+        watched = (*terms, norm_name)
+    record["nonfinite"] = next((name for name in watched if not math.isfinite(record[name])), None)
+    if record["nonfinite"] is None:
+        optimizer.step()
+    elif scaler is not None:
+        scaler.update()  # the gradients were unscaled: the scaler wants this before it does so again
+    optimizer.zero_grad(set_to_none=True)
 
 
 def decoder_step(run: Run, batches: list, latents: list, generators: list, step: int, stop: bool) -> dict:
@@ -398,13 +455,8 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
     asked = torch.tensor(float(stop), device=accelerator.device)
     *values, grad_norm, asked = mean_over_processes(run, [*(sums / len(batches)), grad_norm, asked])
     record = {**dict(zip(vars(terms), values, strict=True)), "grad_norm": grad_norm, "lr": lr, "stop": asked > 0}
-    watched = ["recon", "lpips", "gan"]
-    if accelerator.scaler is None:  # with fp16 an overflowing gradient is the loss scaler's business: it skips the step
-        watched += ["adaptive_weight", "grad_norm"]
-    record["nonfinite"] = next((name for name in watched if not math.isfinite(record[name])), None)
-    if record["nonfinite"] is None:
-        run.optimizer.step()
-    run.optimizer.zero_grad(set_to_none=True)
+    terms = ("recon", "lpips", "gan") if accelerator.scaler else ("recon", "lpips", "gan", "adaptive_weight")
+    apply_update(run, run.optimizer, record, terms, "grad_norm")
     return record
 
 
@@ -427,12 +479,13 @@ def discriminator_step(run: Run, batches: list, latents: list, generators: list,
             accelerator.backward(loss / len(batches))
             accuracy = (real_logits > fake_logits).float().mean()
             sums += torch.stack([loss.detach(), real_logits.detach().mean(), fake_logits.detach().mean(), accuracy])
-    names = ("disc_loss", "logits_real", "logits_fake", "accuracy")
-    record = dict(zip(names, mean_over_processes(run, list(sums / len(batches))), strict=True))
-    record["nonfinite"] = next((name for name, value in record.items() if not math.isfinite(value)), None)
-    if record["nonfinite"] is None:
-        run.disc_optimizer.step()
-    run.disc_optimizer.zero_grad(set_to_none=True)
+    accelerator.unscale_gradients(run.disc_optimizer)
+    heads = accelerator.unwrap_model(run.discriminator).heads
+    grad_norm = nn.utils.get_total_norm([p.grad for p in heads.parameters()])
+    names = ("disc_loss", "logits_real", "logits_fake", "accuracy", "disc_grad_norm")
+    values = mean_over_processes(run, [*(sums / len(batches)), grad_norm])
+    record = dict(zip(names, values, strict=True))
+    apply_update(run, run.disc_optimizer, record, ("disc_loss",), "disc_grad_norm")
     return {**record, "lr_disc": lr}
 
 
@@ -465,8 +518,13 @@ class Reporter:
         )
         shown = EvalImages(eval_images, config.model.image_size)
         stride = max(1, len(shown) // config.logging.num_samples)  # files are sorted by class: show several
-        items = [shown[i]["pixels"] for i in range(0, len(shown), stride)]
-        self.shown = torch.stack([p for p in items if p is not None][: config.logging.num_samples]).float() / 255
+        items = [shown[i] for i in range(0, len(shown), stride)][: config.logging.num_samples]
+        for item in items:
+            unreadable.add(item["unreadable"])
+        readable = [item["pixels"] for item in items if item["pixels"] is not None]
+        if not readable:
+            raise DataError(f"data.eval_split: none of {len(items)} evaluation images can be read")
+        self.shown = torch.stack(readable).float() / 255
 
     def write(self, kind: str, values: dict) -> None:
         step = self.state.step
@@ -497,8 +555,11 @@ class Reporter:
             self.write("eval", {"model": model, **values})
         shown = ", ".join(f"{name} {values[name]:.4f}" for name in names)
         tell(run, f"step {self.state.step}: {shown} (EMA, {values['num_samples']} images)")
-        value = values[run.config.eval.best_metric]
-        sign = 1 if HIGHER_IS_BETTER[run.config.eval.best_metric] else -1
+        metric = run.config.eval.best_metric
+        value, sign = values[metric], 1 if HIGHER_IS_BETTER[metric] else -1
+        best_of = f"{metric} of {values['num_samples']} images"
+        if self.state.best_of != best_of:  # a continued run may be evaluated otherwise
+            self.state.best, self.state.best_of = None, best_of
         if self.state.best is None or sign * value > sign * self.state.best:
             self.state.best = value
             self.export("best")
@@ -537,7 +598,8 @@ class Reporter:
         images = "training images" if data.eval_split == data.train_split else "held-out images"
         rows = [f"{f'EMA model, {images}':<28}{'before':>10}{'after':>10}"]
         for name in self.run.config.eval.metrics:
-            rows.append(f"{name:<28}{evals[0][name]:>10.4f}{evals[-1][name]:>10.4f}")
+            values = [line[name] for line in evals if line.get(name) is not None] or [math.nan]
+            rows.append(f"{name:<28}{values[0]:>10.4f}{values[-1]:>10.4f}")
         picture = self.run_dir / "samples" / f"step-{evals[-1]['step']:08d}.png"
         places = {"pictures": picture, "curves": self.run_dir / "curves.png", "model": self.run_dir / "final"}
         if self.run.accelerator.device.type == "cuda":
@@ -560,6 +622,9 @@ def check_run_folder(config: Config) -> Path:
     """The run folder: a new one, or one of the same config. Raises ConfigError for anything else."""
     run_dir = Path(config.train.output_dir)
     saved = run_dir / "config.yaml"
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"train.output_dir: {run_dir} cannot be made, {place} is no folder that can be written to")
     if saved.exists():
         check_same_config(config, saved)
     elif run_dir.exists() and any(run_dir.iterdir()):
@@ -567,9 +632,24 @@ def check_run_folder(config: Config) -> Path:
     return run_dir
 
 
-def start_trackers(config: Config, accelerator: Accelerator, run_dir: Path) -> None:
-    """Start the trackers; a continued run goes on in the same wandb run."""
-    options = {}
+def take_run_folder(config: Config, run_dir: Path) -> Optional[TextIO]:
+    """Create the run folder, lock it against a second run, and write the config. Keep the result until the end."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = lock_run_folder(run_dir)
+    except BlockingIOError:
+        raise ConfigError(f"train.output_dir: another run is at work in {run_dir}") from None
+    restore_folders(run_dir)
+    beside = run_dir / ".config.partial"
+    beside.write_text(config_yaml(config))
+    beside.replace(run_dir / "config.yaml")
+    return lock
+
+
+def start_trackers(config: Config, accelerator: Accelerator, run_dir: Path, step: int) -> None:
+    """Start the trackers; a run that continues at `step` goes on in the same wandb run, and tensorboard forgets what it
+    has of later steps."""
+    options = {"tensorboard": {"purge_step": step + 1}} if step else {}
     if "wandb" in config.logging.report_to and accelerator.is_main_process:
         id_file = run_dir / "wandb_run_id.txt"
         if not id_file.exists():
@@ -586,7 +666,7 @@ def start_trackers(config: Config, accelerator: Accelerator, run_dir: Path) -> N
 
 
 def stop_on_nonfinite(run: Run, state: RunState, record: dict, run_dir: Path) -> None:
-    """Count a step with a non-finite term; raise NonFiniteLoss when there were too many in a row."""
+    """Count a step with a non-finite term; raise RunError when there were too many in a row."""
     if record["nonfinite"] is None:
         state.nonfinite_in_a_row = 0
         return
@@ -595,7 +675,7 @@ def stop_on_nonfinite(run: Run, state: RunState, record: dict, run_dir: Path) ->
     saved = checkpoints(run_dir)
     where = f"{record['nonfinite']} is {record[record['nonfinite']]} at step {state.step}"
     if state.nonfinite_in_a_row > limit:
-        raise NonFiniteLoss(f"{where}; the last good checkpoint is {saved[-1] if saved else 'none'}")
+        raise RunError(f"{where}; the last good checkpoint is {saved[-1] if saved else 'none'}")
     tell(run, f"skipped: {where} ({state.nonfinite_in_a_row} in a row of at most {limit})")
 
 
@@ -642,6 +722,8 @@ def train(run: Run, state: RunState, reporter: Reporter, loader: Any, total_step
             reporter.evaluate()
         if evaluation_due if config.logging.samples_every_steps is None else due(config.logging.samples_every_steps):
             reporter.samples()
+        if state.step == total_steps:
+            reporter.export("final")  # before the checkpoint that says the run is finished
         if record["stop"] or due(config.train.save_every_steps, config.train.save_every_epochs):
             save_checkpoint(accelerator, run_dir, state.step, config.train.keep_last)
         clock += time.perf_counter() - pause  # images per second are those of training
@@ -650,7 +732,7 @@ def train(run: Run, state: RunState, reporter: Reporter, loader: Any, total_step
                       "the same command continues")  # fmt: skip
             break
     progress.close()
-    return state.step == total_steps
+    return state.step >= total_steps
 
 
 def main() -> None:
@@ -661,9 +743,10 @@ def main() -> None:
 
     # everything that can be wrong is looked at before anything expensive starts
     accelerator = build_accelerator(config)
-    train_images, eval_images = load_splits(config.data, config.train.seed)
-    training_resize_size(config.model.image_size, config.data.resize_size)
+    run_dir = check_run_folder(config)
     micro_batch = micro_batch_size(config, accelerator.num_processes)
+    training_resize_size(config.model.image_size, config.data.resize_size)
+    train_images, eval_images = load_splits(config.data, config.train.seed)
     batches = TrainBatches(
         len(train_images),
         config.train.global_batch_size,
@@ -675,7 +758,6 @@ def main() -> None:
         total_steps=0,
     )
     total_steps = config.train.max_steps or max(1, round(config.train.epochs * batches.steps_per_epoch))
-    run_dir = check_run_folder(config)
     saved = checkpoints(run_dir)
     if saved and checkpoint_step(saved[-1]) >= total_steps and (run_dir / "final").exists():
         if accelerator.is_main_process:
@@ -685,11 +767,19 @@ def main() -> None:
 
     # networks, and the state of an earlier part of this run
     run = build_run(config, accelerator, batches.steps_per_epoch)
-    state = RunState()
+    lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
+    accelerator.wait_for_everyone()
+    state = RunState(num_images=len(train_images))
     accelerator.register_for_checkpointing(run.ema, state)
+    saved = checkpoints(run_dir)
     if saved:
         accelerator.load_state(str(saved[-1]))
         tell(run, f"continuing from {saved[-1]}")
+        if state.num_images != len(train_images):
+            raise ConfigError(
+                f"data.path: {config.data.path} has {len(train_images)} training images, {run_dir} began with "
+                f"{state.num_images}; choose another train.output_dir, with model.init_from {run_dir}/best"
+            )
     batches.start_step, batches.total_steps = state.step, total_steps
     loader = train_loader(
         train_images,
@@ -700,17 +790,21 @@ def main() -> None:
         config.data.num_workers,
     )
     reporter = Reporter(run, state, run_dir, eval_images, UnreadableLog(config.data.max_unreadable))
-    reporter.file.forget_after(state.step)
-    if accelerator.is_main_process:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(config_yaml(config))
-    start_trackers(config, accelerator, run_dir)
+    reporter.file.forget_after(state.step if saved else -1)
+    start_trackers(config, accelerator, run_dir, state.step)
     tell(run, describe(run, len(train_images), len(eval_images), micro_batch, total_steps))
 
-    if train(run, state, reporter, loader, total_steps, run_dir):
-        reporter.export("final")
+    try:
+        finished = train(run, state, reporter, loader, total_steps, run_dir)
+    except DataError as error:  # found by this process alone: the others do not know
+        raise RunError(f"process {accelerator.process_index}: {error}", code=2) from error
+    if finished:
+        if not (run_dir / "final").exists():  # its checkpoints reach further than train.max_steps now does
+            reporter.export("final")
         tell(run, reporter.summary() if accelerator.is_main_process else "")
     accelerator.end_training()
+    if lock is not None:
+        lock.close()
 
 
 def describe(run: Run, num_train: int, num_eval: int, micro_batch: int, total_steps: int) -> str:
@@ -738,8 +832,9 @@ def run_main(function: Callable[[], None]) -> Optional[NoReturn]:
         function()
     except (ConfigError, DataError) as error:
         fail(error)
-    except NonFiniteLoss as error:
-        raise SystemExit(f"error: {error}") from None
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.code)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Three training steps with every loss on, through the functions of train_rae.py; each rank writes its weights.
 
-accelerate launch ... tests/distributed_worker.py OUTPUT_DIR GAN(0|1) [flags of train_rae.py]
+accelerate launch ... tests/distributed_worker.py OUTPUT_DIR [flags of train_rae.py]
 """
 
 import sys

@@ -1,5 +1,6 @@
 """train_rae.py as users run it: the real command line on real images, tiny."""
 
+import fcntl
 import json
 import math
 import os
@@ -8,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,6 +21,7 @@ from safetensors.torch import load_file
 
 import train_rae
 from config import LRScheduleConfig, parse_config
+from data import TrainBatches, load_splits
 from modeling_rae import RAEModel
 
 
@@ -64,7 +67,7 @@ def test_run_folder(whole_run):
     trained = [line for line in lines if line["kind"] == "train"]
     evals = [line for line in lines if line["kind"] == "eval"]
     names = {"kind", "step", "epoch", "loss", "recon", "lpips", "gan", "adaptive_weight", "disc_loss", "logits_real",
-             "logits_fake", "accuracy", "grad_norm", "lr", "lr_disc"}  # fmt: skip
+             "logits_fake", "accuracy", "grad_norm", "lr", "lr_disc", "disc_grad_norm"}  # fmt: skip
     assert [line["step"] for line in trained] == [1, 2, 3, 4, 5, 6]
     assert all(line.keys() == names for line in trained)
     assert trained[0]["lpips"] == 0 and trained[0]["disc_loss"] is None
@@ -161,6 +164,49 @@ def test_resume_forgets_lines_after_the_checkpoint(images, tmp_path):
     assert all(line.get("loss") != 7 for line in lines)
 
 
+def test_killed_before_the_first_checkpoint(images, whole_run, tmp_path):
+    """Such a run begins again, in the same folder; its lines stand there once. Two runs in one folder exclude each
+    other, and a damaged config.yaml is named."""
+    _, settings, _ = whole_run
+    run_dir = tmp_path / "run"
+    settings = {**PLAIN, "train.max_steps": "2", "data.path": images, "train.output_dir": run_dir}
+    process = subprocess.Popen(command("train_rae.py", *flags(settings)), cwd=ROOT, stdout=subprocess.DEVNULL)
+    while not (run_dir / "metrics.jsonl").exists():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGSTOP)  # it holds the folder while the second run looks at it
+    done = run_command("train_rae.py", *flags(settings), check=False)
+    process.kill()
+    process.wait()
+    assert done.returncode == 2 and "another run is at work in" in error_line(done.stderr)
+    assert not list((run_dir / "checkpoints").glob("step-*"))
+    run_command("train_rae.py", *flags(settings))
+    kinds = [(line["kind"], line["step"]) for line in read_metrics(run_dir)]
+    assert kinds == [("eval", 0), ("train", 1), ("train", 2), ("eval", 2)]
+    (run_dir / "config.yaml").write_text("")
+    done = run_command("train_rae.py", *flags(settings), check=False)
+    assert done.returncode == 2 and "config.yaml is damaged" in error_line(done.stderr)
+
+
+def test_continuing_differently(images, whole_run, tmp_path):
+    """A finished run can be made longer, with another best metric; other images or another precision are refused."""
+    whole, settings, _ = whole_run
+    run_dir = shutil.copytree(whole, tmp_path / "run")
+    more = {**settings, "train.max_steps": "7", "eval.metrics": "[ssim,psnr]", "eval.best_metric": "ssim"}
+    done = train(images, run_dir, more)
+    assert "ssim" in done.stdout and read_metrics(run_dir)[-1]["step"] == 7
+    best, final = (RAEModel.from_pretrained(run_dir / name).state_dict() for name in ("best", "final"))
+    assert same(best, final)  # the best SSIM so far, whatever the PSNR was before
+    done = train(images, run_dir, {**more, "train.mixed_precision": "bf16"}, check=False)
+    assert done.returncode == 2 and "train.mixed_precision is 'no' there and 'bf16' now" in error_line(done.stderr)
+    data = shutil.copytree(images, tmp_path / "data")
+    train(data, tmp_path / "other", {**PLAIN, "train.max_steps": "1"})
+    extra = next((data / "train").rglob("*.png"))
+    shutil.copy(extra, extra.with_name("extra.png"))
+    done = train(data, tmp_path / "other", {**PLAIN, "train.max_steps": "2"}, check=False)
+    assert done.returncode == 2 and "25 training images" in error_line(done.stderr) and "24" in done.stderr
+
+
 # ------------------------------------------------------------------------------------------- more than one process
 
 
@@ -185,7 +231,7 @@ def relative_difference(a: dict, b: dict) -> float:
 def test_two_processes(images, tmp_path):
     """Two processes see different images and end with the same weights, decoder, EMA and discriminator, bit for bit;
     without GAN and noise they end with the weights of one process, up to the order of sums."""
-    first, second = worker(tmp_path, "gan", images, TINY, 2)
+    first, second = worker(tmp_path, "gan", images, PLAIN, 2)
     assert any(name.startswith("heads.") for name in first)
     for name in first:
         assert torch.equal(first[name], second[name]) == (name != "seen"), name
@@ -206,6 +252,45 @@ def test_launched_run_with_two_processes(images, tmp_path):
     assert [line["num_samples"] for line in read_metrics(run_dir) if line["kind"] == "eval"] == [8, 8]
     train(images, run_dir, {**settings, "train.max_steps": "3"})
     assert read_metrics(run_dir)[-1]["step"] == 3
+
+
+def test_stopping_the_launcher(images, tmp_path):
+    """accelerate launch dies of SIGTERM without passing it on; the run notices, saves and ends."""
+    run_dir = tmp_path / "run"
+    settings = {**PLAIN, "train.max_steps": "1000", "data.path": images, "train.output_dir": run_dir}
+    launch = command("train_rae.py", *flags(settings), launch=processes_on_cpu(1))
+    launcher = subprocess.Popen(launch, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (run_dir / "metrics.jsonl").exists() or len(read_metrics(run_dir)) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.01)
+    launcher.terminate()
+    launcher.wait()
+    deadline = time.time() + 60
+    while not list((run_dir / "checkpoints").glob("step-*")):
+        assert time.time() < deadline
+        time.sleep(0.05)
+    with (run_dir / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the end of the run
+    lines = read_metrics(run_dir)
+    checkpoint = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
+    assert lines[-1]["step"] == int(checkpoint.name.removeprefix("step-")) < 1000
+
+
+def test_an_error_of_one_process_ends_all(images, tmp_path):
+    """Unreadable images that only the second process meets: its line is printed and the launcher fails."""
+    data = shutil.copytree(images, tmp_path / "data")
+    settings = {**PLAIN, "data.path": data, "data.max_unreadable": "0", "train.max_steps": "1"}
+    config = parse_config(flags(settings))
+    order = TrainBatches(24, 8, 4, 1, 2, config.train.seed, 0, 1)
+    source, _ = load_splits(config.data, config.train.seed)
+    ((_, index), *_) = next(iter(order))
+    Path(source.name(index)).write_text("not an image")
+    settings["train.output_dir"] = tmp_path / "run"
+    done = run_command("train_rae.py", *flags(settings), launch=processes_on_cpu(2), check=False)
+    assert done.returncode != 0
+    assert f"error: process 1: data.max_unreadable: {source.name(index)}" in done.stderr or (
+        "error: process 1: data.max_unreadable: 1 images" in done.stderr
+    ), done.stderr
 
 
 # --------------------------------------------------------------------------------------- steps, inside this process
@@ -234,7 +319,7 @@ def test_accumulation_is_a_bigger_batch(images):
 
 
 def test_clipping_limits_the_step(images):
-    """The logged norm is the one before clipping; with SGD-like Adam off, a tiny limit changes the first moment."""
+    """The logged norm is the one before clipping; Adam's first moment shows what was left after it."""
     pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     moments = []
     for limit in ("1.0e+9", "0.25"):
@@ -269,8 +354,12 @@ def test_fp16_loss_scaling(images):
         overflowing = tiny_run(images, fp16_accelerator(2.0**120), **settings)
         before = {n: p.detach().clone() for n, p in overflowing.model.decoder.named_parameters()}
         (record,), after = take_steps(overflowing, pixels, 1, steps=1)
+        skipping = tiny_run(images, fp16_accelerator(1024.0), **settings)
+        bad = [train_rae.train_step(skipping, [pixels * math.nan], step) for step in range(2)]
+        (good,), _ = take_steps(skipping, pixels, 1, steps=1)
     finally:
         Accelerator().state._reset_state()
+    assert [record["nonfinite"] for record in bad] == ["recon", "recon"] and good["nonfinite"] is None
     full_run = tiny_run(images, Accelerator(cpu=True), **settings)
     (full, _), expected = take_steps(full_run, pixels, 2, steps=2)
     assert half["loss"] == pytest.approx(full["loss"], rel=2e-2)
@@ -284,6 +373,18 @@ def test_fp16_loss_scaling(images):
     assert record["nonfinite"] is None
     assert all(torch.equal(before[n], after[n]) for n in before)
     assert overflowing.accelerator.scaler.get_scale() < 2.0**120
+
+
+def test_discriminator_with_broken_gradients_is_left_alone(images):
+    """A finite loss with a gradient that is not finite does not reach the discriminator's weights."""
+    pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    run = tiny_run(images, Accelerator(cpu=True), **{"gan.update_start_step": "0", "gan.updates_per_step": "2"})
+    heads = list(run.discriminator.heads.parameters())
+    before = [p.detach().clone() for p in heads]
+    heads[0].register_hook(lambda gradient: gradient * math.inf)
+    record = train_rae.train_step(run, [pixels], 0)
+    assert record["nonfinite"] == "disc_grad_norm" and math.isfinite(record["disc_loss"])
+    assert all(torch.equal(p, old) for p, old in zip(heads, before, strict=True))
 
 
 def build_heads(images, settings):
@@ -348,7 +449,7 @@ def test_unreadable_images(images, tmp_path):
     files[9].write_text("not an image")
     done = train(data, tmp_path / "two", {**settings, "data.max_unreadable": "1"}, check=False)
     assert done.returncode == 2
-    assert error_line(done.stderr).startswith("error: data.max_unreadable: 2 images cannot be read")
+    assert error_line(done.stderr).startswith("error: process 0: data.max_unreadable: 2 images cannot be read")
 
 
 # ---------------------------------------------------------------------------------------------------- bad input
@@ -381,22 +482,31 @@ def fails(capsys, monkeypatch, images, settings) -> str:
         ({"data.path": "COLUMNS", "data.image_column": "photo"}, ["data.image_column", "photo", "picture"]),
         ({"train.global_batch_size": 9, "train.gradient_accumulation_steps": 2}, ["train.global_batch_size", "9", "2"]),
         ({"train.global_batch_size": 64}, ["24", "64"]),
-        ({"model.image_size": 48}, ["model.image_size", "48", "32"]),
+        ({"model.image_size": 48, "data.resize_size": 72}, ["model.image_size", "48", "32"]),
         ({"model.encoder_input_size": 30}, ["30", "4"]),
         ({"model.decoder_num_attention_heads": 5}, ["5", "32"]),
         ({"model.encoder": "resnet"}, ["model.encoder", "resnet"]),
+        ({"model.encoder_config": '{"num_hiden_layers": 2}'}, ["model.encoder_config", "num_hiden_layers"]),
+        ({"model.encoder_config": '{"hidden_size": "wide"}'}, ["model.encoder", "hidden_size"]),
+        ({"gan.backbone_config": '{"with": 64}'}, ["gan.backbone_config", "with"]),
+        ({"model.attn_implementation": "fast"}, ["model.attn_implementation", "fast", "sdpa"]),
+        ({"model.decoder_num_hidden_layers": -1}, ["model.decoder_num_hidden_layers", "-1"]),
+        ({"data.resize_size": 16}, ["data.resize_size", "16", "32"]),
+        ({"train.output_dir": "FILE/run"}, ["train.output_dir", "FILE"]),
         ({"model.encoder_weights": "pretrained", "model.encoder_config": "{}", "model.encoder": "no/such"},
          ["model.encoder", "no/such"]),
         ({"model.latent_stats": "/no/stats.pt"}, ["model.latent_stats", "/no/stats.pt"]),
         ({"gan.weights": "pretrained", "gan.backbone_config": "{}"}, ["gan.backbone", "facebook/dino-vits8"]),
         ({"gan.key_depths": "[0,7]"}, ["gan.key_depths", "7", "4"]),
         ({"logging.report_to": "[comet_ml]"}, ["logging.report_to", "comet_ml"]),
+        ({"logging.report_to": "[tensorbord]"}, ["logging.report_to", "tensorbord", "tensorboard"]),
         ({"train.mixed_precision": "fp16"}, ["train.mixed_precision", "fp16"]),
     ],
 )  # fmt: skip
 def test_bad_input(settings, words, images, tmp_path, capsys, monkeypatch):
     """One line that names the setting and what was found, exit code 2, and no run folder left behind."""
     (tmp_path / "EMPTY").mkdir()
+    (tmp_path / "FILE").touch()
     if settings.get("data.path") == "COLUMNS":
         from datasets import Dataset, DatasetDict, Features
         from datasets import Image as ImageFeature
@@ -404,9 +514,9 @@ def test_bad_input(settings, words, images, tmp_path, capsys, monkeypatch):
         files = [str(f) for f in sorted(images.rglob("*.png"))]
         data = Dataset.from_dict({"picture": files}, Features({"picture": ImageFeature()}))
         DatasetDict(train=data, validation=data).save_to_disk(str(tmp_path / "COLUMNS"))
-    place = {name: tmp_path / name for name in ("EMPTY", "COLUMNS")}
+    place = {name: tmp_path / name for name in ("EMPTY", "COLUMNS", "FILE/run")}
     settings = {key: place.get(value, value) for key, value in settings.items()}
-    line = fails(capsys, monkeypatch, images, {**settings, "train.output_dir": tmp_path / "run"})
+    line = fails(capsys, monkeypatch, images, {"train.output_dir": tmp_path / "run", **settings})
     assert all(str(word) in line for word in words), line
     assert not (tmp_path / "run").exists()
 
@@ -421,10 +531,11 @@ def test_other_run_and_other_architecture(images, whole_run, tmp_path, capsys, m
     start = {"model.init_from": run_dir / "final", "train.output_dir": tmp_path / "run"}
     line = fails(capsys, monkeypatch, images, {**start, "model.decoder_num_hidden_layers": 3})
     assert all(word in line for word in ("model.init_from", "decoder_num_hidden_layers", "2", "3"))
-    (tmp_path / "stats.pt").write_bytes(b"")
+    torch.save([1.0], tmp_path / "stats.pt")
+    settings = {"model.latent_stats": tmp_path / "stats.pt", "train.output_dir": tmp_path / "run"}
+    assert "holds a list" in fails(capsys, monkeypatch, images, settings)
     torch.save({"mean": torch.zeros(64, 4, 4), "var": torch.ones(64, 4, 4)}, tmp_path / "stats.pt")
-    line = fails(capsys, monkeypatch, images, {"model.latent_stats": tmp_path / "stats.pt",
-                                               "train.output_dir": tmp_path / "run"})  # fmt: skip
+    line = fails(capsys, monkeypatch, images, settings)
     assert all(word in line for word in ("model.latent_stats", "(64, 4, 4)", "(64, 8, 8)"))
 
 
