@@ -30,7 +30,7 @@ from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, ViTConfig
+from transformers import ViTConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
@@ -70,7 +70,7 @@ from discriminator import DiffAug, DinoDiscriminator, load_backbone
 from ema import EMA
 from losses import DISCRIMINATOR_LOSSES, build_lpips, generator_gradient, to_discriminator_range
 from metrics import HIGHER_IS_BETTER, evaluate_reconstructions, quantize
-from modeling_rae import RAEConfig, RAEModel
+from modeling_rae import RAEConfig, RAEModel, vision_config
 from pictures import plot_curves, reconstruction_grid
 
 logger = logging.getLogger(__name__)
@@ -207,7 +207,7 @@ def build_rae_config(config: Config) -> RAEConfig:
     }
     with blame("model.encoder", m.encoder):
         if m.encoder_weights == "random":
-            check_names(m.encoder_config, AutoConfig.for_model(m.encoder), "model.encoder_config")
+            check_names(m.encoder_config, vision_config({"model_type": m.encoder}), "model.encoder_config")
             rae_config = RAEConfig(encoder_config={"model_type": m.encoder, **m.encoder_config}, **settings)
         else:
             rae_config = RAEConfig.from_encoder(m.encoder, m.encoder_revision, **settings)
@@ -397,8 +397,8 @@ def train_step(run: Run, batches: list, step: int, stop: bool = False) -> dict:
 
 
 def apply_update(run: Run, optimizer: Any, record: dict, terms: tuple, norm_name: str) -> None:
-    """Take the optimizer's step unless one of the loss `terms` or the gradient norm is not finite. `record["nonfinite"]`
-    gets the name of the first that is not, or None."""
+    """Take the optimizer's step unless one of the loss `terms` or the gradient norm is not finite; its name, or None,
+    goes to `record["nonfinite"]`."""
     scaler = run.accelerator.scaler
     watched = terms
     # an overflow in fp16 is the loss scaler's business, it skips the step and halves the scale: until that is under 1

@@ -618,5 +618,5 @@ def test_evaluation_counts_every_image_once():
     for name in ("psnr", "ssim"):
         assert found[name] == pytest.approx(values[name].double().mean().item(), rel=1e-6)
     assert seen == ["a.png", "b.png", "c.png"]
-    with pytest.raises(ValueError, match="no readable image"):
+    with pytest.raises(ValueError, match="data.eval_split: none"):
         evaluate_reconstructions(reconstruct, batches[1:2], ("psnr",), Accelerator(cpu=True))

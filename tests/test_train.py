@@ -570,7 +570,8 @@ def test_nonfinite_loss(images, tmp_path):
 
 def test_bad_input_under_accelerate_launch(tmp_path):
     """The launcher passes the failure on, with the one line on stderr."""
-    done = run_command("train_rae.py", "--data.path", "/no/such/folder", launch=("--cpu", "-q"), check=False)
+    arguments = ("--data.path", "/no/such/folder", "--train.output_dir", tmp_path / "run")
+    done = run_command("train_rae.py", *arguments, launch=("--cpu", "-q"), check=False)
     assert done.returncode != 0
     assert "error: data.path: /no/such/folder does not exist" in done.stderr
     assert "Traceback" not in done.stderr
