@@ -68,11 +68,15 @@ def write_folder(target: Path, write: Callable[[Path], None], main_process: bool
 
 
 def restore_folders(run_dir: Path) -> None:
-    """Put a folder back that a crash in `write_folder` caught between its two renames."""
+    """Clean up after a crash in `write_folder`: put a folder back that was caught between the two renames, drop what
+    was half written."""
     for old in run_dir.glob(".*.old"):
         target = run_dir / old.name.removeprefix(".").removesuffix(".old")
         if not target.exists():
             old.rename(target)
+    for folder in (run_dir, run_dir / "checkpoints"):
+        for partial in folder.glob(".*.partial"):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
 def lock_run_folder(run_dir: Path) -> TextIO:

@@ -446,6 +446,7 @@ class RAEModel(RAEPreTrainedModel):
         _remove_final_affine(self.encoder)
         self._no_split_modules = {*self._no_split_modules, *(self.encoder._no_split_modules or ())}
         self.decoder = RAEDecoder(config)
+        self._image_statistics = {}
         if config.use_latent_stats:
             shape = (config.latent_channels, config.latent_size, config.latent_size)
             self.register_buffer("latent_mean", torch.zeros(shape))
@@ -546,7 +547,12 @@ class RAEModel(RAEPreTrainedModel):
         return (self.latent_var.float() + LATENT_VAR_EPS).sqrt()
 
     def _image_mean_and_std(self, like: torch.Tensor) -> tuple:
-        return tuple(like.new_tensor(v).view(1, 3, 1, 1) for v in (self.config.image_mean, self.config.image_std))
+        key = (like.device, like.dtype)
+        if key not in self._image_statistics:  # kept: making them is a CPU-GPU sync point
+            values = (self.config.image_mean, self.config.image_std)
+            with torch.inference_mode(False):  # training may use what an evaluation made
+                self._image_statistics[key] = tuple(like.new_tensor(v).view(1, 3, 1, 1) for v in values)
+        return self._image_statistics[key]
 
     # ------------------------------------------------------------------------------------------------- the method
 

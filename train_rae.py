@@ -452,7 +452,7 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if config.train.clip_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, config.train.clip_grad_norm, grad_norm)
-    asked = torch.tensor(float(stop), device=accelerator.device)
+    asked = torch.full((), float(stop), device=accelerator.device)
     *values, grad_norm, asked = mean_over_processes(run, [*(sums / len(batches)), grad_norm, asked])
     record = {**dict(zip(vars(terms), values, strict=True)), "grad_norm": grad_norm, "lr": lr, "stop": asked > 0}
     terms = ("recon", "lpips", "gan") if accelerator.scaler else ("recon", "lpips", "gan", "adaptive_weight")

@@ -611,3 +611,25 @@ def test_other_processes_compute_the_same(encoders, tmp_path):
         assert found.keys() == expected.keys()
         different = [name for name, tensor in expected.items() if not torch.equal(found[name], tensor)]
         assert not different, (source, different)
+
+
+@pytest.mark.parametrize("device_map", ["cpu", "auto", {"": "cpu"}])
+def test_loading_arguments_of_transformers(encoders, tmp_path, device_map):
+    """device_map, dtype and attn_implementation behave as in transformers."""
+    model = make_rae(encoders)
+    model.save_pretrained(tmp_path)
+    mapped = RAEModel.from_pretrained(tmp_path, device_map=device_map)
+    assert torch.equal(mapped(images()).sample, model.eval()(images()).sample)
+    assert {"RAEDecoderLayer", "Dinov2WithRegistersLayer"} <= set(mapped._no_split_modules)
+    eager = RAEModel.from_pretrained(tmp_path, attn_implementation="eager", dtype=torch.bfloat16)
+    assert {eager.config._attn_implementation, eager.encoder.config._attn_implementation} == {"eager"}
+    assert {p.dtype for p in eager.parameters()} == {torch.bfloat16}
+
+
+def test_training_after_inference_mode(encoders):
+    """What an evaluation under inference_mode leaves behind can be used with gradients."""
+    model = make_rae(encoders)
+    with torch.inference_mode():
+        model(images())
+    model(images()).sample.sum().backward()
+    assert all(p.grad is not None for p in model.decoder.parameters() if p.requires_grad)

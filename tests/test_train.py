@@ -157,11 +157,15 @@ def test_resume_forgets_lines_after_the_checkpoint(images, tmp_path):
     with (run_dir / "metrics.jsonl").open("a") as file:  # steps whose weights were lost, and half a line
         file.write(json.dumps({"kind": "train", "step": 4, "loss": 7}) + "\n" + '{"kind": "tra')
     shutil.copytree(run_dir / "checkpoints/step-00000003", run_dir / "checkpoints/.step-00000004.partial")
+    (run_dir / "best").rename(run_dir / ".best.old")  # killed between the two renames
     train(images, run_dir, {**PLAIN, "train.max_steps": "5"})
     lines = read_metrics(run_dir)
     assert lines[: len(expected)] == expected
     assert [line["step"] for line in lines if line["kind"] == "train"] == [1, 2, 3, 4, 5]
     assert all(line.get("loss") != 7 for line in lines)
+    assert RAEModel.from_pretrained(run_dir / "best") is not None
+    names = {path.name for path in run_dir.rglob(".*")}
+    assert names == {".lock"}
 
 
 def test_killed_before_the_first_checkpoint(images, whole_run, tmp_path):
