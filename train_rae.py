@@ -326,10 +326,9 @@ def build_run(config: Config, accelerator: Accelerator, steps_per_epoch: int) ->
 
 def learning_rate(step: int, peak: float, schedule: LRScheduleConfig, steps_per_epoch: int) -> float:
     """Learning rate of the 0-based `step`: a function of the step alone, so there is no scheduler to save."""
-    epochs = {"warmup": schedule.warmup_epochs, "end": schedule.decay_end_epoch}
-    warmup = int(epochs["warmup"] * steps_per_epoch) if schedule.warmup_steps is None else schedule.warmup_steps
-    end = int(epochs["end"] * steps_per_epoch) if schedule.decay_end_step is None else schedule.decay_end_step
-    end = max(end, warmup)
+    warmup, end = schedule.warmup_steps, schedule.decay_end_step
+    warmup = int(schedule.warmup_epochs * steps_per_epoch) if warmup is None else warmup
+    end = max(warmup, int(schedule.decay_end_epoch * steps_per_epoch) if end is None else end)
     if step < warmup:
         return peak * ((step + 1) / warmup if schedule.warmup_from_zero else 1.0)
     if schedule.type == "constant":
@@ -455,8 +454,8 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
     asked = torch.full((), float(stop), device=accelerator.device)
     *values, grad_norm, asked = mean_over_processes(run, [*(sums / len(batches)), grad_norm, asked])
     record = {**dict(zip(vars(terms), values, strict=True)), "grad_norm": grad_norm, "lr": lr, "stop": asked > 0}
-    terms = ("recon", "lpips", "gan") if accelerator.scaler else ("recon", "lpips", "gan", "adaptive_weight")
-    apply_update(run, run.optimizer, record, terms, "grad_norm")
+    watched = ("recon", "lpips", "gan") if accelerator.scaler else ("recon", "lpips", "gan", "adaptive_weight")
+    apply_update(run, run.optimizer, record, watched, "grad_norm")
     return record
 
 
@@ -696,6 +695,7 @@ def train(run: Run, state: RunState, reporter: Reporter, loader: Any, total_step
         total=total_steps,
         initial=state.step,
         unit="step",
+        mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds: a log file is not flooded
         disable=not (config.logging.progress_bar and accelerator.is_main_process),
     )
     clock, clocked = time.perf_counter(), state.step
