@@ -283,11 +283,12 @@ class ConfigError(ValueError):
     """A setting that cannot be used; the message names the key, the value and what is expected."""
 
 
-def fail(message: Union[str, Exception]) -> NoReturn:
-    """End the process: one line on stderr, exit code 2."""
-    if os.environ.get("RANK", "0") == "0":  # every process finds the same: one line is enough
-        print(f"error: {' '.join(str(message).split())}", file=sys.stderr)
-    sys.exit(2)
+def fail(message: Union[str, Exception], code: int = 2, everywhere: bool = False) -> NoReturn:
+    """End the process with one line on stderr. What every process of a machine finds alike is said by its first, unless
+    `everywhere`."""
+    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
+    sys.exit(code)
 
 
 def parse_config(argv: Optional[list] = None) -> Config:

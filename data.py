@@ -33,6 +33,7 @@ SPLIT_NAMES = ("train", "val", "valid", "validation", "test")
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 SAVED_DATASET_FILES = ("dataset_dict.json", "state.json", "dataset_info.json")  # of `datasets`' save_to_disk
+MAX_ASPECT_RATIO = 100  # a resized shorter side would make the longer one, and the memory for it, huge
 WHOLE = None  # key of data that has no split level
 
 # The second word of every seed keeps the random streams apart: NumPy pads (1, 2) with zeros, so it equals (1, 2, 0).
@@ -166,6 +167,8 @@ class ImageSource:
         """Image i as RGB. Raises UnreadableImage, whatever the decoder says."""
         try:
             with Image.open(self._open(i)) as image:
+                if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                    raise ValueError(f"{image.width} x {image.height} pixels, sides over 1 : {MAX_ASPECT_RATIO}")
                 return to_rgb(image)
         except Exception as error:  # damaged files make decoders raise almost anything; see UnreadableLog for the bound
             raise UnreadableImage(self.name(i), f"{type(error).__name__}: {error}") from error
@@ -643,7 +646,7 @@ class TrainImages(torch.utils.data.Dataset):
             try:
                 image = self.source.load(shown)
             except UnreadableImage as error:
-                unreadable.append(error.name)
+                unreadable.append(str(error))
                 continue
             seed = (self.seed, CROP_STREAM, epoch, index)
             image = random_crop(image, self.image_size, self.resize_size, seed)
@@ -672,7 +675,7 @@ class EvalImages(torch.utils.data.Dataset):
         try:
             image = self.source.load(index)
         except UnreadableImage as error:
-            return {"pixels": None, "index": index, "unreadable": [error.name]}
+            return {"pixels": None, "index": index, "unreadable": [str(error)]}
         return {"pixels": _pixels(center_crop(image, self.image_size)), "index": index, "unreadable": []}
 
 

@@ -11,7 +11,7 @@ from typing import Optional
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import ViTConfig, ViTModel
+from transformers import AutoConfig, ViTConfig, ViTModel
 
 from checkpointing import read_tensors
 from modeling_rae import IMAGENET_MEAN, IMAGENET_STD
@@ -88,10 +88,13 @@ def _timm_to_transformers(state: dict) -> dict:
 
 def _load_timm_file(path: Path, num_attention_heads: Optional[int]) -> ViTModel:
     state = {name: t for name, t in read_tensors(path, "gan.backbone").items() if not name.startswith("head.")}
-    if "pos_embed" not in state or "blocks.0.attn.qkv.weight" not in state:
-        raise ValueError(f"gan.backbone: {path} is no DINO ViT with timm's names (no pos_embed or blocks.0.attn.qkv)")
+    for name in ("pos_embed", "patch_embed.proj.weight", "blocks.0.attn.qkv.weight", "blocks.0.mlp.fc1.weight"):
+        if name not in state:
+            raise ValueError(f"gan.backbone: {path} is no DINO ViT with timm's names, it has no '{name}'")
     width, _, patch, _ = state["patch_embed.proj.weight"].shape
     grid = round((state["pos_embed"].shape[1] - 1) ** 0.5)
+    if num_attention_heads is None and width % 64:
+        raise ValueError(f"gan.backbone: {path} is {width} wide, expected a multiple of 64, the width of DINO's heads")
     config = ViTConfig(
         hidden_size=width,
         num_hidden_layers=len({name.split(".")[1] for name in state if name.startswith("blocks.")}),
@@ -105,10 +108,15 @@ def _load_timm_file(path: Path, num_attention_heads: Optional[int]) -> ViTModel:
 
 
 def _strict_vit(source: Optional[str], **kwargs) -> ViTModel:
-    vit, info = ViTModel.from_pretrained(source, add_pooling_layer=False, output_loading_info=True, **kwargs)
+    vit, info = ViTModel.from_pretrained(
+        source, add_pooling_layer=False, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
+    )
+    place = source or "the file"
+    for name, *shapes in sorted(info["mismatched_keys"]):
+        raise ValueError(f"gan.backbone: '{name}' of {place} has shape {shapes[0]}, expected {shapes[1]}")
     if info["missing_keys"]:
         first, count = min(info["missing_keys"]), len(info["missing_keys"])
-        raise ValueError(f"gan.backbone: {source or 'the file'} lacks {count} weights, the first is {first}")
+        raise ValueError(f"gan.backbone: {place} lacks {count} weights, the first is {first}")
     return vit
 
 
@@ -132,7 +140,9 @@ def load_backbone(
         return ViTModel(ViTConfig(**{**(config or {}), **BACKBONE_SETTINGS}), add_pooling_layer=False)
     if Path(source).suffix in (".pth", ".pt", ".safetensors"):
         return _load_timm_file(Path(source), num_attention_heads)
-    config = ViTConfig.from_pretrained(source, **BACKBONE_SETTINGS)
+    config = AutoConfig.from_pretrained(source, **BACKBONE_SETTINGS)
+    if config.model_type != "vit":
+        raise ValueError(f"gan.backbone: {source} has model_type '{config.model_type}', expected 'vit'")
     return _strict_vit(source, config=config, dtype=torch.float32)
 
 

@@ -1,6 +1,6 @@
 """Reconstruction metrics: PSNR, SSIM and LPIPS, each the mean of per-image values, on one or many processes."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Optional
 
 import torch
@@ -18,7 +18,7 @@ def quantize(pixels: torch.Tensor) -> torch.Tensor:
     return (pixels.float().clamp(0, 1) * 255).round() / 255
 
 
-def image_metrics(images: torch.Tensor, reconstructions: torch.Tensor, names: Iterable, perceptual) -> dict:
+def image_metrics(images: torch.Tensor, reconstructions: torch.Tensor, names: Sequence, perceptual) -> dict:
     """Per-image values (B,) of the metrics `names` for two batches (B, 3, H, W) in [0, 1], 8-bit grid.
 
     psnr: dB, peak 1, at most PSNR_CAP. ssim: 11 x 11 Gaussian window of sigma 1.5. lpips: `perceptual` on [-1, 1].
@@ -39,7 +39,7 @@ def image_metrics(images: torch.Tensor, reconstructions: torch.Tensor, names: It
 def evaluate_reconstructions(
     reconstruct: Callable,
     loader: Iterable,
-    names: Iterable,
+    names: Sequence,
     accelerator: Accelerator,
     perceptual: Optional[Callable] = None,
     on_unreadable: Callable = lambda names: None,
@@ -48,7 +48,7 @@ def evaluate_reconstructions(
 
     Args:
         reconstruct: pixels (B, 3, H, W) in [0, 1] to reconstructions of the same shape and range.
-        loader: this process's share, batches as data.collate makes them; shares may differ in length.
+        loader: this process's share, batches as data.collate makes them; one may be empty.
         names: metrics, see `image_metrics`.
         perceptual: LPIPS network, for "lpips".
         on_unreadable: called with the names of images that could not be read.
@@ -59,7 +59,6 @@ def evaluate_reconstructions(
     Raises:
         DataError: no image could be read.
     """
-    # no collective call inside the loop: processes may have different numbers of batches
     sums = torch.zeros(1 + len(names), dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
     for batch in loader:
         on_unreadable(batch["unreadable"])

@@ -484,7 +484,12 @@ class RAEModel(RAEPreTrainedModel):
             config=vision_config(AutoConfig.from_pretrained(config.encoder_id, revision=config.encoder_revision)),
             dtype=self.dtype,
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # they are reported, and refused below
         )
+        for name, *shapes in sorted(info["mismatched_keys"]):
+            raise ValueError(
+                f"encoder {config.encoder_id}: '{name}' has shape {shapes[0]}, its config says {shapes[1]}"
+            )
         if info["missing_keys"]:
             raise ValueError(
                 f"encoder {config.encoder_id}: {len(info['missing_keys'])} weights of {type(encoder).__name__} are "

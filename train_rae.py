@@ -10,6 +10,7 @@ minutes on two CPU cores and ends above 20 dB PSNR on held-out digits; configs/ 
 import logging
 import math
 import os
+import shutil
 import sys
 import time
 import uuid
@@ -18,6 +19,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, NoReturn, Optional, TextIO
 
 import numpy as np
@@ -28,6 +30,7 @@ from accelerate.utils import ProjectConfiguration, set_seed
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import StrictDataclassError
 from PIL import Image
+from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import ViTConfig
@@ -77,11 +80,11 @@ logger = logging.getLogger(__name__)
 
 
 class RunError(RuntimeError):
-    """A run went wrong after it had begun; the message is one line, `code` the exit code."""
+    """A run went wrong after it had begun. `code` is the exit code, `everywhere` whether this process alone knows."""
 
-    def __init__(self, message: str, code: int = 1):
+    def __init__(self, message: str, code: int = 1, everywhere: bool = False):
         super().__init__(message)
-        self.code = code
+        self.code, self.everywhere = code, everywhere
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -188,7 +191,8 @@ def micro_batch_size(config: Config, num_processes: int) -> int:
 
 
 def build_rae_config(config: Config) -> RAEConfig:
-    """The autoencoder's config as `config.model` describes it; needs nothing of the encoder but its own config."""
+    """The autoencoder's config as `config.model` describes it. Checks all that can be known without the weights of the
+    encoder: sizes, statistics, and the architecture of the model to start from."""
     m = config.model
     if m.attn_implementation not in ("eager", *ALL_ATTENTION_FUNCTIONS):
         known = ", ".join(sorted(["eager", *ALL_ATTENTION_FUNCTIONS]))
@@ -216,6 +220,10 @@ def build_rae_config(config: Config) -> RAEConfig:
             f"model.image_size: {m.image_size}, but encoder_input_size {m.encoder_input_size} / encoder patch "
             f"{rae_config.encoder_patch_size} x decoder_patch_size {m.decoder_patch_size} = {rae_config.image_size}"
         )
+    if m.latent_stats is not None:
+        read_latent_stats(m.latent_stats, rae_config)
+    if m.init_from is not None:
+        check_architecture(m.init_from, rae_config)
     return rae_config
 
 
@@ -226,48 +234,51 @@ def check_names(settings: dict, known: Any, key: str) -> None:
             raise ConfigError(f"{key}: {type(known).__name__} has no setting '{name}'")
 
 
+def check_architecture(source: str, expected: RAEConfig) -> None:
+    """Raise ConfigError unless the RAE `source`, whose decoder training starts from, has the expected architecture."""
+    with blame("model.init_from", source):
+        found = RAEConfig.from_pretrained(source)
+    architecture = ("latent_channels", "latent_size", "decoder_hidden_size", "decoder_num_hidden_layers",
+                    "decoder_num_attention_heads", "decoder_intermediate_size", "decoder_patch_size")  # fmt: skip
+    for name in architecture:
+        if getattr(found, name) != getattr(expected, name):
+            raise ConfigError(
+                f"model.init_from: {source} is of another architecture: its {name} is {getattr(found, name)}, "
+                f"this run's is {getattr(expected, name)}"
+            )
+
+
+def read_latent_stats(path: str, rae_config: RAEConfig) -> dict:
+    """`mean` and `var` of a statistics file, (C, h, w) each."""
+    with blame("model.latent_stats"):
+        stats = read_tensors(path, "model.latent_stats")
+    expected = (rae_config.latent_channels, rae_config.latent_size, rae_config.latent_size)
+    for name in ("mean", "var"):
+        if name not in stats:
+            raise ConfigError(f"model.latent_stats: {path} holds {sorted(stats)}, expected 'mean' and 'var'")
+        if stats[name].shape != expected:
+            found = tuple(stats[name].shape)
+            raise ConfigError(f"model.latent_stats: '{name}' in {path} has shape {found}, the latents {expected}")
+    return {"mean": stats["mean"], "var": stats["var"]}
+
+
 def build_rae(config: Config, rae_config: RAEConfig) -> RAEModel:
     """The autoencoder with its encoder's weights, statistics and the decoder it starts from."""
     m = config.model
-    stats = None if m.latent_stats is None else read_latent_stats(m.latent_stats)
-    start = None if m.init_from is None else load_initial_rae(m.init_from, rae_config)
     set_seed(config.train.seed)  # the same initial weights, whichever other networks the run has
     with blame("model.encoder", m.encoder):
         rae = RAEModel(rae_config)
         if m.encoder_weights == "pretrained":
             rae.load_encoder()
-    if stats is not None:
-        with blame("model.latent_stats"):
-            rae.set_latent_stats(**stats)
-    if start is not None:
+    if m.latent_stats is not None:
+        rae.set_latent_stats(**read_latent_stats(m.latent_stats, rae_config))
+    if m.init_from is not None:
+        with blame("model.init_from", m.init_from):
+            start = RAEModel.from_pretrained(m.init_from, dtype=torch.float32)
         rae.decoder.load_state_dict(start.decoder.state_dict())
     if m.gradient_checkpointing:
         rae.gradient_checkpointing_enable()
     return rae
-
-
-def load_initial_rae(source: str, expected: RAEConfig) -> RAEModel:
-    """The RAE whose decoder training starts from; its architecture is compared before its weights are loaded."""
-    with blame("model.init_from", source):
-        found = RAEConfig.from_pretrained(source)
-        architecture = ("latent_channels", "latent_size", "decoder_hidden_size", "decoder_num_hidden_layers",
-                        "decoder_num_attention_heads", "decoder_intermediate_size", "decoder_patch_size")  # fmt: skip
-        for name in architecture:
-            if getattr(found, name) != getattr(expected, name):
-                raise ValueError(
-                    f"{source} is of another architecture: its {name} is {getattr(found, name)}, "
-                    f"this run's is {getattr(expected, name)}"
-                )
-        return RAEModel.from_pretrained(source, dtype=torch.float32)
-
-
-def read_latent_stats(path: str) -> dict:
-    """`mean` and `var` of a statistics file."""
-    with blame("model.latent_stats"):
-        stats = read_tensors(path, "model.latent_stats")
-    if not {"mean", "var"} <= stats.keys():
-        raise ConfigError(f"model.latent_stats: {path} holds {sorted(stats)}, expected 'mean' and 'var'")
-    return {"mean": stats["mean"], "var": stats["var"]}
 
 
 def build_discriminator(config: Config) -> DinoDiscriminator:
@@ -280,7 +291,7 @@ def build_discriminator(config: Config) -> DinoDiscriminator:
         return DinoDiscriminator(vit, gan.key_depths, gan.kernel_size, gan.norm, gan.norm_eps, gan.spectral_norm)
 
 
-def build_run(config: Config, accelerator: Accelerator, steps_per_epoch: int) -> Run:
+def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, steps_per_epoch: int) -> Run:
     """Build all networks and optimizers and prepare them for the devices at hand."""
 
     def start(step: Optional[int], epoch: float) -> int:
@@ -291,7 +302,6 @@ def build_run(config: Config, accelerator: Accelerator, steps_per_epoch: int) ->
         return torch.optim.AdamW(trained, **asdict(settings), fused=accelerator.device.type == "cuda")
 
     gan, perceptual = config.gan, config.perceptual
-    rae_config = build_rae_config(config)  # sizes are checked before any weights are loaded or fetched
     needs_lpips = perceptual.weight > 0 or "lpips" in config.eval.metrics
     with blame("perceptual.vgg_path"):
         lpips = build_lpips(perceptual.weights, perceptual.vgg_path).to(accelerator.device) if needs_lpips else None
@@ -596,9 +606,12 @@ class Reporter:
         data = self.run.config.data
         images = "training images" if data.eval_split == data.train_split else "held-out images"
         rows = [f"{f'EMA model, {images}':<28}{'before':>10}{'after':>10}"]
+        first, last = evals[0], evals[-1]
+        if first["num_samples"] != last["num_samples"]:
+            first = {}  # not comparable
         for name in self.run.config.eval.metrics:
-            values = [line[name] for line in evals if line.get(name) is not None] or [math.nan]
-            rows.append(f"{name:<28}{values[0]:>10.4f}{values[-1]:>10.4f}")
+            values = (line.get(name) for line in (first, last))
+            rows.append(f"{name:<28}" + "".join(f"{'-' if v is None else f'{v:.4f}':>10}" for v in values))
         picture = self.run_dir / "samples" / f"step-{evals[-1]['step']:08d}.png"
         places = {"pictures": picture, "curves": self.run_dir / "curves.png", "model": self.run_dir / "final"}
         if self.run.accelerator.device.type == "cuda":
@@ -643,6 +656,15 @@ def take_run_folder(config: Config, run_dir: Path) -> Optional[TextIO]:
     beside.write_text(config_yaml(config))
     beside.replace(run_dir / "config.yaml")
     return lock
+
+
+def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
+    """Load the complete state. Raises RunError, which names the checkpoint, when it cannot be read."""
+    try:
+        accelerator.load_state(str(path))
+    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
+        reason = str(error).splitlines()[0]
+        raise RunError(f"checkpoint {path} cannot be read ({reason}); without it, the one before is used") from error
 
 
 def start_trackers(config: Config, accelerator: Accelerator, run_dir: Path, step: int) -> None:
@@ -745,6 +767,7 @@ def main() -> None:
     accelerator = build_accelerator(config)
     run_dir = check_run_folder(config)
     micro_batch = micro_batch_size(config, accelerator.num_processes)
+    rae_config = build_rae_config(config)
     training_resize_size(config.model.image_size, config.data.resize_size)
     train_images, eval_images = load_splits(config.data, config.train.seed)
     batches = TrainBatches(
@@ -766,14 +789,14 @@ def main() -> None:
         return
 
     # networks, and the state of an earlier part of this run
-    run = build_run(config, accelerator, batches.steps_per_epoch)
+    run = build_run(config, accelerator, rae_config, batches.steps_per_epoch)
     lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
     state = RunState(num_images=len(train_images))
     accelerator.register_for_checkpointing(run.ema, state)
     saved = checkpoints(run_dir)
     if saved:
-        accelerator.load_state(str(saved[-1]))
+        load_checkpoint(accelerator, saved[-1])
         tell(run, f"continuing from {saved[-1]}")
         if state.num_images != len(train_images):
             raise ConfigError(
@@ -794,10 +817,13 @@ def main() -> None:
     start_trackers(config, accelerator, run_dir, state.step)
     tell(run, describe(run, len(train_images), len(eval_images), micro_batch, total_steps))
 
+    if state.step < total_steps and accelerator.is_main_process:
+        shutil.rmtree(run_dir / "final", ignore_errors=True)  # of this run when it was shorter
+
     try:
         finished = train(run, state, reporter, loader, total_steps, run_dir)
     except DataError as error:  # found by this process alone: the others do not know
-        raise RunError(f"process {accelerator.process_index}: {error}", code=2) from error
+        raise RunError(f"process {accelerator.process_index}: {error}", code=2, everywhere=True) from error
     if finished:
         if not (run_dir / "final").exists():  # its checkpoints reach further than train.max_steps now does
             reporter.export("final")
@@ -833,8 +859,7 @@ def run_main(function: Callable[[], None]) -> Optional[NoReturn]:
     except (ConfigError, DataError) as error:
         fail(error)
     except RunError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.code)
+        fail(error, error.code, error.everywhere)
 
 
 if __name__ == "__main__":

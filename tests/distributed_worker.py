@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from config import parse_config  # noqa: E402
 from data import TrainBatches, load_splits, train_loader  # noqa: E402
-from train_rae import build_accelerator, build_run, micro_batch_size, train_step  # noqa: E402
+from train_rae import build_accelerator, build_rae_config, build_run, micro_batch_size, train_step  # noqa: E402
 
 output, argv = Path(sys.argv[1]), sys.argv[2:]
 config = parse_config(argv)
@@ -23,7 +23,7 @@ rank, world = accelerator.process_index, accelerator.num_processes
 size = micro_batch_size(config, world)
 steps = 3
 batches = TrainBatches(len(source), config.train.global_batch_size, size, rank, world, config.train.seed, 0, steps)
-run = build_run(config, accelerator, batches.steps_per_epoch)
+run = build_run(config, accelerator, build_rae_config(config), batches.steps_per_epoch)
 loader = iter(train_loader(source, batches, config.model.image_size))
 seen = []
 for step in range(steps):

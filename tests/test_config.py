@@ -242,8 +242,8 @@ def test_values_that_contradict_each_other(error):
 
 
 def test_other_processes_do_not_repeat_the_message(monkeypatch, capsys):
-    """Under a launcher only rank 0 prints; all exit with 2."""
-    monkeypatch.setenv("RANK", "1")
+    """Under a launcher only the first process of a machine prints; all exit with 2."""
+    monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(SystemExit) as stopped:
         parse_config(["--gan.weight", "x"])
     assert stopped.value.code == 2 and capsys.readouterr().err == ""

@@ -357,6 +357,16 @@ def test_columns_of_paths_bytes_and_dicts(tmp_path):
     assert data.ColumnSource(raw, "train").load(0).size == (40, 30)
 
 
+def test_very_thin_images_are_unreadable(tmp_path):
+    """Resizing their shorter side would take gigabytes; they count as unreadable, with the reason."""
+    for width in (400, 404):
+        Image.new("RGB", (width, 4)).save(tmp_path / f"{width}.png")
+    source = data.scan_folder(str(tmp_path))
+    assert source.load(0).size == (400, 4)
+    with pytest.raises(data.UnreadableImage, match="404.png: .*404 x 4 pixels"):
+        source.load(1)
+
+
 def test_damaged_rows_are_unreadable():
     dataset = datasets.Dataset.from_dict(
         {"image": [{"bytes": b"junk", "path": None}, None]}, features=datasets.Features(image=datasets.Image())
@@ -531,7 +541,7 @@ def test_crop_is_a_function_of_seed_epoch_and_index():
 def test_unreadable_training_image_is_replaced_by_the_next():
     images = data.TrainImages(Source(4, broken=[2, 3]), 16, max_unreadable=2)
     item = images[0, 2]
-    assert item["index"] == 0 and item["unreadable"] == ["made[2]", "made[3]"]
+    assert item["index"] == 0 and item["unreadable"] == ["made[2]: broken", "made[3]: broken"]
     assert images[0, 1]["unreadable"] == []
     images = data.TrainImages(Source(4, broken=[2, 3]), 16, max_unreadable=1)
     one_line_error(lambda: images[0, 2], "data.max_unreadable", "2 images in a row", "at most 1", "made[3]")
@@ -543,12 +553,12 @@ def test_evaluation_drops_unreadable_images():
     images = data.EvalImages(Source(3, broken=[1]), 16)
     batch = data.collate([images[i] for i in range(3)])
     assert batch["pixels"].shape == (2, 3, 16, 16) and batch["index"].tolist() == [0, 2]
-    assert batch["unreadable"] == ["made[1]"]
+    assert batch["unreadable"] == ["made[1]: broken"]
     expected = np.asarray(data.center_crop(picture(seed=2), 16))
     assert np.array_equal(batch["pixels"][1].permute(1, 2, 0).numpy(), expected)
     empty = data.collate([images[1]], image_size=16)
     assert empty["pixels"].shape == (0, 3, 16, 16) and empty["pixels"].dtype == torch.uint8
-    assert empty["index"].dtype == torch.int64 and empty["unreadable"] == ["made[1]"]
+    assert empty["index"].dtype == torch.int64 and empty["unreadable"] == ["made[1]: broken"]
 
 
 def test_unreadable_log_warns_once_and_stops(caplog):
@@ -630,7 +640,7 @@ def test_training_is_the_same_with_any_number_of_workers():
     for a, b in zip(one, other, strict=True):
         assert torch.equal(a["pixels"], b["pixels"]) and torch.equal(a["index"], b["index"])
         assert a["pixels"].shape == (2, 3, 16, 16) and a["unreadable"] == b["unreadable"]
-    assert ["made[4]"] in [batch["unreadable"] for batch in one]
+    assert ["made[4]: broken"] in [batch["unreadable"] for batch in one]
     assert torch.equal(state, torch.get_rng_state())
 
 

@@ -1,11 +1,13 @@
 """losses.py, discriminator.py, ema.py and metrics.py: formulas, gradients and error messages. Seconds on a CPU."""
 
+import json
 import urllib.error
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 from accelerate import Accelerator
 from safetensors.torch import save_file
 from torch import nn
@@ -433,6 +435,21 @@ def test_backbone_files_that_cannot_be_used(tmp_path):
     save_file({name: t for name, t in state.items() if name != lost}, tmp_path / "lost.safetensors")
     with pytest.raises(ValueError, match="gan.backbone.*layernorm_before.bias"):
         load_backbone(str(tmp_path / "lost.safetensors"), num_attention_heads=2)
+    distilled = {**state, "pos_embed": torch.cat([state["pos_embed"], state["pos_embed"][:, :1]], dim=1)}
+    save_file(distilled, tmp_path / "distilled.safetensors")
+    with pytest.raises(ValueError, match="gan.backbone: 'embeddings.position_embeddings'.*shape"):
+        load_backbone(str(tmp_path / "distilled.safetensors"), num_attention_heads=2)
+    with pytest.raises(ValueError, match="gan.backbone.*wide, expected a multiple of 64"):
+        load_backbone(str(tmp_path / "lost.safetensors"))
+    other = transformers.Dinov2Model(transformers.Dinov2Config(hidden_size=32, num_hidden_layers=1))
+    other.save_pretrained(tmp_path / "dinov2")
+    with pytest.raises(ValueError, match="gan.backbone: .*model_type 'dinov2', expected 'vit'"):
+        load_backbone(str(tmp_path / "dinov2"))
+    vit().save_pretrained(tmp_path / "vit")
+    config = json.loads((tmp_path / "vit" / "config.json").read_text())
+    (tmp_path / "vit" / "config.json").write_text(json.dumps({**config, "intermediate_size": 8}))
+    with pytest.raises(ValueError, match="gan.backbone: .*has shape.*expected"):
+        load_backbone(str(tmp_path / "vit"))
     with pytest.raises(OSError, match="gan.backbone.*nowhere.pth"):
         load_backbone(str(tmp_path / "nowhere.pth"))
     with pytest.raises(OSError, match="no_folder"):

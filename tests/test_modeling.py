@@ -3,6 +3,7 @@
 import ast
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -633,3 +634,12 @@ def test_training_after_inference_mode(encoders):
         model(images())
     model(images()).sample.sum().backward()
     assert all(p.grad is not None for p in model.decoder.parameters() if p.requires_grad)
+
+
+def test_encoder_weights_that_do_not_fit(encoders, tmp_path):
+    """An encoder folder whose config and weights differ is an error that names the weight and both shapes."""
+    folder = shutil.copytree(encoders / "dinov2", tmp_path / "encoder")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "mlp_ratio": config["mlp_ratio"] + 1}))
+    with pytest.raises(ValueError, match="'encoder.layer.0.mlp.fc1.bias' has shape"):
+        RAEModel.from_encoder(str(folder), **DECODER)

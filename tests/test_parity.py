@@ -32,7 +32,7 @@ from config import (
 from data import center_crop
 from discriminator import DinoDiscriminator, diff_augment, load_backbone
 from losses import DISCRIMINATOR_LOSSES
-from train_rae import build_run, train_step
+from train_rae import build_rae_config, build_run, train_step
 
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
 CASES = sorted(path.parent.name for path in PARITY_DIR.glob("cases/*/trace.json"))
@@ -173,7 +173,7 @@ def test_case(name, tmp_path):
     images, expected = load_file(folder / "images.safetensors"), load_file(folder / "expected.safetensors")
     config = case_config(trace["case"], folder, tmp_path)
     # steps_per_epoch is not used: the case gives all its times in steps
-    run = build_run(config, Accelerator(cpu=True), steps_per_epoch=1)
+    run = build_run(config, Accelerator(cpu=True), build_rae_config(config), steps_per_epoch=1)
     run.model.decoder.load_state_dict(load_file(folder / "decoder_init.safetensors"))
     run.ema.load_state_dict({n: p.detach().clone() for n, p in run.model.decoder.named_parameters()})
     load_heads(run.discriminator, load_file(folder / "discriminator_heads_init.safetensors"))

@@ -187,6 +187,10 @@ def test_killed_before_the_first_checkpoint(images, whole_run, tmp_path):
     run_command("train_rae.py", *flags(settings))
     kinds = [(line["kind"], line["step"]) for line in read_metrics(run_dir)]
     assert kinds == [("eval", 0), ("train", 1), ("train", 2), ("eval", 2)]
+    weights = run_dir / "checkpoints/step-00000002/optimizer.bin"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    done = run_command("train_rae.py", *flags({**settings, "train.max_steps": "3"}), check=False)
+    assert done.returncode == 1 and f"checkpoint {weights.parent} cannot be read" in error_line(done.stderr)
     (run_dir / "config.yaml").write_text("")
     done = run_command("train_rae.py", *flags(settings), check=False)
     assert done.returncode == 2 and "config.yaml is damaged" in error_line(done.stderr)
@@ -201,6 +205,21 @@ def test_continuing_differently(images, whole_run, tmp_path):
     assert "ssim" in done.stdout and read_metrics(run_dir)[-1]["step"] == 7
     best, final = (RAEModel.from_pretrained(run_dir / name).state_dict() for name in ("best", "final"))
     assert same(best, final)  # the best SSIM so far, whatever the PSNR was before
+    (before,) = [line for line in done.stdout.splitlines() if line.startswith("psnr")]
+    assert before.split()[1] == f"{read_metrics(run_dir)[1]['psnr']:.4f}"  # of step 0, also under other settings
+    # longer, stopped, and then declared long enough: final/ is of the last step, not of the first end
+    longer = {**more, "train.max_steps": "4000", "data.path": images, "train.output_dir": run_dir}
+    process = subprocess.Popen(command("train_rae.py", *flags(longer)), cwd=ROOT, stdout=subprocess.DEVNULL)
+    while read_metrics(run_dir)[-1]["step"] < 8:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait() == 0 and not (run_dir / "final").exists()
+    newest = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
+    train(images, run_dir, {**more, "train.max_steps": str(int(newest.name.removeprefix("step-")))})
+    ema = torch.load(newest / "custom_checkpoint_0.pkl", weights_only=True)
+    final = RAEModel.from_pretrained(run_dir / "final")
+    assert all(torch.equal(p, ema[n]) for n, p in final.decoder.named_parameters())
     done = train(images, run_dir, {**more, "train.mixed_precision": "bf16"}, check=False)
     assert done.returncode == 2 and "train.mixed_precision is 'no' there and 'bf16' now" in error_line(done.stderr)
     data = shutil.copytree(images, tmp_path / "data")
@@ -301,8 +320,8 @@ def test_an_error_of_one_process_ends_all(images, tmp_path):
 
 
 def tiny_run(images, accelerator, **settings):
-    argv = flags({**PLAIN, "data.path": images, **settings})
-    return train_rae.build_run(parse_config(argv), accelerator, steps_per_epoch=3)
+    config = parse_config(flags({**PLAIN, "data.path": images, **settings}))
+    return train_rae.build_run(config, accelerator, train_rae.build_rae_config(config), steps_per_epoch=3)
 
 
 def take_steps(run, pixels, micro_batches, steps=3):
@@ -449,7 +468,7 @@ def test_unreadable_images(images, tmp_path):
     files[0].write_bytes(files[0].read_bytes()[:60])
     settings = {**PLAIN, "train.max_steps": "3"}
     done = train(data, tmp_path / "one", settings)
-    assert done.stderr.count(str(files[0])) == 1 and "unreadable image 1" in done.stderr
+    assert done.stderr.count(f"unreadable image 1 (at most 10): {files[0]}: ") == 1
     files[9].write_text("not an image")
     done = train(data, tmp_path / "two", {**settings, "data.max_unreadable": "1"}, check=False)
     assert done.returncode == 2
