@@ -44,14 +44,16 @@ class DinoBackbone(nn.Module):
             raise ValueError(f"gan.key_depths: block {bad[0]} does not exist, the backbone has {len(blocks)} (0-based)")
         self.blocks = blocks  # a plain list: a ModuleList would register these children of `vit` a second time
         self.key_depths = tuple(key_depths)
-        self.register_buffer("mean", torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
+        # [-1, 1] to [0, 1] and ImageNet's normalisation in one multiplication and addition
+        mean, std = (torch.tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+        self.register_buffer("scale", 0.5 / std, persistent=False)
+        self.register_buffer("shift", (0.5 - mean) / std, persistent=False)
 
     def forward(self, images: torch.Tensor) -> list:
         """Images (B, 3, H, W) in [-1, 1] to 1 + len(key_depths) feature maps (B, C, N), not through the final norm."""
         size = self.vit.config.image_size
         images = F.interpolate(images, size=(size, size), mode="bilinear", align_corners=False)
-        tokens = self.vit.embeddings(((images + 1) / 2 - self.mean) / self.std)
+        tokens = self.vit.embeddings(images * self.scale + self.shift)
         outputs = []
         for block in self.blocks:
             tokens = block(tokens)

@@ -299,7 +299,7 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
 
     def adamw(parameters: Iterator, settings: Any) -> torch.optim.Optimizer:
         trained = [p for p in parameters if p.requires_grad]
-        return torch.optim.AdamW(trained, **asdict(settings), fused=accelerator.device.type == "cuda")
+        return torch.optim.AdamW(trained, **asdict(settings), fused=True)
 
     gan, perceptual = config.gan, config.perceptual
     needs_lpips = perceptual.weight > 0 or "lpips" in config.eval.metrics

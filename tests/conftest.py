@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 # before huggingface_hub and accelerate are imported, here and in every command that a test starts
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -65,6 +66,15 @@ def read_metrics(run_dir: Path) -> list:
     """Lines of metrics.jsonl without what a clock decides."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """For tiny tensors: two tests run at a time, and more threads would only wait for each other."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")

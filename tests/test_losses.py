@@ -27,19 +27,12 @@ from losses import (
 from metrics import PSNR_CAP, evaluate_reconstructions, image_metrics, quantize
 from modeling_rae import RAEConfig, RAEModel
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 BACKBONE = dict(
     hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, patch_size=8, image_size=32
 )
 TERMS = ("loss", "recon", "lpips", "gan", "adaptive_weight")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny tensors: on a busy machine threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def seeded(seed=0):
