@@ -84,7 +84,7 @@ class Margins:
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    """The recorded numbers were computed with two threads; the order of sums in a convolution depends on it."""
+    """With two threads the recorded numbers are met to the last bit; the order of sums in a convolution depends on it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
