@@ -84,7 +84,7 @@ class Margins:
 
 @pytest.fixture(autouse=True)
 def two_threads():
-    """With two threads the recorded numbers are met to the last bit; the order of sums in a convolution depends on it."""
+    """Two threads meet the recorded numbers to the last bit: the order of sums in a convolution depends on it."""
     threads = torch.get_num_threads()
     torch.set_num_threads(2)
     yield
