@@ -644,7 +644,7 @@ def check_run_folder(config: Config) -> Path:
     return run_dir
 
 
-def take_run_folder(config: Config, run_dir: Path) -> Optional[TextIO]:
+def take_run_folder(config: Config, run_dir: Path) -> TextIO:
     """Create the run folder, lock it against a second run, and write the config. Keep the result until the end."""
     run_dir.mkdir(parents=True, exist_ok=True)
     try:
