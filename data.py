@@ -12,6 +12,7 @@ All randomness is a function of (seed, epoch, index): neither the number of work
 """
 
 import functools
+import hashlib
 import io
 import logging
 import os
@@ -155,10 +156,11 @@ def _pixels(image):
 
 
 class ImageSource:
-    """A numbered list of images. Subclasses give `__len__`, `name`, `label`, `class_names` and `_open`.
+    """A numbered list of images. Subclasses give `__len__`, `name`, `label`, `class_names`, `fingerprint` and `_open`.
 
     `name(i)` is the file's path or 'split[i]'. `label(i)` is the class index, or None; it never decodes the image.
-    `class_names` is the list that label indexes, or None.
+    `class_names` is the list that label indexes, or None. `fingerprint()` changes when images are added, removed,
+    renamed or replaced: a key for what was computed from them.
     """
 
     class_names = None
@@ -198,6 +200,17 @@ class FileSource(ImageSource):
 
     def label(self, i):
         return None if self._labels is None else int(self._labels[i])
+
+    def fingerprint(self):
+        """From the files' paths below root, sizes and times of change: their content is not read."""
+        digest = hashlib.sha256(self._bytes)
+        for i in range(len(self)):
+            try:
+                status = os.stat(self.name(i))
+            except OSError:
+                continue  # gone since: it will be named as unreadable
+            digest.update(struct.pack("<qqq", i, status.st_size, status.st_mtime_ns))
+        return digest.hexdigest()
 
     def _open(self, i):
         return self.name(i)
@@ -256,6 +269,10 @@ class ColumnSource(ImageSource):
             names = getattr(feature, "names", None)
         return np.array([-1 if value is None else value for value in values], dtype=np.int64), names
 
+    def fingerprint(self):
+        """That of `datasets`, which follows from the data's origin and all that was done to it."""
+        return hashlib.sha256(f"{self._dataset._fingerprint} {self.split} {self._column}".encode()).hexdigest()
+
     def _open(self, i):
         value = self._images[int(i)][self._column]
         if isinstance(value, dict):
@@ -283,6 +300,9 @@ class SubsetSource(ImageSource):
 
     def load(self, i):
         return self._source.load(int(self._indices[i]))
+
+    def fingerprint(self):
+        return hashlib.sha256(self._source.fingerprint().encode() + self._indices.tobytes()).hexdigest()
 
     @property
     def class_names(self):
@@ -786,6 +806,17 @@ def train_loader(source, batches, image_size, resize_size=None, max_unreadable=1
     return _loader(images, batches, collate, num_workers)
 
 
+def evenly_spread(items, count):
+    """`count` of the items at equal distances, in their order; all of them if they are fewer."""
+    count = min(count, len(items))
+    return [items[position * len(items) // count] for position in range(count)]
+
+
+def chosen_images(source, num_samples=None):
+    """Indices of the images that eval_loader gives, increasing."""
+    return evenly_spread(range(len(source)), len(source) if num_samples is None else num_samples)
+
+
 def eval_loader(source, image_size, batch_size, num_workers=0, rank=0, world_size=1, num_samples=None):
     """DataLoader over this rank's share of the evaluation images; every image is in exactly one batch of one rank.
 
@@ -793,10 +824,9 @@ def eval_loader(source, image_size, batch_size, num_workers=0, rank=0, world_siz
     Rank r gets the images r, r + world_size, ... All ranks get equally many batches, as a sharded model needs; the last
     one may be smaller, or empty.
     """
-    count = len(source) if num_samples is None else min(num_samples, len(source))
-    chosen = [position * len(source) // count for position in range(count)]
+    chosen = chosen_images(source, num_samples)
     mine = chosen[rank::world_size]
-    per_rank = -(-count // world_size)
+    per_rank = -(-len(chosen) // world_size)
     batches = [mine[start : start + batch_size] for start in range(0, per_rank, batch_size)]
     collate_fn = functools.partial(collate, image_size=image_size)
     return _loader(EvalImages(source, image_size), batches, collate_fn, num_workers)

@@ -1,21 +1,37 @@
-"""Reconstruction metrics: PSNR, SSIM and LPIPS, each the mean of per-image values, on one or many processes."""
+"""Reconstruction metrics on one or many processes: PSNR, SSIM and LPIPS as means of per-image values, rFID and rFDD.
 
+Both sides are 8-bit images, each image counts once, and pairs stay aligned, whatever the batch size.
+"""
+
+import logging
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from typing import Optional
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from data import DataError
+from frechet import FrechetMetric, distance, reference_of, write_cache
+
+logger = logging.getLogger(__name__)
 
 PSNR_CAP = 100.0  # dB, for an image that is reconstructed exactly: a mean must stay finite
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False}
+HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False, "rfid": False, "rfid_clean": False, "rfdd": False}
+IMAGE_METRICS = ("psnr", "ssim", "lpips")
+
+
+def to_8bit(pixels: torch.Tensor, rounding: str = "round") -> torch.Tensor:
+    """Pixels in about [0, 1], clamped, as uint8. `rounding`: "round", or "truncate" as the published evaluation."""
+    scaled = pixels.float().clamp(0, 1) * 255
+    return (scaled.round() if rounding == "round" else scaled).to(torch.uint8)  # the cast truncates
 
 
 def quantize(pixels: torch.Tensor) -> torch.Tensor:
     """Pixels in about [0, 1], clamped and rounded to the 8-bit grid."""
-    return (pixels.float().clamp(0, 1) * 255).round() / 255
+    return to_8bit(pixels).float() / 255
 
 
 def image_metrics(images: torch.Tensor, reconstructions: torch.Tensor, names: Sequence, perceptual) -> dict:
@@ -35,6 +51,36 @@ def image_metrics(images: torch.Tensor, reconstructions: torch.Tensor, names: Se
     return values
 
 
+@dataclass
+class Evaluation:
+    """What was measured on N images: `index` (N,), increasing, in the source; per-image `values`, (N,) each; and the
+    Frechet `distances`. The same on all processes."""
+
+    index: torch.Tensor
+    values: dict
+    distances: dict
+
+    def summary(self) -> dict:
+        """`num_samples`, means and distances by name."""
+        means = {name: values.mean().item() for name, values in self.values.items()}
+        return {"num_samples": len(self.index), **means, **self.distances}
+
+
+def warn_of_numbers(metric: FrechetMetric, count: int) -> None:
+    """Say once what makes a Frechet distance of `count` images one that does not compare with others."""
+    if metric.warned:
+        return
+    if count <= metric.width:
+        metric.warned = True
+        logger.warning(
+            f"{metric.name}: {count} images are too few for the covariance of {metric.width} features: the number "
+            "depends on how many they are"
+        )
+    if metric.reference.count not in (None, count):
+        metric.warned = True
+        logger.warning(f"{metric.name}: {count} images are compared with a reference of {metric.reference.count}")
+
+
 @torch.no_grad()
 def evaluate_reconstructions(
     reconstruct: Callable,
@@ -43,34 +89,64 @@ def evaluate_reconstructions(
     accelerator: Accelerator,
     perceptual: Optional[Callable] = None,
     on_unreadable: Callable = lambda names: None,
-) -> dict:
-    """Mean metrics of `reconstruct` over the images of all processes' loaders, each image counted once.
+    frechet: Sequence[FrechetMetric] = (),
+    rounding: str = "round",
+    on_batch: Callable = lambda index, images, reconstructions: None,
+) -> Evaluation:
+    """Measure `reconstruct` on the images of all processes' loaders. Every process calls this.
 
     Args:
-        reconstruct: pixels (B, 3, H, W) in [0, 1] to reconstructions of the same shape and range.
+        reconstruct: (pixels (B, 3, H, W) in [0, 1], index (B,)) to reconstructions of the same shape and range.
         loader: this process's share, batches as data.collate makes them; one may be empty.
-        names: metrics, see `image_metrics`.
+        names: per-image metrics, see `image_metrics`.
         perceptual: LPIPS network, for "lpips".
         on_unreadable: called with the names of images that could not be read.
-
-    Returns:
-        dict of `num_samples` and the metrics' means.
+        frechet: distances to measure; those without a reference get one from these images.
+        rounding: of reconstructions to 8 bit, see `to_8bit`.
+        on_batch: called with index and both sides, uint8 (B, 3, H, W), of each of this process's batches.
 
     Raises:
         DataError: no image could be read.
     """
-    sums = torch.zeros(1 + len(names), dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
+    device = accelerator.device
+    fake = [metric.new_moments(device) for metric in frechet]
+    real = [metric.new_moments(device) if metric.reference is None else None for metric in frechet]
+    index, values, unreadable = [], {name: [] for name in names}, 0
     for batch in loader:
         on_unreadable(batch["unreadable"])
+        unreadable += len(batch["unreadable"])
         if len(batch["pixels"]) == 0:
             continue
-        images = batch["pixels"].to(accelerator.device).float() / 255  # already on the 8-bit grid
-        values = image_metrics(images, quantize(reconstruct(images)), names, perceptual)
-        sums[0] += len(images)
-        sums[1:] += torch.stack([values[name].cpu().double().sum() for name in names])
-    if accelerator.num_processes > 1:
-        sums = accelerator.reduce(sums.to(accelerator.device), "sum")
-    total, *means = sums.tolist()
-    if total == 0:
+        images = batch["pixels"].to(device, non_blocking=True)
+        pixels = images.float() / 255
+        reconstructions = to_8bit(reconstruct(pixels, batch["index"]), rounding)
+        for name, value in image_metrics(pixels, reconstructions.float() / 255, names, perceptual).items():
+            values[name].append(value)
+        for metric, fake_moments, real_moments in zip(frechet, fake, real, strict=True):
+            fake_moments.update(metric.features(reconstructions))
+            if real_moments is not None:
+                real_moments.update(metric.features(images))
+        index.append(batch["index"])
+        on_batch(batch["index"], images, reconstructions)
+
+    mine = torch.zeros(len(names) + 1, 0, dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
+    if index:
+        rows = [torch.cat(index), *(torch.cat(values[name]) for name in names)]
+        mine = torch.stack([row.cpu().double() for row in rows])
+    gathered = gather_object([(mine, unreadable)])
+    everyone = torch.cat([rows for rows, _ in gathered], dim=1)
+    everyone = everyone[:, everyone[0].argsort()]  # in the source's order: sums do not depend on the processes
+    if everyone.shape[1] == 0:
         raise DataError("data.eval_split: none of the evaluation images can be read")
-    return {"num_samples": int(total), **{name: mean / total for name, mean in zip(names, means, strict=True)}}
+    distances = {}
+    for metric, fake_moments, real_moments in zip(frechet, fake, real, strict=True):
+        fake_moments.merge_processes(accelerator)
+        if real_moments is not None:
+            real_moments.merge_processes(accelerator)
+            metric.reference = reference_of(real_moments, metric.name)
+            if metric.cache is not None and accelerator.is_main_process and not any(count for _, count in gathered):
+                write_cache(metric)
+        if accelerator.is_main_process:
+            warn_of_numbers(metric, fake_moments.count)
+        distances[metric.name] = distance(fake_moments, metric, accelerator)
+    return Evaluation(everyone[0].long(), dict(zip(names, everyone[1:], strict=True)), distances)

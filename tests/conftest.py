@@ -1,9 +1,12 @@
 """A small data set, and the real command lines on it."""
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +15,10 @@ import torch
 # before huggingface_hub and accelerate are imported, here and in every command that a test starts
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["ACCELERATE_USE_CPU"] = "true"
+os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="rae-tests-")  # what tests cache is not the user's
+atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
+
+from modeling_rae import RAEConfig, RAEModel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -86,3 +93,22 @@ def images(tmp_path_factory) -> Path:
         "--size", 40, "--splits", "train:0.75,validation:0.25",
     )  # fmt: skip
     return folder
+
+
+def tiny_rae(**settings) -> RAEModel:
+    """A seeded RAE of 32 px with an untrained encoder: latents (16, 4, 4), patches of 8 px."""
+    torch.manual_seed(0)
+    encoder = {"model_type": "dinov2_with_registers", "hidden_size": 16, "num_hidden_layers": 1}
+    encoder.update(num_attention_heads=2, patch_size=8, image_size=32, num_register_tokens=1)
+    config = RAEConfig(
+        encoder_config=encoder,
+        encoder_input_size=32,
+        decoder_hidden_size=32,
+        decoder_num_hidden_layers=1,
+        decoder_num_attention_heads=2,
+        decoder_intermediate_size=64,
+        decoder_patch_size=8,
+        noise_tau=0.5,
+        **settings,
+    )
+    return RAEModel(config)

@@ -610,23 +610,28 @@ def test_evaluation_counts_every_image_once():
     """Uneven batches, empty ones and unreadable images: means are over images, on 8 bit, and names are handed on."""
     pixels = (images(7, 16) * 255).round().to(torch.uint8)
     batches = [
-        {"pixels": pixels[:4], "unreadable": []},
-        {"pixels": pixels[4:4], "unreadable": ["a.png", "b.png"]},
-        {"pixels": pixels[4:6], "unreadable": ["c.png"]},
-        {"pixels": pixels[6:], "unreadable": []},
+        {"pixels": pixels[:4], "index": torch.tensor([2, 4, 6, 8]), "unreadable": []},
+        {"pixels": pixels[4:4], "index": torch.tensor([], dtype=torch.int64), "unreadable": ["a.png", "b.png"]},
+        {"pixels": pixels[4:6], "index": torch.tensor([1, 7]), "unreadable": ["c.png"]},
+        {"pixels": pixels[6:], "index": torch.tensor([9]), "unreadable": []},
     ]
     seen = []
 
-    def reconstruct(x):
+    def reconstruct(x, index=None):
         return (1.05 * x + 0.1 * torch.arange(3).view(3, 1, 1)).bfloat16()  # leaves [0, 1] and the grid
 
-    found = evaluate_reconstructions(reconstruct, batches, ("ssim", "psnr"), Accelerator(cpu=True), None, seen.extend)
+    accelerator = Accelerator(cpu=True)
+    evaluation = evaluate_reconstructions(reconstruct, batches, ("ssim", "psnr"), accelerator, None, seen.extend)
+    found = evaluation.summary()
     x = pixels.float() / 255
     values = image_metrics(x, quantize(reconstruct(x)), ("psnr", "ssim"), None)
     assert found.keys() == {"num_samples", "psnr", "ssim"} and found["num_samples"] == 7
     assert values["psnr"].std() > 0.01  # else a mean of batch means would pass too
     for name in ("psnr", "ssim"):
         assert found[name] == pytest.approx(values[name].double().mean().item(), rel=1e-6)
+        in_order = values[name][[4, 0, 1, 2, 5, 3, 6]].double()  # of their index
+        torch.testing.assert_close(evaluation.values[name], in_order, rtol=1e-6, atol=0)
+    assert evaluation.index.tolist() == [1, 2, 4, 6, 7, 8, 9]
     assert seen == ["a.png", "b.png", "c.png"]
     with pytest.raises(ValueError, match="data.eval_split: none"):
         evaluate_reconstructions(reconstruct, batches[1:2], ("psnr",), Accelerator(cpu=True))

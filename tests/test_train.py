@@ -472,7 +472,7 @@ def test_unreadable_images(images, tmp_path):
     files[9].write_text("not an image")
     done = train(data, tmp_path / "two", {**settings, "data.max_unreadable": "1"}, check=False)
     assert done.returncode == 2
-    assert error_line(done.stderr).startswith("error: process 0: data.max_unreadable: 2 images cannot be read")
+    assert error_line(done.stderr).startswith("error: data.max_unreadable: 2 images cannot be read")
 
 
 # ---------------------------------------------------------------------------------------------------- bad input

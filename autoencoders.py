@@ -1,0 +1,133 @@
+"""One interface to what can be measured: RAEs of this suite, and the RAE and KL autoencoders of diffusers."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Optional
+
+import torch
+from huggingface_hub import hf_hub_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+from safetensors import SafetensorError
+from torch import nn
+
+from modeling_rae import RAEModel
+from runtime import ConfigError, blame
+
+
+class Autoencoder(nn.Module):
+    """A frozen autoencoder in eval mode.
+
+    `name` is the folder or Hub id, `kind` the class of the network, `image_size` the side S in pixels of the images
+    that it takes and makes; None: any. Pixels are (B, 3, S, S) in [0, 1], latents (B, C, h, w) as a diffusion model
+    sees them.
+    """
+
+    image_size: Optional[int] = None
+
+    def __init__(self, name: str, model: nn.Module):
+        super().__init__()
+        self.name, self.model = name, model.eval().requires_grad_(False)
+        self.kind = type(model).__name__
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Latents, normalised or scaled, without noise."""
+        return self.model.encode(pixels).latent
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        """Pixels, about [0, 1], not clamped."""
+        return self.model.decode(latent).sample
+
+    def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The frozen encoder's patch tokens as a grid (B, C, h, w), before latent statistics. Raises ConfigError where
+        there is no such encoder."""
+        raise ConfigError(f"{self.name} is a {self.kind}: it has no frozen vision encoder, expected an RAE")
+
+
+class RAE(Autoencoder):
+    def __init__(self, name: str, model: RAEModel):
+        super().__init__(name, model)
+        self.image_size = model.config.image_size
+
+    def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model.encode(pixels, normalize=False).latent
+
+
+class DiffusersRAE(Autoencoder):
+    def __init__(self, name: str, model: nn.Module):
+        super().__init__(name, model)
+        self.image_size = model.decoder_image_size
+
+    def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model._denormalize_latents(self.encode(pixels) / self.model.config.scaling_factor)
+
+
+class DiffusersKL(Autoencoder):
+    """Its latents are the posterior's mean, shifted and scaled as diffusers' pipelines do."""
+
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        config = self.model.config
+        mean = self.model.encode(2 * pixels - 1).latent_dist.mode()
+        return (mean - (config.shift_factor or 0)) * config.scaling_factor
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        config = self.model.config
+        mean = latent / config.scaling_factor + (config.shift_factor or 0)
+        return (self.model.decode(mean).sample + 1) / 2
+
+
+def load_autoencoder(source: str, key: str = "model") -> Autoencoder:
+    """The autoencoder in a folder or on the Hub, on the CPU in float32.
+
+    Raises ConfigError, about the setting `key`, when there is none, it is of another kind, or its weights do not fit.
+    """
+    kind = _kind(source, key)
+    with blame(key, source):
+        try:
+            if kind == "rae":
+                return RAE(source, RAEModel.from_pretrained(source, dtype=torch.float32))
+            import diffusers  # seconds: only when asked for
+
+            load = getattr(diffusers, kind).from_pretrained
+            model, info = load(source, torch_dtype=torch.float32, output_loading_info=True)
+        except (RuntimeError, SafetensorError) as error:
+            raise ConfigError(f"{key}: {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    for keys in ("missing_keys", "unexpected_keys"):
+        if info[keys]:
+            raise ConfigError(f"{key}: {source} has {len(info[keys])} {keys.replace('_', ' ')}, as '{info[keys][0]}'")
+    return {"AutoencoderRAE": DiffusersRAE, "AutoencoderKL": DiffusersKL}[kind](source, model)
+
+
+def _kind(source: str, key: str) -> str:
+    """ "rae", "AutoencoderRAE" or "AutoencoderKL", as the config.json of a folder or Hub repository says."""
+    path = Path(source).expanduser()
+    file = path / "config.json"
+    if path.exists() and not file.is_file():
+        raise ConfigError(f"{key}: {source} has no config.json, expected a model folder such as runs/<name>/final")
+    if not path.exists():
+        with blame(key, source):
+            try:
+                file = Path(hf_hub_download(source, "config.json"))
+            except (HFValidationError, HfHubHTTPError) as error:
+                reason = str(error).strip().splitlines()[0]
+                raise ConfigError(f"{key}: {source} is no folder and no model on the Hub ({reason})") from error
+    try:
+        config = json.loads(file.read_text())
+        kind = config.get("_class_name") or config.get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{key}: {file} is no model config: {error}") from error
+    if kind not in ("rae", "AutoencoderRAE", "AutoencoderKL"):
+        raise ConfigError(
+            f"{key}: {source} is a {kind}, expected an RAE, or diffusers' AutoencoderRAE or AutoencoderKL"
+        )
+    return kind
+
+
+def weights_digest(network: nn.Module, without: tuple = ()) -> str:
+    """SHA-256 of the weights, but those whose names begin with one of `without`: a key for what they computed."""
+    digest = hashlib.sha256()
+    for name, weight in sorted(network.state_dict().items()):
+        if not name.startswith(without):
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -1,0 +1,395 @@
+"""Measure the reconstructions of autoencoders: rFID, PSNR, SSIM, LPIPS, and how they stand up to noise on the latents.
+
+    python eval_rfid.py --model runs/dinov2_b/final --data.path /data/imagenet/val
+    accelerate launch --num_processes 8 eval_rfid.py --model runs/dinov2_b/final --data.path /data/imagenet/val
+    python eval_rfid.py --model runs/a/final stabilityai/sd-vae-ft-mse --latent_noise 0 0.2 0.4 0.8 --data.path ...
+
+Models are RAE folders or Hub ids, or diffusers' AutoencoderRAE and AutoencoderKL; several are measured on the same
+images in one run. The published figures are rFIDs of the 50,000 ImageNet validation images, centre-cropped to 256 px,
+in the mode `legacy_tensorflow` (the default): 0.57 for dinov2_b. What makes two rFIDs comparable is kept fixed: the
+reference are the same images through the same crop, the Inception network is that of 2015, both sides are 8-bit, every
+image counts once, and mode, number of images and rounding stand in the results.
+
+In --output_dir: results.json, comparison.png (images, reconstructions and difference, from the worst PSNR to the best),
+and with --save_images and --save_npz the reconstructions themselves.
+"""
+
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from tqdm.auto import tqdm
+
+from autoencoders import Autoencoder, load_autoencoder
+from config import ImagesConfig, check_rules, config_dict, parse, require
+from data import (
+    EvalImages,
+    ImageSource,
+    UnreadableLog,
+    chosen_images,
+    eval_loader,
+    evenly_spread,
+    load_split,
+    load_splits,
+)
+from frechet import FID_MODES, encoder_metric, inception_metrics, read_reference, use_cache
+from losses import build_lpips
+from metrics import HIGHER_IS_BETTER, IMAGE_METRICS, Evaluation, evaluate_reconstructions, quantize
+from pictures import comparison_grid, save_pairs, spread_with_last
+from runtime import ConfigError, alone, blame, quiet_transformers, run_main, save_results, share_cores
+
+DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
+GRID_IMAGES = 12  # in comparison.png
+WORST_IMAGES = 10  # named in the results
+
+
+@dataclass
+class EvalRFIDConfig:
+    """Settings of eval_rfid.py."""
+
+    model: tuple[str, ...] = ()
+    """Folders or Hub ids of the autoencoders."""
+    data: ImagesConfig = field(default_factory=ImagesConfig)
+    """The images. Class folders without split folders are taken whole."""
+    num_samples: Optional[int] = None
+    """Images that are evaluated, spread evenly over the split; none: all."""
+    batch_size: int = 64
+    """Images of one batch in each process."""
+    image_size: Optional[int] = None
+    """Side in pixels, for models that take any size; none: that of the other models, or 256."""
+    metrics: tuple[Literal["rfid", "psnr", "ssim", "lpips"], ...] = ("rfid", "psnr", "ssim", "lpips")
+    """What is measured, PSNR in any case. rfid is the Frechet distance in each of `features`."""
+    features: tuple[Literal["inception", "encoder"], ...] = ("inception",)
+    """Feature spaces of the Frechet distance; encoder: the frozen encoder of the first model, reported as rfdd."""
+    fid_mode: tuple[Literal["legacy_tensorflow", "clean"], ...] = ("legacy_tensorflow",)
+    """Resize before Inception: legacy_tensorflow as published, reported as rfid; clean is reported as rfid_clean."""
+    inception_path: Optional[str] = None
+    """Local copy of inception-2015-12-05.pt; none: torch.hub's folder (TORCH_HOME), else downloaded."""
+    vgg_weights: Literal["pretrained", "random"] = "pretrained"
+    """"random" gives LPIPS an untrained VGG16: only for tests and demonstrations."""
+    vgg_path: Optional[str] = None
+    """Local copy of torchvision's vgg16-397923af.pth; none: torch.hub's folder (TORCH_HOME), else downloaded."""
+    quantize: Literal["round", "truncate"] = "round"
+    """How reconstructions become 8-bit; the published evaluation truncates."""
+    latent_noise: tuple[float, ...] = (0.0,)
+    """Standard deviations of Gaussian noise that is added to the latents as a diffusion model sees them."""
+    reference: Optional[str] = None
+    """.npz file to compare with instead of the images: mu and sigma of features, or images arr_0."""
+    reference_cache: Optional[str] = None
+    """Folder in which the references' features are kept; none: rae_references in HF_HOME."""
+    save_images: int = 0
+    """Pairs that are written as PNG, spread evenly over the images, for each row of the results."""
+    save_npz: bool = False
+    """Write all reconstructions as arr_0 (N, H, W, 3), for each row of the results."""
+    output_dir: Optional[str] = None
+    """Folder of the results; none: evaluations/ and the first model's name."""
+    mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = None
+    """Autocast precision of the autoencoder; none: what `accelerate launch` was told."""
+    seed: int = 0
+    """Seed of the latent noise and of data.holdout_fraction (the training run's, to evaluate its held-out images)."""
+
+
+def check(config: EvalRFIDConfig) -> None:
+    """Raise ConfigError for what can be seen without loading anything."""
+    rules = (
+        ("num_samples batch_size image_size", lambda value: value > 0, "a positive number"),
+        ("save_images seed", lambda value: value >= 0, "a number of at least 0"),
+        (
+            "metrics features fid_mode latent_noise",
+            lambda values: 0 < len(values) == len(set(values)),
+            "distinct values",
+        ),
+        ("latent_noise", lambda values: min(values) >= 0, "numbers of at least 0"),
+        ("model", lambda values: len(values) > 0, "a model folder or Hub id"),
+    )
+    check_rules(config, rules)
+    for key, value, used, needed in (
+        ("reference", config.reference, "rfid" in config.metrics, "metrics has rfid"),
+        (
+            "vgg_path",
+            config.vgg_path,
+            "lpips" in config.metrics and config.vgg_weights == "pretrained",
+            "LPIPS reads it",
+        ),
+        ("inception_path", config.inception_path, "inception" in config.features, "features has inception"),
+    ):
+        require(value is None or used, key, f"nothing unless {needed}", value)
+    if config.reference is not None:
+        require(Path(config.reference).is_file(), "reference", "an .npz file", config.reference)
+
+
+def default_output_dir(model: str) -> Path:
+    """evaluations/<run>-<folder>, or evaluations/<user>-<name>."""
+    return Path("evaluations") / "-".join(Path(model).parts[-2:]).strip("/.")
+
+
+def load_models(config: EvalRFIDConfig) -> tuple:
+    """(autoencoders, common image size). Raises ConfigError when they do not take the same size."""
+    models = [load_autoencoder(source) for source in config.model]
+    sizes = {model.image_size: model.name for model in models if model.image_size is not None}
+    if config.image_size is not None:
+        sizes[config.image_size] = "image_size"
+    if len(sizes) > 1:
+        found = ", ".join(f"{size} px ({name})" for size, name in sizes.items())
+        raise ConfigError(f"model: expected models of one image size, got {found}")
+    return models, next(iter(sizes), DEFAULT_IMAGE_SIZE)
+
+
+def load_images(config: EvalRFIDConfig) -> ImageSource:
+    if config.data.holdout_fraction > 0 or config.data.eval_split == config.data.train_split:
+        return load_splits(config.data, config.seed)[1]
+    return load_split(config.data, config.data.eval_split)
+
+
+def inception_distances(config: EvalRFIDConfig, accelerator: Accelerator) -> list:
+    """The distances on Inception features that are asked for."""
+    wanted = "rfid" in config.metrics and "inception" in config.features
+    names = [name for name, mode in FID_MODES.items() if mode in config.fid_mode] if wanted else []
+    return inception_metrics(names, config.inception_path, "inception_path", accelerator)
+
+
+def encoder_distances(config: EvalRFIDConfig, model: Autoencoder, accelerator: Accelerator) -> list:
+    """The distance on the encoder's features, if it is asked for. Raises ConfigError for a model without encoder."""
+    if "rfid" not in config.metrics or "encoder" not in config.features:
+        return []
+    require(model.image_size is not None, "features", "inception, or a first model with a frozen encoder", "encoder")
+    pixels = torch.zeros(1, 3, model.image_size, model.image_size, device=accelerator.device)
+    width = model.tokens(pixels).shape[1]
+    return [encoder_metric(model.tokens, model.model.encoder, width, accelerator)]
+
+
+def find_references(config: EvalRFIDConfig, distances: list, images: str, accelerator: Accelerator) -> None:
+    """Give the distances their references where these are known already. `images` says what is measured."""
+    if config.reference is not None:
+        read_reference(config.reference, distances, accelerator, config.batch_size, "reference")
+    else:
+        folder = None if config.reference_cache is None else Path(config.reference_cache).expanduser()
+        use_cache(distances, images, folder, accelerator)
+
+
+def noise_like(latent: torch.Tensor, index: torch.Tensor, seed: int) -> torch.Tensor:
+    """Standard normal noise, a function of the seed and each image's index: batches and processes do not change it."""
+    rows = []
+    for i in index.tolist():
+        state = np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state >> 1))
+        rows.append(torch.randn(latent.shape[1:], generator=generator))
+    return torch.stack(rows).to(latent.device, latent.dtype)
+
+
+def reconstruction_of(model: Autoencoder, noise: float, seed: int, accelerator: Accelerator) -> Callable:
+    """The function that evaluate_reconstructions measures."""
+
+    def reconstruct(pixels: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad(), accelerator.autocast():
+            latent = model.encode(pixels)
+            if noise > 0:
+                latent = latent + noise * noise_like(latent, index, seed)
+            return model.decode(latent).float()
+
+    return reconstruct
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is written
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class ReconstructionWriter:
+    """Writes the reconstructions of one row as they come: some as pairs of PNG, all of them as one .npz if asked.
+
+    Each process writes its own images; row i of the .npz is the i-th of the images that could be read.
+    """
+
+    def __init__(self, config: EvalRFIDConfig, folder: Path, chosen: list, size: int, accelerator: Accelerator):
+        self.folder, self.chosen, self.accelerator = folder, np.asarray(chosen), accelerator
+        self.pairs = set(evenly_spread(chosen, config.save_images)) if config.save_images else set()
+        self.array = None
+        self.array_file = folder / ".reconstructions.npy"
+        if accelerator.is_main_process and (self.pairs or config.save_npz):
+            shutil.rmtree(folder, ignore_errors=True)  # of an earlier evaluation
+            folder.mkdir(parents=True)
+        if config.save_npz:
+            if accelerator.is_main_process:
+                np.lib.format.open_memmap(self.array_file, "w+", np.uint8, (len(chosen), size, size, 3)).flush()
+            accelerator.wait_for_everyone()
+            self.array = np.lib.format.open_memmap(self.array_file, "r+")
+        accelerator.wait_for_everyone()
+
+    def add(self, index: torch.Tensor, images: torch.Tensor, reconstructions: torch.Tensor) -> None:
+        save_pairs(self.folder, self.pairs, index, images, reconstructions)
+        if self.array is not None:
+            rows = np.searchsorted(self.chosen, index.numpy())
+            self.array[rows] = reconstructions.permute(0, 2, 3, 1).cpu().numpy()
+
+    def finish(self, index: torch.Tensor) -> None:
+        """Pack the images `index`, those that could be read, as `reconstructions.npz`."""
+        if self.array is None:
+            return
+        self.array.flush()
+        self.accelerator.wait_for_everyone()
+        if self.accelerator.is_main_process:
+            rows = np.searchsorted(self.chosen, index.numpy())
+            with zipfile.ZipFile(self.folder / "reconstructions.npz", "w") as archive:
+                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *self.array.shape[1:])}
+                    np.lib.format.write_array_header_1_0(file, header)
+                    for row in rows:  # one by one: all of them may be more than the memory
+                        file.write(self.array[row].tobytes())
+            self.array_file.unlink()
+
+
+def write_comparison(
+    path: Path, reconstruct: Callable, source: ImageSource, evaluation: Evaluation, size: int, device: torch.device
+) -> None:
+    """The picture of GRID_IMAGES images from the worst PSNR to the best."""
+    order = evaluation.values["psnr"].argsort(stable=True).tolist()
+    shown = spread_with_last(order, GRID_IMAGES)
+    dataset = EvalImages(source, size)
+    index = evaluation.index[shown]
+    images = torch.stack([dataset[i]["pixels"] for i in index.tolist()]).to(device).float() / 255
+    reconstructions = torch.cat([quantize(reconstruct(images[i : i + 1], index[i : i + 1])) for i in range(len(index))])
+    labels = [f"{evaluation.values['psnr'][i]:.2f} dB" for i in shown]
+    Image.fromarray(comparison_grid(images, reconstructions, labels).numpy()).save(path)
+
+
+def table(rows: list, names: list) -> str:
+    """The results as text, a line for each model and noise."""
+    width = max(len(row["model"]) for row in rows)
+    lines = [f"{'model':<{width}}{'noise':>7}{'N':>8}" + "".join(f"{name:>12}" for name in names)]
+    for row in rows:
+        values = "".join(f"{row[name]:>12.4f}" for name in names)
+        lines.append(f"{row['model']:<{width}}{row['latent_noise']:>7g}{row['num_samples']:>8}{values}")
+    return "\n".join(lines)
+
+
+@dataclass
+class Measurement:
+    """What all rows of the results share."""
+
+    config: EvalRFIDConfig
+    accelerator: Accelerator
+    source: ImageSource
+    chosen: list  # indices of the images in the source
+    size: int  # side in pixels
+    loader: Any
+    perceptual: Optional[torch.nn.Module]
+    distances: list
+    unreadable: UnreadableLog
+    output_dir: Path
+
+
+def measure(m: Measurement, model: Autoencoder, noise: float, picture: str) -> dict:
+    """One row of the results, with its files."""
+    name = default_output_dir(model.name).name + (f"-noise{noise:g}" if noise else "")
+    writer = ReconstructionWriter(m.config, m.output_dir / name, m.chosen, m.size, m.accelerator)
+    reconstruct = reconstruction_of(model, noise, m.config.seed, m.accelerator)
+    with alone(m.accelerator):
+        evaluation = evaluate_reconstructions(
+            reconstruct,
+            tqdm(m.loader, name, leave=False, disable=not (m.accelerator.is_main_process and sys.stderr.isatty())),
+            ["psnr", *(name for name in IMAGE_METRICS if name in m.config.metrics and name != "psnr")],
+            m.accelerator,
+            m.perceptual,
+            m.unreadable.add,
+            m.distances,
+            m.config.quantize,
+            writer.add,
+        )
+    writer.finish(evaluation.index)
+    row = {"model": model.name, "kind": model.kind, "latent_noise": noise, **evaluation.summary()}
+    if m.accelerator.is_main_process:
+        psnr = evaluation.values["psnr"]
+        worst = psnr.argsort(stable=True)[:WORST_IMAGES].tolist()
+        row["worst"] = [{"name": m.source.name(evaluation.index[i].item()), "psnr": psnr[i].item()} for i in worst]
+        row["comparison"] = str(m.output_dir / picture)
+        write_comparison(m.output_dir / picture, reconstruct, m.source, evaluation, m.size, m.accelerator.device)
+    return row
+
+
+def report(m: Measurement, rows: list) -> None:
+    """Print the table and write results.json."""
+    config = m.config
+    names = [name for name in HIGHER_IS_BETTER if name in rows[0]]
+    results = {
+        **{name: rows[0][name] for name in ("num_samples", *names)},  # of the first model and noise
+        "rows": rows,
+        "fid_mode": {name: mode for name, mode in FID_MODES.items() if name in names},
+        "quantize": config.quantize,
+        "image_size": m.size,
+        "crop": "ADM centre crop",
+        "reference": config.reference or "the same images, through the same crop",
+        "mixed_precision": m.accelerator.mixed_precision,
+        "num_processes": m.accelerator.num_processes,
+        "config": config_dict(config),
+    }
+    save_results(m.output_dir / "results.json", results)
+    print(table(rows, names))
+    for name, mode in results["fid_mode"].items():
+        print(f"{name}: Inception, {mode}; 8-bit by {config.quantize}; reference: {results['reference']}")
+    if "rfdd" in names:
+        print(f"rfdd: Frechet distance on mean patch tokens of the encoder of {rows[0]['model']}")
+    print("worst PSNR:", ", ".join(f"{case['name']} {case['psnr']:.2f} dB" for case in rows[0]["worst"][:3]))
+    print(f"results   {m.output_dir / 'results.json'}\npicture   {rows[0]['comparison']}")
+
+
+def main() -> None:
+    config = parse(EvalRFIDConfig, "eval_rfid.py", "Measure the reconstructions of autoencoders.", check=check)
+    quiet_transformers()
+    with blame("mixed_precision"):
+        accelerator = Accelerator(mixed_precision=config.mixed_precision)
+    share_cores(accelerator)
+    source = load_images(config)
+    distances = inception_distances(config, accelerator)
+    with blame("vgg_path"):
+        needs_lpips = "lpips" in config.metrics
+        perceptual = build_lpips(config.vgg_weights, config.vgg_path).to(accelerator.device) if needs_lpips else None
+    models, size = load_models(config)
+    distances += encoder_distances(config, models[0].to(accelerator.device), accelerator)
+    images = f"{source.fingerprint()} {config.num_samples} centre crop {size}"
+    find_references(config, distances, images, accelerator)
+    measurement = Measurement(
+        config=config,
+        accelerator=accelerator,
+        source=source,
+        chosen=chosen_images(source, config.num_samples),
+        size=size,
+        loader=eval_loader(
+            source,
+            size,
+            config.batch_size,
+            config.data.num_workers,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.num_samples,
+        ),
+        perceptual=perceptual,
+        distances=distances,
+        unreadable=UnreadableLog(config.data.max_unreadable),
+        output_dir=Path(config.output_dir) if config.output_dir else default_output_dir(config.model[0]),
+    )
+    if accelerator.is_main_process:
+        measurement.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for model in models:
+        model.to(accelerator.device)
+        for noise in config.latent_noise:
+            picture = f"comparison-{len(rows)}.png" if rows else "comparison.png"
+            rows.append(measure(measurement, model, noise, picture))
+        if model is not models[0]:  # which may be the feature network
+            model.cpu()
+    if accelerator.is_main_process:
+        report(measurement, rows)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_main(main)

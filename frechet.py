@@ -1,0 +1,269 @@
+"""Frechet distances between images and their reconstructions: rFID on Inception features, rFDD on an encoder's.
+
+The distance itself, the Inception network's interface and the resize are clean-fid's (arXiv 2104.11222); what is
+written here is the accumulation in constant memory over many processes. Images are uint8 (B, 3, H, W) on both sides.
+
+    rfid        Inception of 2015, resized inside the network, not antialiased: clean-fid's `legacy_tensorflow`, the
+                mode that published RAE figures compare with
+    rfid_clean  the same network, antialiased resize: clean-fid's `clean`. Never to be mixed with the other
+    rfdd        a frozen encoder's patch tokens, mean over the grid
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+import warnings
+import zipfile
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from cleanfid.downloads_helper import inception_url
+from cleanfid.fid import frechet_distance
+from cleanfid.inception_torchscript import InceptionV3W
+from cleanfid.resize import build_resizer
+from huggingface_hub.constants import HF_HOME
+from PIL import Image
+from scipy.linalg.lapack import dpstrf
+from torch import nn
+
+from autoencoders import weights_digest
+from moments import Moments
+from runtime import ConfigError, RunError
+
+INCEPTION_WIDTH = 2048
+FID_MODES = {"rfid": "legacy_tensorflow", "rfid_clean": "clean"}
+DEFAULT_CACHE = Path(HF_HOME) / "rae_references"
+
+
+@dataclass
+class Reference:
+    """Mean (D,) and covariance (D, D) of the reference images' features, float64; `count` of images, None: unknown."""
+
+    mean: np.ndarray
+    covariance: np.ndarray
+    count: Optional[int]
+
+
+@dataclass
+class FrechetMetric:
+    """One distance. `features` maps images, uint8 (B, 3, H, W), to (B, width); `network` identifies it in the cache.
+
+    Without a `reference` an evaluation computes it from its own images; it stays here, and in the cache.
+    """
+
+    name: str
+    features: Callable
+    width: int
+    network: str
+    reference: Optional[Reference] = None
+    cache: Optional[Path] = None  # file in which a reference of all images is kept
+    warned: bool = False  # that there are few images
+
+    def new_moments(self, device: torch.device) -> Moments:
+        return Moments((self.width,), covariance=True, device=device)
+
+
+def reference_of(moments: Moments, name: str) -> Reference:
+    """The reference that merged moments stand for. Raises RunError for a single image: it has no covariance."""
+    if moments.count < 2:
+        raise RunError(f"{name}: {moments.count} images, a Frechet distance needs at least 2")
+    return Reference(moments.mean.cpu().numpy(), moments.variance(correction=1).cpu().numpy(), moments.count)
+
+
+def distance(moments: Moments, metric: FrechetMetric, accelerator: Accelerator) -> float:
+    """Frechet distance of merged moments to the metric's reference, computed once and told to all processes."""
+    result = [None]
+    if accelerator.is_main_process:
+        ours, theirs = reference_of(moments, metric.name), metric.reference
+        few = any(side.count is not None and side.count <= metric.width for side in (ours, theirs))
+        compute = frechet_distance_of_few if few else frechet_distance
+        result = [float(compute(ours.mean, ours.covariance, theirs.mean, theirs.covariance))]
+    return broadcast_object_list(result)[0]
+
+
+def frechet_distance_of_few(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarray, cov2: np.ndarray) -> float:
+    """|m1 - m2|^2 + tr(C1 + C2 - 2 sqrt(C1 C2)) for covariances of fewer samples than features.
+
+    The matrix root in clean-fid's frechet_distance is not defined for such a singular product: it takes half a minute
+    and may end in an imaginary number. With C = R R^T, tr sqrt(C1 C2) is the sum of the singular values of R1^T R2.
+    """
+
+    def root(covariance: np.ndarray) -> np.ndarray:
+        factor, pivots, rank, _ = dpstrf(covariance, lower=1)  # Cholesky with pivoting, which stops at the rank
+        rows = np.empty((len(covariance), rank))
+        rows[pivots - 1] = np.tril(factor)[:, :rank]
+        return rows
+
+    overlap = np.linalg.svd(root(cov1).T @ root(cov2), compute_uv=False).sum()
+    return np.sum((mean1 - mean2) ** 2) + np.trace(cov1) + np.trace(cov2) - 2 * overlap
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Feature networks
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def inception_file(path: Optional[str], key: str) -> Path:
+    """The TorchScript file of Inception: `path`, else torch.hub's folder, downloaded when it is not there.
+
+    Raises ConfigError, about the setting `key`, when it cannot be had.
+    """
+    if path is not None:
+        if not Path(path).is_file():
+            raise ConfigError(f"{key}: file {path} does not exist, expected a copy of {Path(inception_url).name}")
+        return Path(path)
+    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(inception_url).name
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(inception_url, str(file), progress=False)
+        except OSError as error:
+            raise ConfigError(
+                f"{key}: rFID needs {file.name}, {file} does not exist and {inception_url} could not be fetched "
+                f"({error}); {key} also takes the path of a local copy"
+            ) from error
+    return file
+
+
+def load_inception(path: Optional[str], key: str, device: torch.device) -> tuple:
+    """(network on `device`, sha256 of its file). Raises ConfigError for a file of another kind."""
+    file = inception_file(path, key)
+    wanted = f"expected the TorchScript network {Path(inception_url).name}"
+    # clean-fid's class takes a folder and knows one file name
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        Path(folder, Path(inception_url).name).symlink_to(file.resolve())
+        try:
+            warnings.simplefilter(
+                "ignore", FutureWarning
+            )  # torch.jit.load is deprecated, and what the file is made for
+            network = InceptionV3W(folder, download=False).to(device).eval().requires_grad_(False)
+        except (RuntimeError, AttributeError) as error:
+            raise ConfigError(f"{key}: {file} cannot be used ({str(error).splitlines()[0]}), {wanted}") from error
+    try:
+        for network.resize_inside in (False, True):
+            network(torch.zeros(1, 3, 299, 299, device=device))
+    except (RuntimeError, AttributeError, TypeError) as error:
+        reason = str(error).strip().splitlines()[-1]
+        raise ConfigError(f"{key}: {file} does not give {INCEPTION_WIDTH} features ({reason}), {wanted}") from error
+    return network, hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def inception_metrics(names: list, path: Optional[str], key: str, accelerator: Accelerator) -> list:
+    """A FrechetMetric for each of `names`, see FID_MODES; one network serves them all. Raises as `load_inception`."""
+    if not names:
+        return []
+    with accelerator.main_process_first():  # one download
+        network, digest = load_inception(path, key, accelerator.device)
+    clean_resize = build_resizer("clean")
+    pool = ThreadPoolExecutor(max(1, torch.get_num_threads()))  # Pillow resizes without holding the interpreter's lock
+
+    def resized(images: torch.Tensor) -> torch.Tensor:
+        arrays = pool.map(clean_resize, images.permute(0, 2, 3, 1).cpu().numpy())  # (299, 299, 3) each, float32
+        return torch.from_numpy(np.stack(list(arrays))).permute(0, 3, 1, 2)
+
+    @torch.no_grad()
+    def features(images: torch.Tensor, mode: str) -> torch.Tensor:
+        network.resize_inside = mode == "legacy_tensorflow"
+        pixels = images.float() if network.resize_inside else resized(images)
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # TF32 changes the third digit of a feature
+            return network(pixels.to(accelerator.device))
+
+    return [
+        FrechetMetric(name, lambda images, mode=FID_MODES[name]: features(images, mode), INCEPTION_WIDTH, digest)
+        for name in names
+    ]
+
+
+def encoder_metric(tokens: Callable, encoder: nn.Module, width: int, accelerator: Accelerator) -> FrechetMetric:
+    """rfdd: `tokens` maps pixels (B, 3, S, S) in [0, 1] to the grid (B, width, h, w) of the frozen `encoder`."""
+
+    @torch.no_grad()
+    def features(images: torch.Tensor) -> torch.Tensor:
+        return tokens(images.to(accelerator.device).float() / 255).float().mean((2, 3))
+
+    return FrechetMetric("rfdd", features, width, weights_digest(encoder))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# References: cached, or given as a file
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def use_cache(metrics: list, images: str, folder: Optional[Path], accelerator: Accelerator) -> None:
+    """Give `metrics` their cached references, the same on all processes, and a place for those that are not there.
+
+    `images` says which images are the reference, and how they are cropped; `folder`: none for DEFAULT_CACHE.
+    """
+    for metric in metrics:
+        key = json.dumps([metric.name, metric.network, images, Image.__version__])
+        name = f"{metric.name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+        metric.cache = (folder or DEFAULT_CACHE) / name
+        found = [None]
+        if accelerator.is_main_process and metric.cache.exists():
+            with np.load(metric.cache) as arrays:
+                found = [Reference(arrays["mu"], arrays["sigma"], int(arrays["count"]))]
+        metric.reference = broadcast_object_list(found)[0]
+
+
+def write_cache(metric: FrechetMetric) -> None:
+    """Keep the metric's reference, in clean-fid's names: the file is also good for `--reference`."""
+    metric.cache.parent.mkdir(parents=True, exist_ok=True)
+    beside = metric.cache.with_name(f".{metric.cache.stem}-{os.getpid()}.npz")
+    reference = metric.reference
+    np.savez(beside, mu=reference.mean, sigma=reference.covariance, count=reference.count)
+    beside.replace(metric.cache)
+
+
+def read_reference(path: str, metrics: list, accelerator: Accelerator, batch_size: int, key: str) -> None:
+    """Give `metrics` their reference from a file: `mu` and `sigma`, as clean-fid and ADM write them, or images `arr_0`,
+    uint8 (N, H, W, 3). The features of one kind are of no use to another: mu and sigma serve a single metric.
+
+    Raises ConfigError, about the setting `key`, for a file of another kind.
+    """
+    expected = "expected `mu` and `sigma`, or uint8 images `arr_0` (N, H, W, 3)"
+    try:
+        with np.load(path) as arrays:
+            names = set(arrays.files)
+            given = {name: arrays[name] for name in ("mu", "sigma") if name in names}
+    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+        raise ConfigError(f"{key}: {path} cannot be read as .npz ({error}), {expected}") from error
+    if {"mu", "sigma"} <= names and len(metrics) == 1:
+        metric, shape = metrics[0], given["mu"].shape
+        if shape != (metric.width,) or given["sigma"].shape != shape * 2:
+            raise ConfigError(f"{key}: mu in {path} has shape {shape}, the features of {metric.name} ({metric.width},)")
+        metric.reference = Reference(given["mu"].astype(np.float64), given["sigma"].astype(np.float64), None)
+        return
+    if "arr_0" not in names:
+        several = f" for each of {len(metrics)} distances" if {"mu", "sigma"} <= names else ""
+        raise ConfigError(f"{key}: {path} holds {', '.join(sorted(names))}, {expected}{several}")
+    moments = [metric.new_moments(accelerator.device) for metric in metrics]
+    for number, images in enumerate(_image_batches(path, batch_size, key)):
+        if number % accelerator.num_processes == accelerator.process_index:
+            for metric, running in zip(metrics, moments, strict=True):
+                running.update(metric.features(images))
+    for metric, running in zip(metrics, moments, strict=True):
+        running.merge_processes(accelerator)
+        metric.reference = reference_of(running, f"{key}: {path}")
+
+
+def _image_batches(path: str, batch_size: int, key: str) -> Iterator[torch.Tensor]:
+    """The images `arr_0` of an .npz file as uint8 (B, 3, H, W), read batch by batch: 50,000 of 256 px are 10 GB."""
+    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
+        version = np.lib.format.read_magic(file)
+        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
+        shape, fortran_order, dtype = read_header(file)
+        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order:
+            raise ConfigError(f"{key}: arr_0 in {path} is {dtype} {shape}, expected uint8 (N, H, W, 3)")
+        image_bytes = int(np.prod(shape[1:]))
+        for start in range(0, shape[0], batch_size):
+            count = min(batch_size, shape[0] - start)
+            data = np.frombuffer(file.read(count * image_bytes), np.uint8).reshape(count, *shape[1:])
+            yield torch.from_numpy(data.copy()).permute(0, 3, 1, 2)

@@ -1,0 +1,117 @@
+"""What every command has in common: errors in one line, processes and threads, results for machines."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import NoReturn, Optional, Union
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import StrictDataclassError
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+
+from data import DataError
+
+
+class ConfigError(ValueError):
+    """A setting that cannot be used; the message names the key, the value and what is expected."""
+
+
+class RunError(RuntimeError):
+    """A run went wrong after it had begun. `code` is the exit code, `everywhere` whether this process alone knows."""
+
+    def __init__(self, message: str, code: int = 1, everywhere: bool = False):
+        super().__init__(message)
+        self.code, self.everywhere = code, everywhere
+
+
+def fail(message: Union[str, Exception], code: int = 2, everywhere: bool = False) -> NoReturn:
+    """End the process with one line on stderr. What every process of a machine finds alike is said by its first, unless
+    `everywhere`."""
+    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+        sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
+    sys.exit(code)
+
+
+def run_main(function: Callable[[], None]) -> None:
+    """Call `function`. Bad input ends in one line and exit code 2, what goes wrong later likewise with code 1."""
+    try:
+        function()
+    except (ConfigError, DataError) as error:
+        fail(error)
+    except RunError as error:
+        fail(error, error.code, error.everywhere)
+
+
+@contextmanager
+def blame(key: str, source: Optional[str] = None) -> Iterator[None]:
+    """Turn an error of building something into one about the setting that asked for it; `source` is the Hub id or path
+    that it names."""
+    try:
+        yield
+    except ConfigError:
+        raise  # names its setting already
+    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+        message = str(error)
+        if message.startswith((key.split(".")[0] + ".", f"{key}:")):
+            raise ConfigError(message) from error  # names its setting already
+        if isinstance(error, OSError) and source is not None and not Path(source).exists():
+            message = (
+                f"'{source}' is no local folder, is not in the cache {HF_HUB_CACHE}, and could not be fetched "
+                f"({message.split('. ')[0]}); {key} also takes the path of a local copy"
+            )
+        raise ConfigError(f"{key}: {message}") from error
+
+
+@contextmanager
+def alone(accelerator: Accelerator) -> Iterator[None]:
+    """Where a process reads images: an error that it finds is its own, so it says so, and ends with the code of bad
+    input; the launcher ends the others."""
+    try:
+        yield
+    except DataError as error:
+        message = f"process {accelerator.process_index}: {error}" if accelerator.num_processes > 1 else str(error)
+        raise RunError(message, code=2, everywhere=True) from error
+
+
+def share_cores(accelerator: Accelerator, threads: Optional[int] = None) -> None:
+    """On a CPU, give this process `threads` threads; none: its share of the machine's cores. (accelerate launch leaves
+    one thread.)"""
+    if accelerator.device.type == "cpu":
+        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        torch.set_num_threads(threads or max(1, cores // local_processes))
+
+
+def quiet_transformers() -> None:
+    """transformers' bars and load reports would cut through a command's own output; loading is checked strictly."""
+    disable_progress_bar()
+    set_verbosity_error()
+
+
+def git_revision() -> Optional[str]:
+    """Commit of this checkout, or None."""
+    git = shutil.which("git")
+    if git is None:
+        return None
+    done = subprocess.run([git, "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
+    return done.stdout.strip() or None
+
+
+def save_results(path: Path, results: dict) -> None:
+    """Write results.json through evaluate.save, with what decides whether two results compare: versions and commit."""
+    import evaluate  # seconds: only now
+
+    packages = ("torch", "transformers", "diffusers", "accelerate", "clean-fid", "torchmetrics", "lpips", "pillow")
+    results = {**results, "versions": {name: version(name) for name in packages}, "git_revision": git_revision()}
+    if shutil.which("git") is None:  # evaluate.save asks it for the working directory's commit
+        path.write_text(json.dumps(results))
+    else:
+        evaluate.save(path, **results)
