@@ -8,18 +8,26 @@ The only file that downstream code needs; it imports torch and transformers alon
     x = rae.decode(z).sample           # (B, C, h, w)  ->  (B, 3, H, W), about [0, 1], not clamped
 
 Sources: Diffusion Transformers with Representation Autoencoders (arXiv 2510.11690), whose published decoder uses the
-same parameter names as the one here; the decoder's architecture and position table are MAE's (arXiv 2111.06377).
+same parameter names as the one here; the decoder's architecture and position table are MAE's (arXiv 2111.06377);
+latents from several blocks are RAEv2's (arXiv 2605.18324).
 """
 
+import inspect
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Optional, Union
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+
+if int(transformers.__version__.split(".")[0]) < 5:  # before imports that it does not have
+    raise ImportError(
+        f"this RAE needs transformers 5.0 or newer, found {transformers.__version__}: pip install -U transformers"
+    )
+from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.image_processing_base import ImageProcessingMixin
@@ -42,58 +50,93 @@ class EncoderFamily:
     """What the RAE must know about one transformers vision architecture.
 
     Attributes:
-        final_norm: name of the LayerNorm after the last block; its affine part is dropped.
+        final_norm: name of the LayerNorm after the last block; its affine part is dropped. "none": there is none.
         prefix_tokens: number of tokens before the patch tokens (CLS, registers), from the encoder's config.
-        call_kwargs: extra arguments of the forward call, from (normalised pixels, number of patches).
+        call_kwargs: extra arguments of the forward call, from (normalised pixels, number of patches). Where forward
+            takes `interpolate_pos_encoding`, it is always set.
         config_overrides: settings of the encoder's config that the RAE needs.
+        file_prefix: level above the encoder's modules in files, as on the Hub, that some transformers releases' classes
+            do not have: written in any case, so that every release reads it.
+        norm_in_forward: whether the patch tokens in `last_hidden_state` have gone through `final_norm`; where not, the
+            RAE normalises them, so that latents are normalised tokens whatever the family.
     """
 
     final_norm: str
     prefix_tokens: Callable[[PreTrainedConfig], int]
     call_kwargs: Callable[[torch.Tensor, int], dict] = lambda pixels, num_patches: {}
     config_overrides: tuple = ()
+    file_prefix: str = ""
+    norm_in_forward: bool = True
 
 
 def _mae_kwargs(pixels: torch.Tensor, num_patches: int) -> dict:
     # MAE sorts the patches by this vector: an increasing one keeps their order
     order = torch.arange(num_patches, device=pixels.device, dtype=torch.float32)
-    return {"noise": order.expand(pixels.shape[0], -1), "interpolate_pos_encoding": True}
+    return {"noise": order.expand(pixels.shape[0], -1)}
 
 
 # A new family is one entry here, under the `model_type` of its transformers config.
 ENCODER_FAMILIES = {
+    "clip_vision_model": EncoderFamily(
+        "post_layernorm",
+        lambda config: 1,
+        file_prefix="vision_model.",
+        norm_in_forward=False,  # CLIP itself gives only the pooled CLS token to it
+    ),
     "dinov2": EncoderFamily("layernorm", lambda config: 1),
     "dinov2_with_registers": EncoderFamily("layernorm", lambda config: 1 + config.num_register_tokens),
+    "dinov3_vit": EncoderFamily("norm", lambda config: 1 + config.num_register_tokens),
+    "ijepa": EncoderFamily("layernorm", lambda config: 0),
     "siglip_vision_model": EncoderFamily(
         "post_layernorm",
         lambda config: 0,
-        lambda pixels, num_patches: {"interpolate_pos_encoding": True},
         config_overrides=(("vision_use_head", False),),  # the pooling head is not used: not built, not saved
+        file_prefix="vision_model.",
     ),
+    "vit": EncoderFamily("layernorm", lambda config: 1),
     "vit_mae": EncoderFamily("layernorm", lambda config: 1, _mae_kwargs, config_overrides=(("mask_ratio", 0.0),)),
 }
 
 
-def encoder_family(encoder_config: PreTrainedConfig) -> EncoderFamily:
-    """Look the encoder's `model_type` up. Raises ValueError for an unknown one."""
+def encoder_family(
+    encoder_config: PreTrainedConfig, prefix_tokens: Optional[int] = None, final_norm: Optional[str] = None
+) -> EncoderFamily:
+    """What is known about the encoder: the registry's entry under its `model_type`, in which the two settings, where
+    given, win. Raises ValueError for a `model_type` without an entry unless both are given."""
     family = ENCODER_FAMILIES.get(encoder_config.model_type)
     if family is None:
-        raise ValueError(
-            f"encoder model_type '{encoder_config.model_type}' is not supported; "
-            f"known: {', '.join(sorted(ENCODER_FAMILIES))} (a new one is one entry in ENCODER_FAMILIES)"
-        )
+        if prefix_tokens is None or final_norm is None:
+            raise ValueError(
+                f"encoder model_type '{encoder_config.model_type}' is not supported without encoder_prefix_tokens (how "
+                "many tokens come before the patch tokens) and encoder_final_norm (the name of its last LayerNorm, or "
+                f"none); known: {', '.join(sorted(ENCODER_FAMILIES))} (a new one is one entry in ENCODER_FAMILIES)"
+            )
+        family = EncoderFamily(final_norm, lambda config: prefix_tokens, norm_in_forward=False)
+    if prefix_tokens is not None:
+        family = replace(family, prefix_tokens=lambda config: prefix_tokens)
+    if final_norm is not None:  # whether forward applies it to the tokens is not known; twice does not hurt
+        family = replace(family, final_norm=final_norm, norm_in_forward=False)
     return family
 
 
 def vision_config(config: Union[PreTrainedConfig, dict]) -> PreTrainedConfig:
-    """The vision part of an encoder's config (SigLIP's is one of two), set up as the RAE uses it."""
+    """The vision part of an encoder's config (CLIP's and SigLIP's have a text part too), set up as the RAE uses it."""
     if isinstance(config, dict):
         settings = dict(config)
         config = AutoConfig.for_model(settings.pop("model_type"), **settings)
     config = getattr(config, "vision_config", config)
-    for name, value in encoder_family(config).config_overrides:
+    family = ENCODER_FAMILIES.get(config.model_type)
+    for name, value in () if family is None else family.config_overrides:
         setattr(config, name, value)
     return config
+
+
+def _encoder_options(config: PreTrainedConfig) -> dict:
+    """Arguments of the encoder's class beside its config. A pooling layer is not used: not built, not saved, and not
+    missed in a checkpoint that has none."""
+    model_class = MODEL_MAPPING.get(type(config), None)  # where there is none, AutoModel says so
+    arguments = inspect.signature(model_class.__init__).parameters
+    return {"add_pooling_layer": False} if "add_pooling_layer" in arguments else {}
 
 
 class LayerNormWithoutAffine(nn.Module):
@@ -108,15 +151,35 @@ class LayerNormWithoutAffine(nn.Module):
         return F.layer_norm(x, self.normalized_shape, eps=self.eps)
 
 
-def _remove_final_affine(encoder: PreTrainedModel) -> None:
-    """Replace the encoder's final LayerNorm with one that has no weight and bias (RAE paper, appendix on encoders)."""
-    name = encoder_family(encoder.config).final_norm
-    paths = [path for path, _ in encoder.named_modules() if path.split(".")[-1] == name]
-    if len(paths) != 1:
-        raise ValueError(f"expected one module '{name}' in {type(encoder).__name__}, found {paths}")
-    norm = encoder.get_submodule(paths[0])
+def _remove_final_affine(encoder: PreTrainedModel, name: str) -> LayerNormWithoutAffine:
+    """Replace the encoder's final LayerNorm, the one module whose path ends in `name`, with one that has no weight and
+    bias (RAE paper, appendix on encoders), and return that one."""
+    if name == "none":
+        return LayerNormWithoutAffine((encoder.config.hidden_size,), eps=1e-6)
+    paths = [path for path, _ in encoder.named_modules() if f".{path}".endswith(f".{name}")]
+    norm = encoder.get_submodule(paths[0]) if len(paths) == 1 else None
+    if not isinstance(norm, nn.LayerNorm):
+        norms = (path for path, module in encoder.named_modules() if isinstance(module, nn.LayerNorm))
+        outside = [path for path in norms if not any(part.isdigit() for part in path.split("."))]  # of the blocks
+        raise ValueError(
+            f"encoder_final_norm: expected the LayerNorm after the last block of {type(encoder).__name__}, one of "
+            f"{outside}, or none, got '{name}'"
+        )
     parent, _, attribute = paths[0].rpartition(".")
-    setattr(encoder.get_submodule(parent), attribute, LayerNormWithoutAffine(norm.normalized_shape, norm.eps))
+    plain = LayerNormWithoutAffine(norm.normalized_shape, norm.eps)
+    setattr(encoder.get_submodule(parent), attribute, plain)
+    return plain
+
+
+def _encoder_blocks(encoder: PreTrainedModel) -> nn.ModuleList:
+    """The transformer blocks, found by their number: transformers releases and families call them differently."""
+    number = encoder.config.num_hidden_layers
+    found = [m for m in encoder.modules() if isinstance(m, nn.ModuleList) and len(m) == number]
+    if len(found) != 1:
+        raise ValueError(
+            f"encoder_layers: {type(encoder).__name__} has {len(found)} lists of {number} blocks, expected one"
+        )
+    return found[0]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -133,18 +196,27 @@ class RAEConfig(PreTrainedConfig):
         encoder_revision: revision of `encoder_id`.
         encoder_bundled: whether the encoder's weights lie in the same safetensors file as the decoder's.
         encoder_input_size: side in pixels that images are resized to before the encoder.
+        encoder_layers: blocks (0-based, ascending) whose outputs, each after the final LayerNorm, are averaged into the
+            latent (RAEv2); blocks after the last of them are not built. None: the last block's output alone.
+        encoder_add_spatial_mean: whether the mean over positions of the last chosen block's tokens is added to every
+            token (RAEv2: yes for DINOv3 and SigLIP2, no for DINOv2).
+        encoder_prefix_tokens, encoder_final_norm: number of tokens before the patch tokens, and name of the last
+            LayerNorm ("none": there is none), of an encoder that ENCODER_FAMILIES does not know. None: as it says.
         image_mean, image_std: per-channel normalisation of pixels in [0, 1], from the encoder's image processor.
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size:
             the decoder's width, blocks, heads and MLP width. Defaults: ViT-XL.
         decoder_patch_size: side in pixels of the patch that each latent token becomes.
         decoder_layer_norm_eps, decoder_hidden_act: the decoder's LayerNorm epsilon and activation.
+        denormalize_output: whether the decoder's output is multiplied by image_std and image_mean is added to it (RAE:
+            yes, RAEv2: no).
         noise_tau: sigma of the latent noise in training mode is `noise_tau * U[0, 1]` per sample.
         train_position_embedding: whether the decoder's position table learns (it starts as MAE's sin-cos table).
         use_latent_stats: whether the model holds a mean and a variance of its latents and normalises with them.
         scaling_factor: factor on latents that diffusion code expects; 1.0, normalisation is done by the statistics.
 
     Raises:
-        ValueError: sizes that do not fit each other; the message has both numbers.
+        ValueError: an encoder that is not supported, blocks that it does not have, and sizes that do not fit each
+            other; the message has both numbers.
     """
 
     model_type = "rae"
@@ -158,6 +230,10 @@ class RAEConfig(PreTrainedConfig):
         encoder_revision: Optional[str] = None,
         encoder_bundled: bool = True,
         encoder_input_size: int = 224,
+        encoder_layers: Optional[tuple] = None,
+        encoder_add_spatial_mean: bool = False,
+        encoder_prefix_tokens: Optional[int] = None,
+        encoder_final_norm: Optional[str] = None,
         image_mean: tuple = IMAGENET_MEAN,
         image_std: tuple = IMAGENET_STD,
         decoder_hidden_size: int = 1152,
@@ -167,6 +243,7 @@ class RAEConfig(PreTrainedConfig):
         decoder_patch_size: int = 16,
         decoder_layer_norm_eps: float = 1e-12,
         decoder_hidden_act: str = "gelu",
+        denormalize_output: bool = True,
         noise_tau: float = 0.0,
         train_position_embedding: bool = False,
         use_latent_stats: bool = False,
@@ -180,6 +257,10 @@ class RAEConfig(PreTrainedConfig):
         self.encoder_revision = encoder_revision
         self.encoder_bundled = encoder_bundled
         self.encoder_input_size = encoder_input_size
+        self.encoder_layers = None if encoder_layers is None else list(encoder_layers)
+        self.encoder_add_spatial_mean = encoder_add_spatial_mean
+        self.encoder_prefix_tokens = encoder_prefix_tokens
+        self.encoder_final_norm = encoder_final_norm
         self.image_mean = list(image_mean)
         self.image_std = list(image_std)
         self.decoder_hidden_size = decoder_hidden_size
@@ -189,10 +270,12 @@ class RAEConfig(PreTrainedConfig):
         self.decoder_patch_size = decoder_patch_size
         self.decoder_layer_norm_eps = decoder_layer_norm_eps
         self.decoder_hidden_act = decoder_hidden_act
+        self.denormalize_output = denormalize_output
         self.noise_tau = noise_tau
         self.train_position_embedding = train_position_embedding
         self.use_latent_stats = use_latent_stats
         self.scaling_factor = scaling_factor
+        self._check_encoder()
         self._check_sizes()
         super().__init__(**kwargs)
 
@@ -222,6 +305,20 @@ class RAEConfig(PreTrainedConfig):
             **config,
         )
 
+    def _check_encoder(self) -> None:
+        encoder, layers = self.encoder_config, self.encoder_layers
+        self.encoder_family()
+        for name in (
+            ("hidden_size", "patch_size") if layers is None else ("hidden_size", "patch_size", "num_hidden_layers")
+        ):
+            if not hasattr(encoder, name):
+                raise ValueError(f"encoder model_type '{encoder.model_type}' has no {name}, expected a ViT")
+        if layers is not None and (not layers or layers != sorted({*layers} & {*range(encoder.num_hidden_layers)})):
+            raise ValueError(
+                f"encoder_layers: expected ascending indices, each once, of the encoder's {encoder.num_hidden_layers} "
+                f"blocks (0 to {encoder.num_hidden_layers - 1}), got {layers}"
+            )
+
     def _check_sizes(self) -> None:
         def divides(small_name: str, small: int, big_name: str, big: int) -> None:
             if small <= 0 or big % small:
@@ -233,6 +330,10 @@ class RAEConfig(PreTrainedConfig):
         divides("4, for the 2-D sin-cos table", 4, "decoder_hidden_size", self.decoder_hidden_size)
         if self.decoder_patch_size <= 0:
             raise ValueError(f"decoder_patch_size must be positive, got {self.decoder_patch_size}")
+
+    def encoder_family(self) -> EncoderFamily:
+        """What is known about the encoder's architecture. Raises ValueError when nothing is."""
+        return encoder_family(self.encoder_config, self.encoder_prefix_tokens, self.encoder_final_norm)
 
     @property
     def encoder_patch_size(self) -> int:
@@ -442,8 +543,15 @@ class RAEModel(RAEPreTrainedModel):
 
     def __init__(self, config: RAEConfig):
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config.encoder_config)
-        _remove_final_affine(self.encoder)
+        self.encoder = AutoModel.from_config(config.encoder_config, **_encoder_options(config.encoder_config))
+        # Hooks of the model's own, set once: what output_hidden_states gives differs between transformers releases and
+        # keeps every block's output; hooks that came and went with each call would be missed by a compiled encoder.
+        # Bound methods, so that a deep copy of the model fills its own list.
+        self._block_outputs = []
+        for index in (config.encoder_layers or [])[:-1]:  # the last one's output is the encoder's
+            _encoder_blocks(self.encoder)[index].register_forward_hook(self._keep_block_output)
+        self.encoder_norm = self._prepare_encoder(self.encoder)
+        self._interpolates = "interpolate_pos_encoding" in inspect.signature(type(self.encoder).forward).parameters
         self._no_split_modules = {*self._no_split_modules, *(self.encoder._no_split_modules or ())}
         self.decoder = RAEDecoder(config)
         self._image_statistics = {}
@@ -459,6 +567,14 @@ class RAEModel(RAEPreTrainedModel):
     def _freeze(self) -> None:
         self.encoder.requires_grad_(False).eval()
         self.decoder.decoder_pos_embed.requires_grad_(self.config.train_position_embedding)
+
+    def _prepare_encoder(self, encoder: PreTrainedModel) -> LayerNormWithoutAffine:
+        """Take out of the encoder what the RAE does not use: the affine part of the final LayerNorm, which is returned,
+        and the blocks after the last one that `encoder_layers` names."""
+        norm = _remove_final_affine(encoder, self.config.encoder_family().final_norm)
+        if self.config.encoder_layers is not None:
+            del _encoder_blocks(encoder)[self.config.encoder_layers[-1] + 1 :]
+        return norm
 
     # ----------------------------------------------------------------------------------------------- construction
 
@@ -478,13 +594,15 @@ class RAEModel(RAEPreTrainedModel):
         """Load the encoder's weights from `config.encoder_id`. Raises OSError when it cannot be had and ValueError when
         weights are missing."""
         config = self.config
+        encoder_config = vision_config(AutoConfig.from_pretrained(config.encoder_id, revision=config.encoder_revision))
         encoder, info = AutoModel.from_pretrained(
             config.encoder_id,
             revision=config.encoder_revision,
-            config=vision_config(AutoConfig.from_pretrained(config.encoder_id, revision=config.encoder_revision)),
+            config=encoder_config,
             dtype=self.dtype,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # they are reported, and refused below
+            **_encoder_options(encoder_config),
         )
         for name, *shapes in sorted(info["mismatched_keys"]):
             raise ValueError(
@@ -495,7 +613,7 @@ class RAEModel(RAEPreTrainedModel):
                 f"encoder {config.encoder_id}: {len(info['missing_keys'])} weights of {type(encoder).__name__} are "
                 f"missing from its file, the first is '{sorted(info['missing_keys'])[0]}'"
             )
-        _remove_final_affine(encoder)
+        self._prepare_encoder(encoder)
         self.encoder.load_state_dict(encoder.state_dict())
 
     @classmethod
@@ -518,11 +636,17 @@ class RAEModel(RAEPreTrainedModel):
     def save_pretrained(self, save_directory, *args, include_encoder: bool = True, **kwargs):
         """As in transformers. `include_encoder=False` leaves the encoder's weights out; they are then fetched from
         `config.encoder_id` on loading. Raises ValueError when there is no such id."""
-        if not include_encoder:
-            if self.config.encoder_id is None:
-                raise ValueError("include_encoder=False needs config.encoder_id, the place to load the encoder from")
-            state = kwargs.pop("state_dict", None) or self.state_dict()
-            kwargs["state_dict"] = {k: v for k, v in state.items() if not k.startswith("encoder.")}
+        if not include_encoder and self.config.encoder_id is None:
+            raise ValueError("include_encoder=False needs config.encoder_id, the place to load the encoder from")
+        prefix = self.config.encoder_family().file_prefix
+        if prefix or not include_encoder:
+            state = {}
+            for name, tensor in (kwargs.pop("state_dict", None) or self.state_dict()).items():
+                if not name.startswith("encoder."):
+                    state[name] = tensor
+                elif include_encoder:
+                    state[f"encoder.{prefix}{name.removeprefix('encoder.').removeprefix(prefix)}"] = tensor
+            kwargs["state_dict"] = state
         bundled, self.config.encoder_bundled = self.config.encoder_bundled, include_encoder
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
@@ -566,6 +690,7 @@ class RAEModel(RAEPreTrainedModel):
         pixel_values: torch.Tensor,
         generator: Optional[torch.Generator] = None,
         add_noise: Optional[bool] = None,
+        normalize: bool = True,
     ) -> RAEEncoderOutput:
         """Pixels to latents.
 
@@ -573,12 +698,13 @@ class RAEModel(RAEPreTrainedModel):
             pixel_values: (B, 3, S, S) in [0, 1]; resized to `encoder_input_size` when S is another.
             generator: source of the training noise, on the pixels' device.
             add_noise: whether to add latent noise; None means in training mode only.
+            normalize: whether to apply the latent statistics, when the model has some; noise is for normalised latents.
 
         Returns:
             RAEEncoderOutput with `latent` (B, C, h, w).
 
         Raises:
-            ValueError: not (B, 3, S, S).
+            ValueError: not (B, 3, S, S), or the encoder returns another number of tokens than its config says.
         """
         if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or pixel_values.shape[2] != pixel_values.shape[3]:
             raise ValueError(f"pixel_values must be (B, 3, S, S), got {tuple(pixel_values.shape)}")
@@ -588,16 +714,37 @@ class RAEModel(RAEPreTrainedModel):
             pixel_values = F.interpolate(pixel_values, size=(size, size), mode="bicubic", align_corners=False)
         mean, std = self._image_mean_and_std(pixel_values)
         pixel_values = (pixel_values - mean) / std
-        family = encoder_family(config.encoder_config)
-        out = self.encoder(pixel_values, **family.call_kwargs(pixel_values, config.latent_size**2))
-        tokens = out.last_hidden_state[:, family.prefix_tokens(config.encoder_config) :]  # (B, N, C)
+        tokens = self._patch_tokens(pixel_values)  # (B, N, C)
         latent = tokens.transpose(1, 2).contiguous()  # (B, C, N)
         latent = latent.unflatten(2, (config.latent_size, config.latent_size))  # (B, C, h, w)
-        if config.use_latent_stats:
+        if config.use_latent_stats and normalize:
             latent = ((latent.float() - self.latent_mean.float()) / self._latent_std()).to(latent.dtype)
         if self.training if add_noise is None else add_noise:
             latent = self.add_noise(latent, generator)
         return RAEEncoderOutput(latent=latent)
+
+    def _patch_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Normalised pixels (B, 3, S, S) to the encoder's patch tokens (B, N, C): the last block's, or the mean over
+        `encoder_layers` (RAEv2), after the final LayerNorm without affine."""
+        config, family = self.config, self.config.encoder_family()
+        prefix, patches = family.prefix_tokens(config.encoder_config), config.latent_size**2
+        options = {"interpolate_pos_encoding": True} if self._interpolates else {}
+        self._block_outputs.clear()
+        last = self.encoder(pixel_values, **options, **family.call_kwargs(pixel_values, patches)).last_hidden_state
+        if last.shape[1:] != (prefix + patches, config.latent_channels):
+            raise ValueError(
+                f"{type(self.encoder).__name__} returned {tuple(last.shape)}, expected (B, {prefix + patches}, "
+                f"{config.latent_channels}): {prefix} prefix tokens (encoder_prefix_tokens) and {patches} patches"
+            )
+        chosen = [self.encoder_norm(hidden.to(last.device)) for hidden in self._block_outputs]  # (B, prefix + N, C)
+        self._block_outputs.clear()
+        chosen.append(last if family.norm_in_forward else self.encoder_norm(last))
+        tokens = torch.stack([hidden[:, prefix:] for hidden in chosen])  # (K, B, N, C)
+        mean = tokens.mean(dim=0)
+        return mean + tokens[-1].mean(dim=1, keepdim=True) if config.encoder_add_spatial_mean else mean
+
+    def _keep_block_output(self, block: nn.Module, args: tuple, output: Union[torch.Tensor, tuple]) -> None:
+        self._block_outputs.append(output[0] if isinstance(output, tuple) else output)
 
     def add_noise(self, latent: torch.Tensor, generator: Optional[torch.Generator] = None) -> torch.Tensor:
         """Training noise (RAE paper, section on noise-augmented decoding): sigma * N(0, 1) on the encoder's tokens with
@@ -634,6 +781,8 @@ class RAEModel(RAEPreTrainedModel):
     def patches_to_pixels(self, patches: torch.Tensor) -> torch.Tensor:
         """Output of the decoder's last Linear, (B, 1 + N, p*p*3), CLS first, to pixels (B, 3, H, W), about [0, 1]."""
         pixels = unpatchify(patches[:, 1:], self.config.decoder_patch_size)
+        if not self.config.denormalize_output:
+            return pixels
         mean, std = self._image_mean_and_std(pixels)
         return pixels * std + mean
 

@@ -1,0 +1,98 @@
+"""Folders written with the oldest supported transformers load with the newest, and the other way round.
+
+    make cross-version        (makes .venv-oldest with transformers 5.0.0 on the packages of .venv; 2 minutes)
+
+For every encoder family a tiny RAE is written by one Python, with the latents and reconstructions that it computes, and
+loaded by the other as a stranger does: AutoModel with trust_remote_code, in an empty directory. Prints a table; exit
+code 1 when one differs by more than 1e-6.
+"""
+
+import argparse
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE = 32  # pixels
+VIT = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": SIZE, "patch_size": 8}
+FAMILIES = {
+    "clip_vision_model": {**VIT, "intermediate_size": 32},
+    "dinov2": VIT,
+    "dinov2_with_registers": VIT,
+    "dinov3_vit": {**VIT, "intermediate_size": 32, "num_register_tokens": 2},
+    "ijepa": {**VIT, "intermediate_size": 32},
+    "siglip_vision_model": {**VIT, "intermediate_size": 32},
+    "vit": {**VIT, "intermediate_size": 32},
+    "vit_mae": {**VIT, "intermediate_size": 32},
+}
+
+WRITE = """
+import sys, torch
+root, folder, family, settings = sys.argv[1], sys.argv[2], sys.argv[3], eval(sys.argv[4])
+sys.path.insert(0, root)
+from modeling_rae import RAEConfig, RAEModel
+torch.manual_seed(0)
+rae = RAEModel(RAEConfig(
+    encoder_config={"model_type": family, **settings}, encoder_input_size=32, encoder_layers=[0, 1],
+    decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=64,
+    decoder_patch_size=8, use_latent_stats=True)).eval()
+rae.set_latent_stats(torch.randn(16, 4, 4), torch.rand(16, 4, 4) + 0.5)
+rae.save_pretrained(folder)
+pixels = torch.rand(2, 3, 32, 32)
+with torch.no_grad():
+    latent = rae.encode(pixels).latent
+    torch.save({"pixels": pixels, "latent": latent, "sample": rae.decode(latent).sample}, folder + "/expected.pt")
+"""
+
+READ = """
+import sys, torch
+from transformers import AutoModel
+folder = sys.argv[1]
+expected = torch.load(folder + "/expected.pt")
+rae = AutoModel.from_pretrained(folder, trust_remote_code=True)
+with torch.no_grad():
+    latent = rae.encode(expected["pixels"]).latent
+    sample = rae.decode(expected["latent"]).sample
+print((latent - expected["latent"]).abs().max().item(), (sample - expected["sample"]).abs().max().item())
+"""
+
+
+def run(python: str, code: str, *args, cwd: str) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": f"{cwd}/home", "PYTHONPATH": ""}
+    command = [python, "-c", code, *map(str, args)]
+    done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        return f"failed: {done.stderr.strip().splitlines()[-1]}"
+    return done.stdout.strip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("oldest", help="Python of an environment with the oldest supported transformers")
+    oldest = str(Path(parser.parse_args().oldest).absolute())  # not resolved: a link says which environment it is
+    pythons = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for python in (sys.executable, oldest):
+            pythons[run(python, "import transformers; print(transformers.__version__)", cwd=folder)] = python
+        assert len(pythons) == 2, f"expected two versions of transformers, got {list(pythons)}"
+        print(f"{'family':<24}{'written with':>14}{'read with':>12}{'latent':>10}{'sample':>10}")
+        worst = 0.0
+        for family, settings in FAMILIES.items():
+            for writer, reader in (list(pythons), list(pythons)[::-1]):
+                place = f"{folder}/{family}-{writer}"
+                said = run(pythons[writer], WRITE, ROOT, place, family, settings, cwd=folder)
+                said = said or run(pythons[reader], READ, place, cwd=folder)
+                try:
+                    latent, sample = map(float, said.split())
+                except ValueError:
+                    latent = sample = float("inf")
+                    print(said)
+                worst = max(worst, latent, sample)
+                print(f"{family:<24}{writer:>14}{reader:>12}{latent:>10.1e}{sample:>10.1e}")
+    return int(worst > 1e-6)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
