@@ -13,11 +13,14 @@ import json
 import math
 import os
 import pickle
+import re
 import shutil
 import signal
+import struct
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Optional, TextIO
+from typing import Any, Optional, TextIO
 
 import psutil
 import torch
@@ -25,9 +28,13 @@ from accelerate import Accelerator
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
+# what becomes of reading a damaged file
+DAMAGED = (SafetensorError, zipfile.BadZipFile, struct.error, RuntimeError, ValueError, EOFError, LookupError)
 
-def read_tensors(path: Path, setting: str) -> dict:
-    """The tensors of a .safetensors file, or of a file of torch.save, in which nothing but tensors is accepted.
+
+def read_saved(path: Path, setting: str) -> Any:
+    """What a .safetensors file, or a file of torch.save, holds. In the latter nothing but tensors, numbers, text and
+    containers is accepted: no code in it runs.
 
     Raises OSError when there is no such file and ValueError when it holds something else; the message names `setting`.
     """
@@ -37,15 +44,42 @@ def read_tensors(path: Path, setting: str) -> dict:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
-        tensors = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{setting}: {path} is no file of tensors ({str(error).splitlines()[0]})") from None
+        # mapped where the format allows it: of a large checkpoint only the tensors that are used are read
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds {found[1]}, which was not run" if found else "it is no file of torch.save"
+    except DAMAGED as error:
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+    raise ValueError(f"{setting}: {path} is no file of tensors ({reason})")
+
+
+def read_tensors(path: Path, setting: str) -> dict:
+    """The tensors of a .safetensors file, or of a file of torch.save, in which nothing but tensors is accepted.
+
+    Raises OSError when there is no such file and ValueError when it holds something else; the message names `setting`.
+    """
+    tensors = read_saved(path, setting)
     if not isinstance(tensors, dict):
         raise ValueError(f"{setting}: {path} holds a {type(tensors).__name__}, expected a dictionary of tensors")
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{setting}: '{name}' in {path} is a {type(value).__name__}, expected a tensor")
     return tensors
+
+
+def read_latent_stats(path: Path, rae_config: Any, setting: str) -> dict:
+    """`mean` and `var` of a statistics file, (C, h, w) each as `rae_config` has them. Raises as `read_tensors`, and
+    ValueError when they are missing or have other shapes."""
+    stats = read_tensors(path, setting)
+    expected = (rae_config.latent_channels, rae_config.latent_size, rae_config.latent_size)
+    for name in ("mean", "var"):
+        if name not in stats:
+            raise ValueError(f"{setting}: {path} holds {sorted(stats)}, expected 'mean' and 'var'")
+        if stats[name].shape != expected:
+            found = tuple(stats[name].shape)
+            raise ValueError(f"{setting}: '{name}' in {path} has shape {found}, the latents {expected}")
+    return {"mean": stats["mean"], "var": stats["var"]}
 
 
 def write_folder(target: Path, write: Callable[[Path], None], main_process: bool, wait: Callable[[], None]) -> None:

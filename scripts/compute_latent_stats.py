@@ -1,0 +1,353 @@
+"""Exact mean and variance of a model's latents over its training images, stored so that `encode` normalises with them.
+
+    python scripts/compute_latent_stats.py --model runs/dinov2_b/final --data.path /data/imagenet
+        into the model folder: from then on its latents have mean 0 and standard deviation 1, and `decode` undoes it
+
+    accelerate launch --multi_gpu --mixed_precision bf16 scripts/compute_latent_stats.py --model user/my-rae \\
+            --data.path /data/imagenet --output my-rae-normalised --stats_file stats.safetensors
+        on several GPUs, into a new folder, and as a file of `mean` and `var` (.safetensors or .pt)
+
+    python scripts/compute_latent_stats.py --train_config configs/dinov2_b.yaml --data.path /data/imagenet \\
+            --stats_file stats.safetensors
+        before there is a model, for train_rae.py --config configs/dinov2_b.yaml --model.latent_stats stats.safetensors:
+        the encoder is what that config describes; a second file can name a local copy of it
+
+Images are centre-cropped as in evaluation, and each is counted with its mirror image (--flip false: without). The
+published statistics flip at random; both ways is the exact value of that. By default all images of the training split.
+Mean and population variance, (C, h, w) each, are accumulated in float64 (see moments.py): order, batch size and number
+of processes do not matter. Statistics that the model already has are ignored and replaced. Latents are computed in
+float32, or in what `accelerate launch --mixed_precision` says, on a GPU when there is one.
+
+Before the new folder or file takes its place, it is loaded from disk and normalised latents of up to 256 images, spread
+over the split, are measured: a mean or a standard deviation far from 0 and 1 ends with exit code 1 and leaves what was
+there as it was. So does an interruption.
+A latent entry that never changes has variance 0. It normalises to 0, as the formula is (z - mean) / sqrt(var + 1e-5),
+and is decoded as its mean. The table counts the entries whose variance is below 1e-5.
+"""
+
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Optional
+
+import torch
+from accelerate import Accelerator
+from huggingface_hub import snapshot_download
+from safetensors.torch import save_file
+from tqdm.auto import tqdm
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
+from autoencoders import load_autoencoder
+from checkpointing import write_folder
+from config import ImagesConfig, check_rules, parse, parse_config, require
+from data import DataError, ImageSource, UnreadableLog, chosen_images, eval_loader, load_splits
+from modeling_rae import LATENT_VAR_EPS, RAEModel
+from moments import Moments
+from runtime import ConfigError, RunError, alone, blame, quiet_transformers, run_main, share_cores
+
+CHECK_IMAGES = 256
+# An entry's mean over that many images is off by 1/16 on average.
+MAX_CHECK_MEAN, CHECK_STD_RANGE = 0.25, (0.5, 2.0)
+
+
+@dataclass
+class StatsImagesConfig(ImagesConfig):
+    """The images, as in the training run. See data.py."""
+
+    path: str = ""
+    """Folder or Hub id, as in training; to be given, so that no model gets the statistics of another data set."""
+
+
+@dataclass
+class LatentStatsConfig:
+    """Settings of compute_latent_stats.py."""
+
+    model: Optional[str] = None
+    """Folder or Hub id of an RAE."""
+    train_config: tuple[str, ...] = ()
+    """Instead of a model: YAML files of a training run, later ones win."""
+    data: StatsImagesConfig = field(default_factory=StatsImagesConfig)
+    """The images, as in the training run; statistics are those of the training split."""
+    output: Optional[str] = None
+    """New folder for the model with its statistics; none: they go into the model's own folder."""
+    stats_file: Optional[str] = None
+    """File for `mean` and `var`, .safetensors or .pt."""
+    num_samples: Optional[int] = None
+    """Images that are used, spread evenly over the split; none: all."""
+    flip: bool = True
+    """Whether each image's mirror image counts too."""
+    batch_size: int = 64
+    """Images of one batch in each process."""
+    seed: int = 0
+    """Seed of data.holdout_fraction: the training run's."""
+    json: Optional[str] = None
+    """File for the printed table, for machines."""
+
+
+def check(config: LatentStatsConfig) -> None:
+    """Raise ConfigError for what can be seen without loading anything."""
+    rules = (
+        ("num_samples", lambda value: value >= 2, "at least 2 images"),
+        ("batch_size", lambda value: value > 0, "a positive number"),
+        ("seed", lambda value: value >= 0, "a number of at least 0"),
+    )
+    check_rules(config, rules)
+    require((config.model is None) != (not config.train_config), "model", "either it or train_config", config.model)
+    for file in config.train_config:
+        require(Path(file).is_file(), "train_config", "YAML files that exist", file)
+    if config.train_config:
+        require(config.output is None, "output", "nothing with train_config: there is no model yet", config.output)
+        require(config.stats_file is not None, "stats_file", "a file, the only result with train_config", None)
+    if config.output is not None:
+        output = Path(config.output).resolve()
+        free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
+        inside = output.is_relative_to(Path(config.model).resolve())
+        require(free and not inside, "output", "a new folder outside of the model", config.output)
+    if config.stats_file is not None:
+        known = Path(config.stats_file).suffix in (".safetensors", ".pt")
+        require(known, "stats_file", "a name that ends in .safetensors or .pt", config.stats_file)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Images, model, and the places to write to
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def load_images(config: LatentStatsConfig) -> ImageSource:
+    """The training images. Raises DataError for fewer than two."""
+    images, _ = load_splits(config.data, config.seed, need_eval=False)
+    if len(images) < 2:
+        raise DataError(f"data.path: {config.data.path} has {len(images)} training image, expected at least 2")
+    return images
+
+
+def load_model(config: LatentStatsConfig) -> RAEModel:
+    """The model, or the encoder that the training config describes. Raises ConfigError."""
+    if config.train_config:
+        return training_model(config.train_config, None)
+    autoencoder = load_autoencoder(config.model)
+    if not isinstance(autoencoder.model, RAEModel):
+        raise ConfigError(
+            f"model: {config.model} is diffusers' {autoencoder.kind}, which has no place for these statistics; "
+            "expected an RAE of this suite"
+        )
+    return autoencoder.model
+
+
+def training_model(files: tuple, latent_stats: Optional[str]) -> RAEModel:
+    """The autoencoder that train_rae.py builds from the YAML `files`, with the statistics of a file. Its decoder has
+    one block: the encoder's weights, random ones too, do not depend on it."""
+    from train_rae import build_rae, build_rae_config  # seconds: only when asked for
+
+    config = parse_config([part for file in files for part in ("--config", file)])
+    config.model.latent_stats, config.model.init_from = latent_stats, None
+    config.model.decoder_num_hidden_layers = 1
+    return build_rae(config, build_rae_config(config)).eval()
+
+
+def model_folder(config: LatentStatsConfig) -> Optional[Path]:
+    """The folder of the model's files, that of the cache for a Hub id; None with a training config."""
+    if config.model is None:
+        return None
+    if Path(config.model).is_dir():
+        return Path(config.model).resolve()
+    require(config.output is not None, "output", f"a new folder for {config.model}, which is on the Hub", None)
+    return Path(snapshot_download(config.model))
+
+
+def check_writable(folder: Path, key: str) -> None:
+    """Make `folder` if it is missing. Raises ConfigError, about the setting `key`, unless files can be made in it."""
+    with blame(key):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Statistics
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class LatentReader:
+    """Goes through the images, centre-cropped, on all processes. With `config.flip` each image counts with its mirror
+    image."""
+
+    def __init__(self, images: ImageSource, config: LatentStatsConfig, accelerator: Accelerator):
+        self.images, self.config, self.accelerator = images, config, accelerator
+        self.unreadable = UnreadableLog(config.data.max_unreadable)
+
+    @torch.no_grad()
+    def moments(self, model: RAEModel, normalize: bool, num_samples: Optional[int]) -> tuple[Moments, int]:
+        """Moments of the model's latents (C, h, w), normalised or not, and the number of images that they are from. The
+        same on all processes, which all call this."""
+        config, accelerator = self.config, self.accelerator
+        shape = (model.config.latent_channels, model.config.latent_size, model.config.latent_size)
+        moments = Moments(shape, device=accelerator.device)
+        loader = eval_loader(
+            self.images,
+            model.config.image_size,
+            config.batch_size,
+            config.data.num_workers,
+            accelerator.process_index,
+            accelerator.num_processes,
+            num_samples,
+        )
+        progress = tqdm(loader, leave=False, disable=not (accelerator.is_main_process and sys.stderr.isatty()))
+        with alone(accelerator):
+            for batch in progress:
+                self.unreadable.add(batch["unreadable"])
+                if len(batch["pixels"]) == 0:
+                    continue
+                pixels = batch["pixels"].to(accelerator.device, non_blocking=True).float() / 255
+                for view in (pixels, pixels.flip(3)) if config.flip else (pixels,):
+                    with accelerator.autocast():
+                        latent = model.encode(view, normalize=normalize).latent
+                    moments.update(latent)
+        moments.merge_processes(accelerator)
+        return moments, moments.count // (2 if config.flip else 1)
+
+
+def latent_stats(reader: LatentReader, model: RAEModel) -> tuple[dict, int]:
+    """`mean` and `var` of the latents without normalisation, float32 (C, h, w) on the CPU, and the number of images.
+    Raises DataError for fewer than two images and RunError for values that are not finite."""
+    moments, num_images = reader.moments(model, False, reader.config.num_samples)
+    if num_images < 2:
+        path = reader.config.data.path
+        raise DataError(f"data.path: {num_images} images of {path} can be read, expected at least 2")
+    stats = {"mean": moments.mean.float().cpu(), "var": moments.variance().float().cpu()}
+    for name, value in stats.items():
+        if not value.isfinite().all():
+            raise RunError(f"the {name} of the latents is not finite; nothing was written")
+    return stats, num_images
+
+
+def check_normalised(reader: LatentReader, model: RAEModel) -> dict:
+    """Mean and standard deviation, over all entries, of the normalised latents of some images, the root mean square of
+    the entries' own means, and the number of images. Raises RunError when they are far from 0, 1 and 0."""
+    moments, num_images = reader.moments(model.to(reader.accelerator.device), True, CHECK_IMAGES)
+    mean = moments.mean.mean().item()
+    std = (moments.variance() + (moments.mean - mean).square()).mean().sqrt().item()
+    mean_rms = moments.mean.square().mean().sqrt().item()  # a LayerNorm's mean over channels is 0 in any case
+    low, high = CHECK_STD_RANGE
+    if not (mean_rms <= MAX_CHECK_MEAN and low <= std <= high):  # nan is refused too
+        raise RunError(
+            f"normalised latents have mean {mean:.3g} ({mean_rms:.3g} for an entry) and standard deviation {std:.3g}, "
+            "expected about 0 and 1; nothing was replaced"
+        )
+    return {"num_images": num_images, "mean": mean, "mean_rms": mean_rms, "std": std}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is written
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def write_model(source: Path, target: Path, stats: dict, check: Callable, accelerator: Accelerator) -> None:
+    """Put a copy of the model folder `source` with `stats` in the place of `target`, after `check` of the model that is
+    loaded from it. Precision of the weights, other files, and whether the encoder is bundled stay as they are."""
+
+    def write(folder: Path) -> None:
+        if accelerator.is_main_process:
+            model = RAEModel.from_pretrained(source, dtype="auto")
+            model.config.use_latent_stats = True
+            for name, value in stats.items():
+                model.register_buffer(f"latent_{name}", value)  # float32, whatever the weights are
+            shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model*.safetensors*"))
+            model.save_pretrained(folder, include_encoder=model.config.encoder_bundled)
+        accelerator.wait_for_everyone()
+        check(load_autoencoder(str(folder)).model)
+
+    write_folder(target, write, accelerator.is_main_process, accelerator.wait_for_everyone)
+
+
+def write_file(path: Path, stats: dict, check: Callable, accelerator: Accelerator) -> None:
+    """Write `stats` to `path`, after `check` of the new file."""
+    beside = path.with_name(f".partial-{path.name}")
+    if accelerator.is_main_process:
+        (save_file if path.suffix == ".safetensors" else torch.save)(stats, beside)
+    accelerator.wait_for_everyone()
+    check(str(beside))
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        beside.replace(path)
+
+
+def report(config: LatentStatsConfig, stats: dict, num_images: int, num_unreadable: int, fresh: dict) -> None:
+    """Print the table, and write it for machines if asked. `fresh`: what `check_normalised` found."""
+    std = stats["var"].double().sqrt()
+    results = {
+        "model": config.model,
+        "train_config": list(config.train_config),
+        "data": config.data.path,
+        "num_images": num_images,
+        "num_unreadable": num_unreadable,
+        "flip": config.flip,
+        "latent_shape": list(std.shape),
+        "mean_min": stats["mean"].min().item(),
+        "mean_max": stats["mean"].max().item(),
+        "std_min": std.min().item(),
+        "std_mean": std.mean().item(),
+        "std_max": std.max().item(),
+        "num_constant": int((stats["var"] < LATENT_VAR_EPS).sum()),
+        "normalised": fresh,
+        "output": config.output or config.model,
+        "stats_file": config.stats_file,
+    }
+    if config.json is not None:
+        Path(config.json).write_text(json.dumps(results, indent=2) + "\n")
+    mirrored = ", each with its mirror image" if config.flip else ""
+    skipped = f", {num_unreadable} unreadable skipped" if num_unreadable else ""
+    rows = {
+        "images": f"{num_images}{mirrored}{skipped}",
+        "latents (C, h, w)": " x ".join(map(str, std.shape)),
+        "mean of an entry": f"{stats['mean'].min():.4f} to {stats['mean'].max():.4f}",
+        "std of an entry": f"{std.min():.4f} to {std.max():.4f}, on average {std.mean():.4f}",
+        "variance < 1e-5": f"{results['num_constant']} of {std.numel()} entries",
+        "normalised": "mean {mean:.4f} (rms of entries {mean_rms:.4f}), std {std:.4f}, over {num_images} images "
+        "read again".format(**fresh),
+        "model": results["output"],
+        "file": config.stats_file,
+    }
+    print("\n".join(f"{name:<19}{text}" for name, text in rows.items() if text is not None))
+
+
+def main() -> None:
+    config = parse(LatentStatsConfig, "compute_latent_stats.py", "Exact statistics of an RAE's latents.", check=check)
+    quiet_transformers()
+    accelerator = Accelerator()
+    share_cores(accelerator)
+
+    # everything that can be wrong is looked at before anything expensive starts
+    images = load_images(config)
+    model = load_model(config).to(accelerator.device)
+    source = model_folder(config)
+    target = source if config.output is None else Path(config.output).resolve()
+    places = {"stats_file": config.stats_file, "json": config.json, "output" if config.output else "model": target}
+    for key, path in places.items():
+        if path is not None:
+            check_writable(Path(path).absolute().parent, key)
+
+    reader = LatentReader(images, config, accelerator)
+    stats, num_images = latent_stats(reader, model)
+    fresh = {}
+    if source is not None:
+        write_model(source, target, stats, lambda written: fresh.update(check_normalised(reader, written)), accelerator)
+
+    def check_file(file: str) -> None:
+        if config.train_config:  # with a model, the same numbers have just been checked
+            fresh.update(check_normalised(reader, training_model(config.train_config, file)))
+
+    if config.stats_file is not None:
+        write_file(Path(config.stats_file), stats, check_file, accelerator)
+    if accelerator.is_main_process:
+        num_unreadable = len(chosen_images(images, config.num_samples)) - num_images
+        report(config, stats, num_images, num_unreadable, fresh)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,335 @@
+"""Run images through an autoencoder: reconstructions as PNG, a picture of both sides, the latents if asked.
+
+    python scripts/reconstruct.py --model runs/dinov2_b/final --input photo.jpg --output out
+    python scripts/reconstruct.py --model runs/dinov2_b/final --input a.png b/ c/ --output out --save_latents
+    accelerate launch --multi_gpu scripts/reconstruct.py --model user/my-rae --input folder/ --output out
+    python scripts/reconstruct.py --model stabilityai/sd-vae-ft-mse --image_size 512 --input folder/ --output out
+
+The model is an RAE folder or Hub id, or diffusers' AutoencoderRAE or AutoencoderKL. In --output:
+
+    reconstructions/<name>.png      8-bit, clamped and rounded
+    latents/<name>.safetensors      with --save_latents: `latent` (C, h, w), as a diffusion model sees it
+    grid.png                        --grid_images of the inputs, spread evenly, over their reconstructions
+    images.csv                      every reconstructed input, its <name> and PSNR
+
+<name> is an image's path below its folder without the extension; of several folders each keeps its own name in front, a
+file has its bare name. Where two inputs would get one name, the later one gets `_2`. An input given twice counts once.
+Files of the same name from an earlier run are overwritten, others stay. Memory does not grow with the number of images,
+as each is written as soon as it is there.
+
+Images of another size than the model's S x S are cropped as in evaluation (--resize crop: shorter side to S, middle cut
+out), or kept whole and undistorted (--resize pad: longer side to S, the rest grey; the grey is cut off again, so that
+reconstructions have their image's shape). An image that cannot be read is skipped and named; more than
+--data.max_unreadable of them in a process end the run with exit code 2.
+
+A GPU is used when there is one, in the precision that `accelerate launch --mixed_precision` says, else float32.
+"""
+
+import csv
+import json
+import os
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Optional
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from PIL import Image
+from safetensors.torch import save_file
+from torchvision.transforms.functional import pil_to_tensor
+from tqdm.auto import tqdm
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
+from autoencoders import Autoencoder, load_autoencoder
+from config import check_rules, parse, require
+from data import (
+    DataError,
+    FileSource,
+    ImageSource,
+    UnreadableImage,
+    UnreadableLog,
+    center_crop,
+    collate,
+    evenly_spread,
+    scan_folder,
+)
+from metrics import image_metrics, to_8bit
+from pictures import reconstruction_grid
+from runtime import ConfigError, RunError, alone, blame, quiet_transformers, run_main, share_cores
+
+DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
+GREY = 128  # value of the padding
+
+
+@dataclass
+class LoadingConfig:
+    """How images are read."""
+
+    max_unreadable: int = 10
+    """Unreadable images that a process skips before the run stops."""
+    num_workers: int = 4
+    """Data loading processes, and threads that write files, for each process."""
+
+
+@dataclass
+class ReconstructConfig:
+    """Settings of reconstruct.py."""
+
+    model: str
+    """Folder or Hub id of the autoencoder."""
+    input: tuple[str, ...]
+    """Image files and folders of them (with their sub-folders)."""
+    output: str
+    """Folder of the results; holds no input and lies in none."""
+    save_latents: bool = False
+    """Whether the latents are written too, a file for each image."""
+    resize: Literal["crop", "pad"] = "crop"
+    """How an image becomes a square: its middle, or the whole of it with grey beside."""
+    image_size: Optional[int] = None
+    """Side in pixels, for models that take any size; none: 256."""
+    batch_size: int = 32
+    """Images of one batch in each process."""
+    grid_images: int = 8
+    """Images in grid.png, at most 32."""
+    data: LoadingConfig = field(default_factory=LoadingConfig)
+    """How images are read."""
+    json: Optional[str] = None
+    """File for the printed table, for machines."""
+
+
+def check(config: ReconstructConfig) -> None:
+    """Raise ConfigError for what can be seen without loading anything."""
+    rules = (
+        ("image_size batch_size", lambda value: value > 0, "a positive number"),
+        ("grid_images", lambda value: 1 <= value <= 32, "a number from 1 to 32"),
+        ("input", lambda values: len(values) > 0, "image files or folders"),
+    )
+    check_rules(config, rules)
+    output = Path(config.output).resolve()
+    for place in config.input:
+        path = Path(place).resolve()
+        require(path.exists(), "input", "image files and folders that exist", place)
+        apart = not path.is_relative_to(output) and not (path.is_dir() and output.is_relative_to(path))
+        require(apart, "output", f"a folder apart from the input {place}", config.output)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Inputs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def find_inputs(places: tuple) -> tuple[ImageSource, list]:
+    """(all images of the files and folders `places`, each once; their names in the output). Raises ConfigError."""
+    several = sum(os.path.isdir(place) for place in places) > 1
+    names = {}  # by absolute path
+    for place in places:
+        if os.path.isdir(place):
+            try:
+                source = scan_folder(place)
+            except DataError as error:  # data.py names the setting of the other commands
+                raise ConfigError(str(error).replace("data.path:", "input:")) from error
+            prefix = Path(place).resolve().name if several else ""
+            files = (source.name(i) for i in range(len(source)))
+            found = {file: os.path.join(prefix, os.path.relpath(file, place)) for file in files}
+        else:
+            found = {place: os.path.basename(place)}
+        for file, name in found.items():
+            names.setdefault(os.path.abspath(file), os.path.splitext(name)[0])
+    return FileSource("", names), distinct(list(names.values()))
+
+
+def distinct(names: list) -> list:
+    """The names, with _2, _3, ... after repeated ones. Case does not count: some file systems ignore it."""
+    given, taken = {name.casefold() for name in names}, set()
+    result = []
+    for name in names:
+        own, number = name, 1
+        while own.casefold() in taken or (number > 1 and own.casefold() in given):
+            number += 1
+            own = f"{name}_{number}"
+        taken.add(own.casefold())
+        result.append(own)
+    return result
+
+
+def pad(image: Image.Image, size: int) -> tuple[Image.Image, tuple]:
+    """The whole image in the middle of a grey square of size x size, its longer side resized to `size` (bicubic and
+    antialiased), and its box there (left, top, right, bottom)."""
+    scale = size / max(image.size)
+    width, height = (max(1, round(side * scale)) for side in image.size)
+    left, top = (size - width) // 2, (size - height) // 2
+    square = Image.new("RGB", (size, size), (GREY, GREY, GREY))
+    square.paste(image.resize((width, height), Image.Resampling.BICUBIC), (left, top))
+    return square, (left, top, left + width, top + height)
+
+
+class SquareImages(torch.utils.data.Dataset):
+    """Images as squares of `size`, indexed by int. Item: pixels uint8 (3, S, S) or None, index, unreadable names, and
+    the box (left, top, right, bottom) that the image fills."""
+
+    def __init__(self, source: ImageSource, size: int, resize: str):
+        self.source, self.size, self.resize = source, size, resize
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict:
+        try:
+            image = self.source.load(index)
+        except UnreadableImage as error:
+            return {"pixels": None, "index": index, "unreadable": [str(error)], "box": None}
+        if self.resize == "pad":
+            image, box = pad(image, self.size)
+        else:
+            image, box = center_crop(image, self.size), (0, 0, self.size, self.size)
+        return {"pixels": pil_to_tensor(image), "index": index, "unreadable": [], "box": box}
+
+
+def collate_with_boxes(samples: list) -> dict:
+    """As data.collate, and `box`: a list of boxes."""
+    boxes = [sample["box"] for sample in samples if sample["pixels"] is not None]
+    return {**collate(samples), "box": boxes}
+
+
+def build_loader(images: SquareImages, config: ReconstructConfig, accelerator: Accelerator) -> Any:
+    """DataLoader of this process's share: every image is in exactly one batch of one process."""
+    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
+    return torch.utils.data.DataLoader(
+        torch.utils.data.Subset(images, mine),
+        config.batch_size,
+        collate_fn=collate_with_boxes,
+        num_workers=min(config.data.num_workers, len(mine)),
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def picture_size(config: ReconstructConfig, autoencoder: Autoencoder) -> int:
+    """Side in pixels of what the autoencoder is given. Raises ConfigError when --image_size does not fit."""
+    size, asked = autoencoder.image_size, config.image_size
+    if size is None:
+        factor = 2 ** (len(autoencoder.model.config.block_out_channels) - 1)  # an AutoencoderKL halves between blocks
+        require((asked or factor) % factor == 0, "image_size", f"a multiple of {factor} for {config.model}", asked)
+        return asked or DEFAULT_IMAGE_SIZE
+    require(asked in (None, size), "image_size", f"{size} for {config.model}", asked)
+    return size
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Outputs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def write_image(output: Path, name: str, box: tuple, image: torch.Tensor, recon: torch.Tensor, latent: Any) -> float:
+    """Write the files of one image; its PSNR in dB. Both sides are uint8 (3, S, S), `latent` is (C, h, w) or None."""
+    left, top, right, bottom = box
+    image, recon = image[:, top:bottom, left:right], recon[:, top:bottom, left:right]
+    file = output / "reconstructions" / f"{name}.png"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(recon.permute(1, 2, 0).numpy()).save(file)  # (3, H, W) -> (H, W, 3)
+    if latent is not None:
+        file = output / "latents" / f"{name}.safetensors"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"latent": latent.contiguous()}, file)
+    return image_metrics(image[None].float() / 255, recon[None].float() / 255, ["psnr"], None)["psnr"].item()
+
+
+@torch.no_grad()
+def reconstruct_all(
+    config: ReconstructConfig, autoencoder: Autoencoder, images: SquareImages, names: list, accelerator: Accelerator
+) -> list:
+    """Write the files of all images. (index, PSNR) of those that could be read, in order, the same on all processes."""
+    output, unreadable, measured = Path(config.output), UnreadableLog(config.data.max_unreadable), []
+    loader = build_loader(images, config, accelerator)
+    progress = tqdm(loader, leave=False, disable=not (accelerator.is_main_process and sys.stderr.isatty()))
+    with alone(accelerator), ThreadPoolExecutor(max(1, config.data.num_workers)) as pool:
+        for batch in progress:
+            unreadable.add(batch["unreadable"])
+            if len(batch["pixels"]) == 0:
+                continue
+            pixels = batch["pixels"].to(accelerator.device, non_blocking=True).float() / 255
+            with accelerator.autocast():
+                latents = autoencoder.encode(pixels)
+                recons = autoencoder.decode(latents)
+            if not recons.isfinite().all():
+                names_here = ", ".join(names[i] for i in batch["index"].tolist())
+                raise RunError(f"reconstructions are not finite, among {names_here}", everywhere=True)
+            latents = latents.cpu() if config.save_latents else [None] * len(pixels)
+            index = batch["index"].tolist()
+            rows = ([names[i] for i in index], batch["box"], batch["pixels"], to_8bit(recons).cpu(), latents)
+            psnr = pool.map(lambda *row: write_image(output, *row), *rows)  # Pillow's PNG does not hold the GIL
+            measured += zip(index, psnr, strict=True)
+    measured = sorted(gather_object(measured))
+    if not measured:
+        raise DataError(f"input: none of {len(images)} images can be read")
+    return measured
+
+
+def write_grid(config: ReconstructConfig, images: SquareImages, names: list, measured: list) -> None:
+    """grid.png from the inputs and the written files."""
+    both = []
+    for index, _ in evenly_spread(measured, config.grid_images):
+        item = images[index]
+        left, top, right, bottom = item["box"]
+        recon = torch.full_like(item["pixels"], GREY)
+        with Image.open(Path(config.output) / "reconstructions" / f"{names[index]}.png") as file:
+            recon[:, top:bottom, left:right] = pil_to_tensor(file)
+        both.append(torch.stack([item["pixels"], recon]).float() / 255)
+    inputs, recons = torch.stack(both, dim=1)
+    Image.fromarray(reconstruction_grid(inputs, recons).numpy()).save(Path(config.output) / "grid.png")
+
+
+def report(config: ReconstructConfig, images: SquareImages, names: list, measured: list) -> None:
+    """Write images.csv and grid.png, print the table."""
+    output = Path(config.output)
+    with (output / "images.csv").open("w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file)
+        table.writerow(["input", "name", "psnr"])
+        table.writerows([images.source.name(i), names[i], f"{psnr:.4f}"] for i, psnr in measured)
+    write_grid(config, images, names, measured)
+    results = {
+        "model": config.model,
+        "num_images": len(measured),
+        "num_unreadable": len(images) - len(measured),
+        "image_size": images.size,
+        "resize": config.resize,
+        "psnr": sum(psnr for _, psnr in measured) / len(measured),
+        "reconstructions": str(output / "reconstructions"),
+        "latents": str(output / "latents") if config.save_latents else None,
+        "grid": str(output / "grid.png"),
+        "list": str(output / "images.csv"),
+    }
+    if config.json is not None:
+        Path(config.json).write_text(json.dumps(results, indent=2) + "\n")
+    skipped = f", {results['num_unreadable']} unreadable skipped" if results["num_unreadable"] else ""
+    print(f"{'images':<18}{results['num_images']}{skipped}")
+    print(f"{'mean PSNR':<18}{results['psnr']:.2f} dB")
+    for what in ("reconstructions", "latents", "grid", "list"):
+        if results[what] is not None:
+            print(f"{what:<18}{results[what]}")
+
+
+def main() -> None:
+    config = parse(ReconstructConfig, "reconstruct.py", "Run images through an autoencoder.", check=check)
+    quiet_transformers()
+    accelerator = Accelerator()
+    share_cores(accelerator)
+    source, names = find_inputs(config.input)
+    with blame("output"):
+        (Path(config.output) / "reconstructions").mkdir(parents=True, exist_ok=True)
+    if config.json is not None:
+        with blame("json"):
+            Path(config.json).absolute().parent.mkdir(parents=True, exist_ok=True)
+    autoencoder = load_autoencoder(config.model)
+    images = SquareImages(source, picture_size(config, autoencoder), config.resize)
+    autoencoder.to(accelerator.device)
+    measured = reconstruct_all(config, autoencoder, images, names, accelerator)
+    if accelerator.is_main_process:
+        report(config, images, names, measured)
+    accelerator.end_training()
+
+
+if __name__ == "__main__":
+    run_main(main)
