@@ -10,6 +10,7 @@ help:
 	@echo "make demo       train on handwritten digits (about 3 minutes on 2 CPU cores)"
 	@echo "make test       run all tests (about 4 minutes on 2 cores)"
 	@echo "make lint       ruff check and format check"
+	@echo "make cross-version  model folders between the oldest and the newest supported transformers (3 minutes)"
 	@echo "make real-size  two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)"
 
 setup: .venv/installed
@@ -36,4 +37,15 @@ lint: setup
 real-size: setup
 	$(BIN)/python benchmarks/real_size.py
 
-.PHONY: help setup demo test lint real-size
+# the oldest transformers of requirements.txt, on the other packages of .venv
+.venv-oldest/installed: .venv/installed
+	$(BIN)/python -m venv --without-pip .venv-oldest
+	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
+		"$$(.venv-oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rest.pth"
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.0.0
+	touch $@
+
+cross-version: setup .venv-oldest/installed
+	$(BIN)/python tests/cross_version.py .venv-oldest/bin/python
+
+.PHONY: help setup demo test lint real-size cross-version

@@ -6,20 +6,24 @@ Later files win over earlier ones, flags over files. An unknown key or a wrong t
 Start points are given in epochs, as published, or in steps, which win where both are given.
 """
 
+import json
 import math
-import os
+import re
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, NoReturn, Optional, Union
+from typing import Any, Literal, Optional, get_args, get_origin
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
+from runtime import ConfigError, fail
+
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits_tiny.yaml"  # when no --config is given
-Metric = Literal["psnr", "ssim", "lpips"]
+Metric = Literal["psnr", "ssim", "lpips", "rfid", "rfid_clean", "rfdd"]
 
 
 @dataclass
@@ -36,6 +40,16 @@ class ModelConfig:
     """Fields of the encoder's transformers config, for random weights only."""
     encoder_input_size: int = 224
     """Side in pixels that images are resized to before the encoder."""
+    encoder_layers: Optional[tuple[int, ...]] = None
+    """Blocks of the encoder (0-based, ascending) whose normalised outputs are averaged into the latent (RAEv2); none:
+    the last block's output alone."""
+    encoder_add_spatial_mean: bool = False
+    """Whether the mean over positions of the last chosen block's tokens is added to every token (RAEv2: for DINOv3 and
+    SigLIP2)."""
+    encoder_prefix_tokens: Optional[int] = None
+    """Tokens before the patch tokens, for an encoder that ENCODER_FAMILIES in modeling_rae.py does not know."""
+    encoder_final_norm: Optional[str] = None
+    """Name of such an encoder's last LayerNorm, or "none" where it has none."""
     image_size: int = 256
     """Side in pixels of training images and reconstructions: (encoder_input_size / encoder patch) * decoder patch."""
     decoder_hidden_size: int = 1152
@@ -48,6 +62,8 @@ class ModelConfig:
     """Width of the decoder's MLPs."""
     decoder_patch_size: int = 16
     """Side in pixels of the patch that each latent token becomes."""
+    denormalize_output: bool = True
+    """Whether the decoder's output is multiplied by the encoder's image std and its mean is added (RAEv2: not)."""
     noise_tau: float = 0.8
     """Strength of the latent noise in training: sigma = noise_tau * U[0, 1] per sample."""
     latent_stats: Optional[str] = None
@@ -63,7 +79,7 @@ class ModelConfig:
 
 
 @dataclass
-class DataConfig:
+class ImagesConfig:
     """Where the images come from. See data.py."""
 
     path: str = "data/digits"
@@ -80,12 +96,18 @@ class DataConfig:
     """Column of the images in a `datasets` data set; none: found by its type."""
     label_column: Optional[str] = None
     """Column of the labels; none: found by its type."""
-    resize_size: Optional[int] = None
-    """Shorter side in pixels before the random crop; none: 384 for 256 px images, else 1.5 times the image size."""
     max_unreadable: int = 10
     """Distinct unreadable images that a process skips before the run stops."""
     num_workers: int = 4
-    """Data loading processes for each training process."""
+    """Data loading processes for each process."""
+
+
+@dataclass
+class DataConfig(ImagesConfig):
+    """Where the images come from, and how they are cropped for training. See data.py."""
+
+    resize_size: Optional[int] = None
+    """Shorter side in pixels before the random crop; none: 384 for 256 px images, else 1.5 times the image size."""
 
 
 @dataclass
@@ -234,11 +256,16 @@ class EvalConfig:
     every_epochs: float = 1.0
     """Epochs between evaluations."""
     metrics: tuple[Metric, ...] = ("psnr", "ssim", "lpips")
-    """What is measured, on images rounded to 8 bit."""
+    """What is measured, on images rounded to 8 bit. rfid compares with published figures, rfid_clean resizes for
+    Inception with antialiasing, rfdd is the Frechet distance on the frozen encoder's features."""
+    inception_path: Optional[str] = None
+    """Local copy of inception-2015-12-05.pt for rfid; none: torch.hub's folder (TORCH_HOME), else downloaded."""
     num_samples: Optional[int] = None
     """Images that are evaluated; none: the whole split."""
     batch_size: int = 32
     """Images of one evaluation batch in each process."""
+    save_pairs: int = 0
+    """Images that are written with their reconstructions, as PNG, at each evaluation."""
     raw: bool = False
     """Whether the weights without moving average are evaluated too."""
     best_metric: Metric = "psnr"
@@ -264,6 +291,29 @@ class LoggingConfig:
 
 
 @dataclass
+class HubConfig:
+    """Publishing on the Hugging Face Hub, with the token of HF_TOKEN or `hf auth login`. scripts/push_to_hub.py says
+    what goes up."""
+
+    push: bool = False
+    """Whether final/ is uploaded at the end. Repository and token are checked at the start; an upload that fails later
+    is reported with the command that repeats it, and does not stop the run."""
+    repo_id: Optional[str] = None
+    """user/name of the model on the Hub; made at the start where there is none."""
+    private: bool = False
+    """Whether only its owners see the model."""
+    every_steps: Optional[int] = None
+    """Steps between uploads while training goes on; none: at the end only. One is left out while the one before is
+    still on its way."""
+    include_encoder: bool = True
+    """Whether the encoder's weights go up too; without them, they are fetched from model.encoder on loading."""
+    license: str = "apache-2.0"
+    """License of the decoder, as the Hub names it."""
+    retries: int = 5
+    """Repetitions of an upload that failed, after 1, 4, 16, then 60 seconds."""
+
+
+@dataclass
 class Config:
     """Settings of train_rae.py."""
 
@@ -277,48 +327,97 @@ class Config:
     ema: EMAConfig = field(default_factory=EMAConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     logging: LoggingConfig = field(default_factory=LoggingConfig)
+    hub: HubConfig = field(default_factory=HubConfig)
 
 
-class ConfigError(ValueError):
-    """A setting that cannot be used; the message names the key, the value and what is expected."""
+def parse(
+    schema: type,
+    prog: str,
+    description: str,
+    argv: Optional[list] = None,
+    default_config: Optional[Path] = None,
+    check: Optional[Callable] = None,
+) -> Any:
+    """Read a command line into the dataclass `schema`. Bad input exits with code 2 and one line that names the key.
 
-
-def fail(message: Union[str, Exception], code: int = 2, everywhere: bool = False) -> NoReturn:
-    """End the process with one line on stderr. What every process of a machine finds alike is said by its first, unless
-    `everywhere`."""
-    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
-    sys.exit(code)
-
-
-def parse_config(argv: Optional[list] = None) -> Config:
-    """Read `--config` files and flags from the command line (`argv`, default sys.argv). Bad input exits with code 2."""
-    parser = ArgumentParser(prog="train_rae.py", exit_on_error=False, description="Train a representation autoencoder.")
+    Args:
+        argv: the command line; none: sys.argv.
+        default_config: YAML file that is read when the command line names none.
+        check: called with the result; raises ConfigError for values that cannot be used.
+    """
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=description)
     parser.add_argument("--config", action="config", help="YAML file; repeatable, later ones win")
-    parser.add_class_arguments(Config, nested_key=None, as_group=False)
-    argv = files_first(sys.argv[1:] if argv is None else argv)
+    parser.add_class_arguments(schema, nested_key=None, as_group=False)
+    argv = join_lists(schema, sys.argv[1:] if argv is None else argv)
     try:
-        parsed = parser.parse_args(argv)
-        check_groups(Config, parsed)
+        parsed = parser.parse_args(files_first(argv, default_config))
+        check_groups(schema, parsed)
         parsed = parser.instantiate_classes(parsed)
-        config = Config(**{group.name: getattr(parsed, group.name) for group in fields(Config)})
-        check_config(config)
+        config = schema(**{item.name: getattr(parsed, item.name) for item in fields(schema)})
+        check_rules(config, RULES)
+        if check is not None:
+            check(config)
     except (ArgumentError, ValueError, OSError) as error:
         fail(error)
     return config
 
 
-def files_first(argv: list) -> list:
+def parse_config(argv: Optional[list] = None) -> Config:
+    """The settings of train_rae.py from the command line. Bad input exits with code 2."""
+    return parse(
+        Config, "train_rae.py", "Train a representation autoencoder.", argv, DEFAULT_CONFIG, check=check_config
+    )
+
+
+def files_first(argv: list, default_config: Optional[Path] = None) -> list:
     """The command line with its --config options in front, so that flags win wherever they stand; without any, the
-    default preset's."""
+    default file."""
     files, flags, i = [], [], 0
     while i < len(argv):
         length = 2 if argv[i] == "--config" else 1
         (files if argv[i].split("=")[0] == "--config" else flags).extend(argv[i : i + length])
         i += length
-    if not files and not {"--help", "-h"} & set(flags):
-        files = ["--config", str(DEFAULT_CONFIG)]
+    if not files and default_config is not None and not {"--help", "-h"} & set(flags):
+        files = ["--config", str(default_config)]
     return [*files, *flags]
+
+
+def keys_where(schema: type, wanted: Callable[[Any], bool], prefix: str = "") -> set:
+    """The flags of `schema` whose type is `wanted`."""
+    keys = set()
+    for item in fields(schema):
+        if wanted(item.type):
+            keys.add(f"--{prefix}{item.name}")
+        if is_dataclass(item.default_factory):
+            keys |= keys_where(item.default_factory, wanted, f"{prefix}{item.name}.")
+    return keys
+
+
+def takes_several(kind: Any) -> bool:
+    """Whether a type, or what an Optional holds, is a list or tuple."""
+    return any(get_origin(part) in (list, tuple) for part in (kind, *get_args(kind)))
+
+
+def join_lists(schema: type, argv: list) -> list:
+    """The command line with `--key a b c` as `--key [a,b,c]` for keys that take several values, and with `--key` as
+    `--key true` for keys that are true or false."""
+    keys, switches = keys_where(schema, takes_several), keys_where(schema, lambda kind: kind is bool)
+    texts = keys_where(schema, lambda kind: takes_several(kind) and str in get_args(kind))  # a file may be called 3
+    joined, i = [], 0
+    while i < len(argv):
+        end = i + 1
+        while argv[i] in keys and end < len(argv) and not argv[end].startswith("--"):
+            end += 1
+        values = argv[i + 1 : end]
+        joined.append(argv[i])
+        if values:
+            quoted = [argv[i] in texts or not re.fullmatch(r"[\w./+-]+", v) for v in values]
+            plain = [json.dumps(v, ensure_ascii=False) if q else v for v, q in zip(values, quoted, strict=True)]
+            joined.append(values[0] if values[0].startswith("[") else f"[{','.join(plain)}]")
+        elif argv[i] in switches and (end == len(argv) or argv[end].startswith("--")):
+            joined.append("true")
+        i = end
+    return joined
 
 
 def check_groups(schema: type, values: Any, prefix: str = "") -> None:
@@ -337,7 +436,7 @@ RULES = (
         "optimizer.lr gan.optimizer.lr optimizer.eps gan.optimizer.eps gan.norm_eps train.epochs train.max_steps "
         "train.global_batch_size train.gradient_accumulation_steps train.cpu_threads train.clip_grad_norm "
         "train.save_every_steps train.save_every_epochs train.keep_last gan.updates_per_step gan.max_adaptive_weight "
-        "eval.every_steps eval.every_epochs eval.num_samples eval.batch_size logging.every_steps "
+        "eval.every_steps eval.every_epochs eval.num_samples eval.batch_size logging.every_steps hub.every_steps "
         "logging.samples_every_steps logging.num_samples data.resize_size model.encoder_input_size model.image_size "
         "model.decoder_hidden_size model.decoder_num_hidden_layers model.decoder_num_attention_heads "
         "model.decoder_intermediate_size model.decoder_patch_size gan.kernel_size",
@@ -349,6 +448,7 @@ RULES = (
         "lr_schedule.warmup_epochs lr_schedule.warmup_steps lr_schedule.decay_end_epoch lr_schedule.decay_end_step "
         "gan.lr_schedule.warmup_epochs gan.lr_schedule.warmup_steps gan.lr_schedule.decay_end_epoch "
         "gan.lr_schedule.decay_end_step model.noise_tau data.num_workers data.max_unreadable train.max_nonfinite_steps "
+        "eval.save_pairs model.encoder_prefix_tokens hub.retries "
         "perceptual.weight perceptual.start_epoch perceptual.start_step gan.weight gan.start_epoch gan.start_step "
         "gan.update_start_epoch gan.update_start_step",
         lambda value: value >= 0,
@@ -358,6 +458,11 @@ RULES = (
         "data.holdout_fraction ema.decay gan.augment_cutout",
         lambda value: 0 <= value < 1,
         "a number in [0, 1)",
+    ),
+    (
+        "model.encoder_layers",
+        lambda layers: len(layers) > 0 and layers[0] >= 0 and list(layers) == sorted(set(layers)),
+        "ascending indices of blocks, each once",
     ),
     ("gan.augment_prob", lambda value: 0 <= value <= 1, "a number in [0, 1]"),
     ("train.seed", lambda value: 0 <= value < 2**32, "a number in [0, 2**32)"),
@@ -369,20 +474,26 @@ RULES = (
 )
 
 
-def check_config(config: Config) -> None:
-    """Raise ConfigError for values that no run can use and that can be seen without loading anything."""
+def require(condition: bool, key: str, expected: str, value: Any) -> None:
+    """Raise ConfigError, about the setting `key`, unless the condition holds."""
+    if not condition:
+        raise ConfigError(f"{key}: expected {expected}, got {value!r}")
 
-    def require(condition: bool, key: str, expected: str, value: Any) -> None:
-        if not condition:
-            raise ConfigError(f"{key}: expected {expected}, got {value!r}")
 
+def check_rules(config: Any, rules: tuple) -> None:
+    """Raise ConfigError where a value breaks one of `rules` (see RULES) about a key that the config has."""
     settings = flat(config_dict(config))
     for key, value in settings.items():
         require(not isinstance(value, float) or math.isfinite(value), key, "a finite number", value)
-    for keys, condition, expected in RULES:
+    for keys, condition, expected in rules:
         for key in keys.split():
-            if settings[key] is not None:
+            if settings.get(key) is not None:
                 require(condition(settings[key]), key, expected, settings[key])
+
+
+def check_config(config: Config) -> None:
+    """Raise ConfigError for values that no run can use and that can be seen without loading anything."""
+    settings = flat(config_dict(config))
     best, metrics = config.eval.best_metric, config.eval.metrics
     require(best in metrics, "eval.best_metric", f"one of eval.metrics {list(metrics)}", best)
     # a setting that would be ignored is a mistake
@@ -390,6 +501,7 @@ def check_config(config: Config) -> None:
         ("model.encoder_config", config.model.encoder_weights == "random", "model.encoder_weights is random"),
         ("gan.backbone_config", config.gan.weights == "random", "gan.weights is random"),
         ("perceptual.vgg_path", config.perceptual.weights == "pretrained", "perceptual.weights is pretrained"),
+        ("eval.inception_path", {"rfid", "rfid_clean"} & set(metrics), "eval.metrics has rfid or rfid_clean"),
     ):
         require(used or not settings[key], key, f"nothing unless {needed}", settings[key])
 
@@ -403,7 +515,7 @@ def flat(tree: dict, prefix: str = "") -> dict:
     return leaves
 
 
-def config_dict(config: Config) -> dict:
+def config_dict(config: Any) -> dict:
     """The config as plain YAML types."""
 
     def plain(value: Any) -> Any:
@@ -441,6 +553,7 @@ RESUMABLE_KEYS = (
     "data.num_workers",
     "data.max_unreadable",
     "eval.",
+    "hub.",
     "logging.",
     "model.gradient_checkpointing",
     "train.cpu_threads",

@@ -14,28 +14,26 @@ import shutil
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
-from typing import Any, NoReturn, Optional, TextIO
+from typing import Any, Optional, TextIO
 
 import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import ProjectConfiguration, set_seed
-from huggingface_hub.constants import HF_HUB_CACHE
-from huggingface_hub.errors import StrictDataclassError
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from PIL import Image
 from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import ViTConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils.logging import disable_progress_bar, set_verbosity_error
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from checkpointing import (
     MetricsFile,
@@ -43,19 +41,17 @@ from checkpointing import (
     checkpoint_step,
     checkpoints,
     lock_run_folder,
-    read_tensors,
+    read_latent_stats,
     restore_folders,
     save_checkpoint,
     write_folder,
 )
 from config import (
     Config,
-    ConfigError,
     LRScheduleConfig,
     check_same_config,
     config_dict,
     config_yaml,
-    fail,
     parse_config,
 )
 from data import (
@@ -64,27 +60,24 @@ from data import (
     ImageSource,
     TrainBatches,
     UnreadableLog,
+    chosen_images,
     eval_loader,
+    evenly_spread,
     load_splits,
     train_loader,
     training_resize_size,
 )
 from discriminator import DiffAug, DinoDiscriminator, load_backbone
 from ema import EMA
+from frechet import FID_MODES, FrechetMetric, encoder_metric, inception_metrics, use_cache
+from hub import Publisher, check_access, check_encoder_left_out, check_target, image_processor_json
 from losses import DISCRIMINATOR_LOSSES, build_lpips, generator_gradient, to_discriminator_range
-from metrics import HIGHER_IS_BETTER, evaluate_reconstructions, quantize
-from modeling_rae import RAEConfig, RAEModel, vision_config
-from pictures import plot_curves, reconstruction_grid
+from metrics import HIGHER_IS_BETTER, IMAGE_METRICS, evaluate_reconstructions, quantize
+from modeling_rae import RAEConfig, RAEModel, encoder_family, vision_config
+from pictures import plot_curves, progress_strip, reconstruction_grid, save_pairs
+from runtime import ConfigError, RunError, alone, blame, quiet_transformers, run_main, share_cores
 
 logger = logging.getLogger(__name__)
-
-
-class RunError(RuntimeError):
-    """A run went wrong after it had begun. `code` is the exit code, `everywhere` whether this process alone knows."""
-
-    def __init__(self, message: str, code: int = 1, everywhere: bool = False):
-        super().__init__(message)
-        self.code, self.everywhere = code, everywhere
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -133,24 +126,6 @@ class RunState:
             setattr(self, name, value)
 
 
-@contextmanager
-def blame(key: str, source: Optional[str] = None) -> Iterator[None]:
-    """Turn an error of building something into one about the setting that asked for it; `source` is the Hub id or path
-    that it names."""
-    try:
-        yield
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
-        message = str(error)
-        if message.startswith(key.split(".")[0] + "."):
-            raise ConfigError(message) from error  # names its setting already
-        if isinstance(error, OSError) and source is not None and not Path(source).exists():
-            message = (
-                f"'{source}' is no local folder, is not in the cache {HF_HUB_CACHE}, and could not be fetched "
-                f"({message.split('. ')[0]}); {key} also takes the path of a local copy"
-            )
-        raise ConfigError(f"{key}: {message}") from error
-
-
 def build_accelerator(config: Config) -> Accelerator:
     output = config.train.output_dir
     for name in config.logging.report_to:
@@ -167,10 +142,7 @@ def build_accelerator(config: Config) -> Accelerator:
             # spectral-norm vectors between its two forward passes
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
-    if accelerator.device.type == "cpu":
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(config.train.cpu_threads or max(1, cores // local_processes))
+    share_cores(accelerator, config.train.cpu_threads)
     missing = set(config.logging.report_to) - {str(tracker) for tracker in accelerator.log_with}
     if missing:
         raise ConfigError(f"logging.report_to: the package of tracker '{sorted(missing)[0]}' is not installed")
@@ -199,11 +171,16 @@ def build_rae_config(config: Config) -> RAEConfig:
         raise ConfigError(f"model.attn_implementation: expected one of {known}, got '{m.attn_implementation}'")
     settings = {
         "encoder_input_size": m.encoder_input_size,
+        "encoder_layers": m.encoder_layers,
+        "encoder_add_spatial_mean": m.encoder_add_spatial_mean,
+        "encoder_prefix_tokens": m.encoder_prefix_tokens,
+        "encoder_final_norm": m.encoder_final_norm,
         "decoder_hidden_size": m.decoder_hidden_size,
         "decoder_num_hidden_layers": m.decoder_num_hidden_layers,
         "decoder_num_attention_heads": m.decoder_num_attention_heads,
         "decoder_intermediate_size": m.decoder_intermediate_size,
         "decoder_patch_size": m.decoder_patch_size,
+        "denormalize_output": m.denormalize_output,
         "noise_tau": m.noise_tau,
         "train_position_embedding": m.train_position_embedding,
         "use_latent_stats": m.latent_stats is not None,
@@ -211,7 +188,9 @@ def build_rae_config(config: Config) -> RAEConfig:
     }
     with blame("model.encoder", m.encoder):
         if m.encoder_weights == "random":
-            check_names(m.encoder_config, vision_config({"model_type": m.encoder}), "model.encoder_config")
+            known = vision_config({"model_type": m.encoder})
+            encoder_family(known, m.encoder_prefix_tokens, m.encoder_final_norm)
+            check_names(m.encoder_config, known, "model.encoder_config")
             rae_config = RAEConfig(encoder_config={"model_type": m.encoder, **m.encoder_config}, **settings)
         else:
             rae_config = RAEConfig.from_encoder(m.encoder, m.encoder_revision, **settings)
@@ -221,7 +200,8 @@ def build_rae_config(config: Config) -> RAEConfig:
             f"{rae_config.encoder_patch_size} x decoder_patch_size {m.decoder_patch_size} = {rae_config.image_size}"
         )
     if m.latent_stats is not None:
-        read_latent_stats(m.latent_stats, rae_config)
+        with blame("model.latent_stats"):
+            read_latent_stats(m.latent_stats, rae_config, "model.latent_stats")
     if m.init_from is not None:
         check_architecture(m.init_from, rae_config)
     return rae_config
@@ -239,7 +219,8 @@ def check_architecture(source: str, expected: RAEConfig) -> None:
     with blame("model.init_from", source):
         found = RAEConfig.from_pretrained(source)
     architecture = ("latent_channels", "latent_size", "decoder_hidden_size", "decoder_num_hidden_layers",
-                    "decoder_num_attention_heads", "decoder_intermediate_size", "decoder_patch_size")  # fmt: skip
+                    "decoder_num_attention_heads", "decoder_intermediate_size", "decoder_patch_size",
+                    "denormalize_output")  # fmt: skip
     for name in architecture:
         if getattr(found, name) != getattr(expected, name):
             raise ConfigError(
@@ -248,18 +229,13 @@ def check_architecture(source: str, expected: RAEConfig) -> None:
             )
 
 
-def read_latent_stats(path: str, rae_config: RAEConfig) -> dict:
-    """`mean` and `var` of a statistics file, (C, h, w) each."""
-    with blame("model.latent_stats"):
-        stats = read_tensors(path, "model.latent_stats")
-    expected = (rae_config.latent_channels, rae_config.latent_size, rae_config.latent_size)
-    for name in ("mean", "var"):
-        if name not in stats:
-            raise ConfigError(f"model.latent_stats: {path} holds {sorted(stats)}, expected 'mean' and 'var'")
-        if stats[name].shape != expected:
-            found = tuple(stats[name].shape)
-            raise ConfigError(f"model.latent_stats: '{name}' in {path} has shape {found}, the latents {expected}")
-    return {"mean": stats["mean"], "var": stats["var"]}
+def check_hub(config: Config, rae_config: RAEConfig) -> None:
+    """Raise ConfigError where nothing can be uploaded at the end, as far as it is known without a connection."""
+    if config.hub.push:
+        check_target(config.hub.repo_id, "hub.repo_id")
+        check_access(config.hub.repo_id, "hub.push")
+        if not config.hub.include_encoder:
+            check_encoder_left_out(rae_config.encoder_id, "hub.include_encoder")
 
 
 def build_rae(config: Config, rae_config: RAEConfig) -> RAEModel:
@@ -271,7 +247,7 @@ def build_rae(config: Config, rae_config: RAEConfig) -> RAEModel:
         if m.encoder_weights == "pretrained":
             rae.load_encoder()
     if m.latent_stats is not None:
-        rae.set_latent_stats(**read_latent_stats(m.latent_stats, rae_config))
+        rae.set_latent_stats(**read_latent_stats(m.latent_stats, rae_config, "model.latent_stats"))
     if m.init_from is not None:
         with blame("model.init_from", m.init_from):
             start = RAEModel.from_pretrained(m.init_from, dtype=torch.float32)
@@ -503,6 +479,16 @@ def discriminator_step(run: Run, batches: list, latents: list, generators: list,
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def encoder_distance(run: Run) -> FrechetMetric:
+    """rfdd of the run's own encoder."""
+
+    def tokens(pixels: torch.Tensor) -> torch.Tensor:
+        with run.accelerator.autocast():
+            return run.model.encode(pixels, add_noise=False, normalize=False).latent
+
+    return encoder_metric(tokens, run.model.encoder, run.model.config.latent_channels, run.accelerator)
+
+
 def reconstruct(run: Run, pixels: torch.Tensor) -> torch.Tensor:
     """Pixels (B, 3, S, S) in [0, 1] to their reconstructions, without noise."""
     with torch.no_grad(), run.accelerator.autocast():
@@ -512,20 +498,33 @@ def reconstruct(run: Run, pixels: torch.Tensor) -> torch.Tensor:
 class Reporter:
     """Everything that a run writes down: metrics.jsonl, trackers, sample grids, curves, best/ and final/."""
 
-    def __init__(self, run: Run, state: RunState, run_dir: Path, eval_images: ImageSource, unreadable: UnreadableLog):
+    def __init__(
+        self,
+        run: Run,
+        state: RunState,
+        run_dir: Path,
+        eval_images: ImageSource,
+        unreadable: UnreadableLog,
+        distances: list,
+    ):
         self.run, self.state, self.run_dir, self.unreadable = run, state, run_dir, unreadable
         accelerator, config = run.accelerator, run.config
         self.file = MetricsFile(run_dir / "metrics.jsonl", accelerator.is_main_process)
+        self.chosen = chosen_images(eval_images, config.eval.num_samples)
+        size = config.model.image_size
+        self.distances = [*distances, encoder_distance(run)] if "rfdd" in config.eval.metrics else distances
+        images = f"{eval_images.fingerprint()} {config.eval.num_samples} centre crop {size}"
+        use_cache(self.distances, images, None, accelerator)
         self.loader = eval_loader(
             eval_images,
-            config.model.image_size,
+            size,
             config.eval.batch_size,
             config.data.num_workers,
             accelerator.process_index,
             accelerator.num_processes,
             config.eval.num_samples,
         )
-        shown = EvalImages(eval_images, config.model.image_size)
+        shown = EvalImages(eval_images, size)
         stride = max(1, len(shown) // config.logging.num_samples)  # files are sorted by class: show several
         items = [shown[i] for i in range(0, len(shown), stride)][: config.logging.num_samples]
         for item in items:
@@ -550,17 +549,22 @@ class Reporter:
     def evaluate(self) -> None:
         """Evaluate the averaged model, and the raw one if asked; the best averaged one goes to best/."""
         run, names = self.run, self.run.config.eval.metrics
+        saved = set(evenly_spread(self.chosen, run.config.eval.save_pairs))
         run.model.eval()
         for model in ("raw", "ema") if run.config.eval.raw else ("ema",):
+            folder = self.run_dir / "pairs" / f"step-{self.state.step:08d}-{model}"
             with run.ema.applied() if model == "ema" else nullcontext():
-                values = evaluate_reconstructions(
-                    lambda pixels: reconstruct(run, pixels),
+                evaluation = evaluate_reconstructions(
+                    lambda pixels, index: reconstruct(run, pixels),
                     self.loader,
-                    names,
+                    [name for name in names if name in IMAGE_METRICS],
                     run.accelerator,
                     run.perceptual,
                     self.unreadable.add,
+                    self.distances,
+                    on_batch=partial(save_pairs, folder, saved),
                 )
+            values = evaluation.summary()
             self.write("eval", {"model": model, **values})
         shown = ", ".join(f"{name} {values[name]:.4f}" for name in names)
         tell(run, f"step {self.state.step}: {shown} (EMA, {values['num_samples']} images)")
@@ -574,7 +578,7 @@ class Reporter:
             self.export("best")
 
     def samples(self) -> None:
-        """Write the sample grid of the averaged model, and the curves; show the grid to the trackers."""
+        """Write the sample grid of the averaged model, the curves and the strip; show the grid to the trackers."""
         run, path = self.run, self.run_dir / "samples" / f"step-{self.state.step:08d}.png"
         if run.accelerator.is_main_process:
             run.model.eval()
@@ -584,6 +588,7 @@ class Reporter:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(grid).save(path)
             plot_curves(self.file.read(), self.run_dir / "curves.png")
+            progress_strip(sorted(path.parent.glob("step-*.png")), self.run_dir / "progress.png")
             for tracker in run.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -597,8 +602,23 @@ class Reporter:
             if accelerator.is_main_process:
                 with self.run.ema.applied():
                     model.save_pretrained(folder)
+                (folder / IMAGE_PROCESSOR_NAME).write_text(image_processor_json(model.config.image_size))
 
         write_folder(self.run_dir / name, write, accelerator.is_main_process, accelerator.wait_for_everyone)
+
+    def push(self, publisher: Optional[Publisher]) -> None:
+        """Start to upload the averaged model as it is now, unless an upload is on its way. `publisher`: of the main
+        process."""
+        [busy] = broadcast_object_list([publisher is not None and publisher.busy()])
+        if busy:
+            tell(self.run, f"step {self.state.step}: not uploaded, the upload before is still on its way")
+            return
+        name = f"hub/step-{self.state.step:08d}"
+        if publisher is not None:
+            shutil.rmtree(self.run_dir / "hub", ignore_errors=True)  # of the upload before
+        self.export(name)
+        if publisher is not None:
+            publisher.push(self.run_dir / name)
 
     def summary(self) -> str:
         """First and last evaluation of the averaged model, and where the files are."""
@@ -613,7 +633,12 @@ class Reporter:
             values = (line.get(name) for line in (first, last))
             rows.append(f"{name:<28}" + "".join(f"{'-' if v is None else f'{v:.4f}':>10}" for v in values))
         picture = self.run_dir / "samples" / f"step-{evals[-1]['step']:08d}.png"
-        places = {"pictures": picture, "curves": self.run_dir / "curves.png", "model": self.run_dir / "final"}
+        places = {
+            "pictures": picture,
+            "curves": self.run_dir / "curves.png",
+            "progress": self.run_dir / "progress.png",
+            "model": self.run_dir / "final",
+        }
         if self.run.accelerator.device.type == "cuda":
             rows.append(f"peak GPU memory of a process: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         return "\n".join([*rows, *(f"{what:<10}{place}" for what, place in places.items())])
@@ -700,7 +725,15 @@ def stop_on_nonfinite(run: Run, state: RunState, record: dict, run_dir: Path) ->
     tell(run, f"skipped: {where} ({state.nonfinite_in_a_row} in a row of at most {limit})")
 
 
-def train(run: Run, state: RunState, reporter: Reporter, loader: Any, total_steps: int, run_dir: Path) -> bool:
+def train(
+    run: Run,
+    state: RunState,
+    reporter: Reporter,
+    publisher: Optional[Publisher],
+    loader: Any,
+    total_steps: int,
+    run_dir: Path,
+) -> bool:
     """The training loop. Returns whether it came to its end (and was not asked to stop)."""
     config, accelerator = run.config, run.accelerator
 
@@ -746,6 +779,8 @@ def train(run: Run, state: RunState, reporter: Reporter, loader: Any, total_step
             reporter.samples()
         if state.step == total_steps:
             reporter.export("final")  # before the checkpoint that says the run is finished
+        elif config.hub.push and config.hub.every_steps and due(config.hub.every_steps):
+            reporter.push(publisher)
         if record["stop"] or due(config.train.save_every_steps, config.train.save_every_epochs):
             save_checkpoint(accelerator, run_dir, state.step, config.train.keep_last)
         clock += time.perf_counter() - pause  # images per second are those of training
@@ -759,15 +794,14 @@ def train(run: Run, state: RunState, reporter: Reporter, loader: Any, total_step
 
 def main() -> None:
     config = parse_config()
-    # transformers' bars and load reports would cut through the run's own output; loading is checked strictly here
-    disable_progress_bar()
-    set_verbosity_error()
+    quiet_transformers()
 
     # everything that can be wrong is looked at before anything expensive starts
     accelerator = build_accelerator(config)
     run_dir = check_run_folder(config)
     micro_batch = micro_batch_size(config, accelerator.num_processes)
     rae_config = build_rae_config(config)
+    check_hub(config, rae_config)
     training_resize_size(config.model.image_size, config.data.resize_size)
     train_images, eval_images = load_splits(config.data, config.train.seed)
     batches = TrainBatches(
@@ -788,7 +822,11 @@ def main() -> None:
             print(f"{run_dir} is finished: {done} of {total_steps} steps, model in {run_dir / 'final'}")
         return
 
+    publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
+
     # networks, and the state of an earlier part of this run
+    inception = [name for name in config.eval.metrics if name in FID_MODES]
+    distances = inception_metrics(inception, config.eval.inception_path, "eval.inception_path", accelerator)
     run = build_run(config, accelerator, rae_config, batches.steps_per_epoch)
     lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
@@ -812,7 +850,8 @@ def main() -> None:
         config.data.max_unreadable,
         config.data.num_workers,
     )
-    reporter = Reporter(run, state, run_dir, eval_images, UnreadableLog(config.data.max_unreadable))
+    unreadable = UnreadableLog(config.data.max_unreadable)
+    reporter = Reporter(run, state, run_dir, eval_images, unreadable, distances)
     reporter.file.forget_after(state.step if saved else -1)
     start_trackers(config, accelerator, run_dir, state.step)
     tell(run, describe(run, len(train_images), len(eval_images), micro_batch, total_steps))
@@ -820,15 +859,15 @@ def main() -> None:
     if state.step < total_steps and accelerator.is_main_process:
         shutil.rmtree(run_dir / "final", ignore_errors=True)  # of this run when it was shorter
 
-    try:
-        finished = train(run, state, reporter, loader, total_steps, run_dir)
-    except DataError as error:  # found by this process alone: the others do not know
-        raise RunError(f"process {accelerator.process_index}: {error}", code=2, everywhere=True) from error
+    with alone(accelerator):
+        finished = train(run, state, reporter, publisher, loader, total_steps, run_dir)
     if finished:
         if not (run_dir / "final").exists():  # its checkpoints reach further than train.max_steps now does
             reporter.export("final")
         tell(run, reporter.summary() if accelerator.is_main_process else "")
     accelerator.end_training()
+    if finished and publisher is not None:
+        publisher.finish(run_dir / "final")  # the other processes are not kept waiting
     if lock is not None:
         lock.close()
 
@@ -850,16 +889,6 @@ def describe(run: Run, num_train: int, num_eval: int, micro_batch: int, total_st
             f"{c.train.gradient_accumulation_steps} accumulated, precision {a.mixed_precision}, {a.device.type}",
         ]
     )
-
-
-def run_main(function: Callable[[], None]) -> Optional[NoReturn]:
-    """Bad input ends in one line and exit code 2, a run that went wrong in one line and exit code 1."""
-    try:
-        function()
-    except (ConfigError, DataError) as error:
-        fail(error)
-    except RunError as error:
-        fail(error, error.code, error.everywhere)
 
 
 if __name__ == "__main__":

@@ -72,11 +72,13 @@ def test_every_setting_survives_the_run_folder(tmp_path):
                 setattr(settings, field.name, value / 3 + 1e-7)
             elif isinstance(value, int):
                 setattr(settings, field.name, value + 1)
+            elif value is None and "tuple" in str(field.type):
+                setattr(settings, field.name, (1, 3))
             elif value is None and "int" in str(field.type):
                 setattr(settings, field.name, 7)
             elif value is None and "float" in str(field.type):
                 setattr(settings, field.name, 1e-5)
-            elif value is None and "[str]" in str(field.type) and field.name != "vgg_path":
+            elif value is None and "[str]" in str(field.type) and field.name not in ("vgg_path", "inception_path"):
                 setattr(settings, field.name, "no: # a")
 
     change(changed)
@@ -345,7 +347,7 @@ def test_a_run_folder_is_continued_with_its_own_settings_only(tmp_path):
         except ConfigError as error:
             message = str(error)
             assert f"{key} is {other(value)!r} there and {value!r} now" in message and str(saved) in message
-    assert allowed == resumable | {key for key in keys if key.startswith(("eval.", "logging."))}
+    assert allowed == resumable | {key for key in keys if key.startswith(("eval.", "hub.", "logging."))}
 
 
 def test_a_run_folder_of_another_version(tmp_path):

@@ -1,0 +1,255 @@
+"""The Hugging Face Hub: what training and scripts/push_to_hub.py share.
+
+The token comes from the usual places (HF_TOKEN, `hf auth login`) and is never written anywhere, nor shown: what the Hub
+says is scrubbed of it.
+"""
+
+import atexit
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional
+
+from huggingface_hub import (
+    CommitOperationAdd,
+    CommitOperationDelete,
+    HfApi,
+    constants,
+    get_token,
+    is_offline_mode,
+)
+from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.utils import validate_repo_id
+from tqdm.auto import tqdm
+
+from config import HubConfig, require
+from runtime import ConfigError, RunError
+
+PUSH_SCRIPT = Path(__file__).parent / "scripts" / "push_to_hub.py"
+# What a request can end in. HTTPError is httpx's and covers lost connections, too; the xet upload raises
+# ConnectionError; the other ones wrap these, or say that an answer or the card is malformed.
+HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)
+PASSING_STATUS = (408, 409, 412, 429)  # beside 5xx: time-out, another commit at the same time, too many requests
+MAX_WAIT = 60  # seconds between two attempts
+STOP_TIMEOUT = 5  # seconds that an upload has to stop
+
+
+class HubError(RunError):
+    """The Hub did not do what it was asked to. `refused`: it will not the next time either."""
+
+    def __init__(self, message: str, code: int, refused: bool):
+        super().__init__(message, code)
+        self.refused = refused
+
+
+def image_processor_json(image_size: int) -> str:
+    """Text of a preprocessor_config.json with which AutoImageProcessor gives what `encode` takes: pixels (B, 3, S, S)
+    in [0, 1], S = image_size.
+
+    A stock processor, as near to data.center_crop as those get: shorter side to image_size (bicubic, antialiased), the
+    middle cut out. Of a square image the pixels are the same, up to 2 levels of 255 with torchvision's resize and
+    exactly with Pillow's. Else the crop may lie up to a pixel beside (the longer side is rounded down, not to the
+    nearest), and an image of at least twice the size is not halved with a box filter first.
+    """
+    processor = {
+        "image_processor_type": "CLIPImageProcessor",
+        "do_convert_rgb": True,
+        "do_resize": True,
+        "size": {"shortest_edge": image_size},
+        "resample": 3,  # bicubic
+        "do_center_crop": True,
+        "crop_size": {"height": image_size, "width": image_size},
+        "do_rescale": True,
+        "rescale_factor": 1 / 255,
+        "do_normalize": False,  # the model does
+    }
+    return json.dumps(processor, indent=2) + "\n"
+
+
+def hub_id(name: Optional[str]) -> Optional[str]:
+    """`name` where it can be the id of something on the Hub, None where it is a local path or nothing."""
+    if name is None or name.count("/") != 1 or Path(name).expanduser().exists():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def check_target(repo_id: Optional[str], key: str) -> None:
+    """Raise ConfigError, about the setting `key`, unless it is a repository's name."""
+    require(repo_id is not None and repo_id.count("/") == 1, key, "user/name of a model on the Hub", repo_id)
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise ConfigError(f"{key}: expected user/name of a model on the Hub, got {repo_id!r} ({error})") from error
+
+
+def check_access(repo_id: str, key: str) -> None:
+    """Raise ConfigError, about the setting `key`, where an upload is impossible and no connection is needed to know."""
+    if is_offline_mode():
+        raise ConfigError(f"{key}: HF_HUB_OFFLINE is set, so nothing can be uploaded to {repo_id}; unset it")
+    if get_token() is None:
+        raise ConfigError(
+            f"{key}: there is no token to upload to {repo_id} with; `hf auth login` stores one, or set HF_TOKEN"
+        )
+
+
+def check_encoder_left_out(encoder_id: Optional[str], key: str) -> None:
+    """Raise ConfigError, about the setting `key`, where those who load the model could not fetch its encoder."""
+    if hub_id(encoder_id) is None:
+        raise ConfigError(
+            f"{key}: the encoder can only be left out when it has an id on the Hub to be fetched from, "
+            f"this model's comes from {encoder_id or 'nowhere else'}"
+        )
+
+
+def scrub(text: str) -> str:
+    """The text without tokens."""
+    token = get_token() or ""
+    text = text.replace(token, "<token>") if len(token) >= 8 else text  # a mirror's "none" is no secret, but a word
+    return re.sub(r"\bhf_\w{8,}", "<token>", text)
+
+
+def _status(error: Exception) -> Optional[int]:
+    return getattr(getattr(error, "response", None), "status_code", None)
+
+
+def _explain(error: Exception, repo_id: str) -> str:
+    """What went wrong, in one line that says what to do."""
+    status = _status(error)
+    said = getattr(error, "server_message", None) or str(error).strip().split("\n")[0] or type(error).__name__
+    said = scrub(" ".join(said.split()))
+    if status == 401:
+        return f"{constants.ENDPOINT} does not know the token ({said}); `hf auth login` stores another, or set HF_TOKEN"
+    if status == 403:
+        return f"the token may not write to {repo_id} ({said}); check the name, and that the token has write access"
+    if status is None and isinstance(error, (HTTPError, ConnectionError)):
+        return f"{constants.ENDPOINT} cannot be reached ({said})"
+    return f"{constants.ENDPOINT} answered with an error ({said})" if status else f"{type(error).__name__} {said}"
+
+
+def ask_hub(action: Callable[[], Any], repo_id: str, retries: int = 0, code: int = 1) -> Any:
+    """What `action` returns. After an error that may pass it is called again, `retries` times at most, after 1, 4, 16,
+    then 60 seconds. Raises HubError, with exit code 2 where the Hub refuses and else `code`."""
+    for attempt in range(retries + 1):
+        try:
+            return action()
+        except HUB_ERRORS as raised:
+            # what fails in a thread of the LFS upload is the cause of a RuntimeError
+            error = raised.__cause__ if isinstance(raised, RuntimeError) and raised.__cause__ else raised
+            status = _status(error)
+            refused = status is not None and 400 <= status < 500 and status not in PASSING_STATUS
+            if refused or attempt == retries:
+                raise HubError(f"{repo_id}: {_explain(error, repo_id)}", 2 if refused else code, refused) from None
+            wait = min(4**attempt, MAX_WAIT)
+            tqdm.write(f"{repo_id}: {_explain(error, repo_id)}; again in {wait} s")
+            time.sleep(wait)
+
+
+def open_repository(repo_id: str, private: bool, key: str, retries: int = 0) -> list:
+    """Make the model repository unless it is there; the names of its files. Raises HubError, and ConfigError, about the
+    setting `key`, where it is to be private and is not."""
+
+    def create() -> Any:
+        api = HfApi()
+        api.create_repo(repo_id, private=private or None, exist_ok=True)  # None: as the organisation has it
+        return api.model_info(repo_id)
+
+    info = ask_hub(create, repo_id, retries, code=2)
+    if private and not info.private:
+        raise ConfigError(f"{key}: {repo_id} is there already and is public; make it private on the Hub, or leave this")
+    return [file.rfilename for file in info.siblings]
+
+
+def upload(repo_id: str, files: dict, stale: list, message: str, retries: int) -> str:
+    """Put `files`, {name in the repository: path or bytes}, into one commit that also deletes the files `stale`: nobody
+    sees half of it. Returns the commit's address. Raises HubError."""
+
+    def commit() -> str:
+        operations = [CommitOperationAdd(name, content) for name, content in files.items()]
+        operations += [CommitOperationDelete(name) for name in stale]
+        return HfApi().create_commit(repo_id, operations, commit_message=message).commit_url
+
+    return ask_hub(commit, repo_id, retries)
+
+
+class Publisher:
+    """Uploads a run's models while training goes on, on the main process alone.
+
+    Each is uploaded by scripts/push_to_hub.py in a process of its own: no error there, and no wait for the network,
+    reaches the training. Its output is in hub.log of the run folder.
+
+    Raises HubError when the Hub refuses the repository; when it cannot be reached now, that is only reported.
+    """
+
+    def __init__(self, settings: HubConfig, run_dir: Path):
+        self.settings, self.run_dir, self.log = settings, run_dir, run_dir / "hub.log"
+        self.process: Optional[subprocess.Popen] = None
+        self.arguments = []
+        atexit.register(self._cancel)
+        try:
+            open_repository(settings.repo_id, settings.private, "hub.private")
+        except HubError as error:
+            if error.refused:
+                raise
+            tqdm.write(f"{error}; training starts, and uploads when it has something")
+
+    def busy(self) -> bool:
+        """Whether the last upload is still on its way. Reports it when it has come to its end."""
+        if self.process is None:
+            return False
+        if self.process.poll() is None:
+            return True
+        code, self.process = self.process.returncode, None
+        lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
+        last = lines[-1] if lines else f"exit code {code}, nothing in {self.log}"
+        tqdm.write(last if code == 0 else f"not uploaded: {last}\n{self._advice()}")
+        return False
+
+    def push(self, folder: Path) -> None:
+        """Start to upload a model folder."""
+        hub = self.settings
+        self.arguments = ["--model", str(folder), "--repo_id", hub.repo_id, "--license", hub.license]
+        self.arguments += ["--retries", str(hub.retries), *(["--private"] if hub.private else [])]
+        self.arguments += [] if hub.include_encoder else ["--no_encoder"]
+        environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+        try:
+            with self.log.open("w") as log:
+                self.process = subprocess.Popen(
+                    [sys.executable, PUSH_SCRIPT, *self.arguments], env=environment, stdout=log, stderr=log
+                )
+        except OSError as error:  # no memory for another process, a full disk
+            tqdm.write(f"not uploaded: {error}\n{self._advice()}")
+
+    def finish(self, folder: Path) -> None:
+        """Upload the model that the run ends with, and wait for it."""
+        while self.busy():
+            self.process.wait()
+        shutil.rmtree(self.run_dir / "hub", ignore_errors=True)
+        self.push(folder)
+        while self.busy():
+            self.process.wait()
+
+    def _advice(self) -> str:
+        script = os.path.relpath(PUSH_SCRIPT)
+        return f"to upload it later: {shlex.join(['python', script, *self.arguments])}"
+
+    def _cancel(self) -> None:
+        """At the end of this process: a half upload leaves nothing behind on the Hub."""
+        if self.busy():
+            self.process.terminate()
+            try:
+                self.process.wait(timeout=STOP_TIMEOUT)
+            except subprocess.TimeoutExpired:  # in the middle of a call that hears no signals
+                self.process.kill()
+                self.process.wait()
+            tqdm.write(f"upload stopped\n{self._advice()}")

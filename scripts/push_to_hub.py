@@ -1,0 +1,414 @@
+"""Publish a trained model on the Hugging Face Hub.
+
+    hf auth login
+    python scripts/push_to_hub.py --model runs/dinov2_b/final --repo_id user/my-rae
+    python scripts/push_to_hub.py --model runs/dinov2_b/final --repo_id user/my-rae --results evaluations/x/results.json
+    python scripts/push_to_hub.py --model runs/dinov2_b/final --repo_id user/my-rae --dry_run
+
+In one commit go up: the weights, config.json and modeling_rae.py as they lie in the folder; preprocessor_config.json,
+so that AutoImageProcessor makes the model's pixels; reconstructions.png; and README.md, a model card with a usage
+snippet, the figures that were measured, and the settings of the run. What an earlier upload left under these names is
+replaced, weight files that are no longer needed are deleted. The weights are loaded for --no_encoder only.
+
+Figures and picture are those of eval_rfid.py (--results). Without it, best/, final/ and hub/step-* of a run folder have
+those of the run's own evaluation, other folders none. The card shows the run's config.yaml as it is, paths included.
+
+--dry_run writes what would go up into <model>-upload and lists it; it needs no token and no network. `hub.push: true`
+does the same at the end of training. Exit code 2: a bad setting, or the Hub refuses; nothing was uploaded. Exit code 1:
+the upload failed on the way, and the same command may succeed later.
+"""
+
+import json
+import os
+import shutil
+import signal
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Optional
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from safetensors import SafetensorError, safe_open
+from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
+from checkpointing import MetricsFile, checkpoint_step, write_folder
+from config import check_rules, parse
+from frechet import FID_MODES
+from hub import (
+    check_access,
+    check_encoder_left_out,
+    check_target,
+    hub_id,
+    image_processor_json,
+    open_repository,
+    scrub,
+    upload,
+)
+from metrics import HIGHER_IS_BETTER
+from modeling_rae import RAEConfig, RAEModel
+from runtime import ConfigError, blame, quiet_transformers, run_main
+
+MODELING_FILE = "modeling_rae.py"
+CARD = "README.md"
+PICTURE = "reconstructions.png"
+METRIC_NAMES = {
+    "psnr": "PSNR (dB)",
+    "ssim": "SSIM",
+    "lpips": "LPIPS",
+    "rfid": f"rFID ({FID_MODES['rfid']})",
+    "rfid_clean": f"rFID ({FID_MODES['rfid_clean']})",
+    "rfdd": "Frechet distance on the encoder's features",
+}
+
+
+@dataclass
+class PushConfig:
+    """Settings of push_to_hub.py."""
+
+    model: str
+    """Model folder of an RAE: best/ or final/ of a run, or what save_pretrained wrote."""
+    repo_id: str
+    """user/name of the model on the Hub; made where there is none."""
+    private: bool = False
+    """Whether only its owners see the model."""
+    no_encoder: bool = False
+    """Leave out the encoder's weights: they are then fetched from the encoder's own id on loading."""
+    results: Optional[str] = None
+    """results.json of eval_rfid.py with the model's figures; none: those of its run folder."""
+    license: str = "apache-2.0"
+    """License of the decoder, as the Hub names it."""
+    retries: int = 5
+    """Repetitions of what failed on the way, after 1, 4, 16, then 60 seconds."""
+    dry_run: bool = False
+    """Write everything into the folder <model>-upload instead."""
+
+
+@dataclass
+class Figures:
+    """What was measured: metrics and values, on which images, how, and the picture that goes with it."""
+
+    values: dict
+    data: str  # path or Hub id
+    split: str
+    num_samples: int
+    how: str
+    picture: Path
+
+
+def check(config: PushConfig) -> None:
+    """Raise ConfigError for what can be seen without opening anything."""
+    check_rules(config, (("retries", lambda value: value >= 0, "a number of at least 0"),))
+    check_target(config.repo_id, "repo_id")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model folder
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def read_model_folder(folder: Path) -> tuple[RAEConfig, list]:
+    """(config, names of the weight files) of an RAE's folder. Raises ConfigError for anything else, and where the
+    weights are not whole."""
+    expected = "expected an RAE's folder, such as runs/<name>/final"
+    for name in (CONFIG_NAME, MODELING_FILE):
+        if not (folder / name).is_file():
+            raise ConfigError(f"model: {folder} has no {name}, {expected}")
+    try:
+        settings = json.loads((folder / CONFIG_NAME).read_text())
+        kind, has_code = settings.get("model_type"), "auto_map" in settings
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"model: {folder / CONFIG_NAME} is no model config: {error}") from error
+    if kind != RAEConfig.model_type or not has_code:
+        raise ConfigError(f"model: {folder} has model_type {kind}{'' if has_code else ' and no auto_map'}, {expected}")
+    with blame("model"):
+        config = RAEConfig.from_pretrained(folder)
+    names, keys = weight_files(folder)
+    for part in ("decoder.", *(["encoder."] if config.encoder_bundled else [])):
+        if not any(key.startswith(part) for key in keys):
+            raise ConfigError(f"model: the weights in {folder} have no '{part}*', {expected}")
+    return config, names
+
+
+def weight_files(folder: Path) -> tuple[list, set]:
+    """(names of the weight files, the index of several among them; names of the tensors in them). Raises ConfigError
+    where one is missing or damaged."""
+    names, keys, index = [SAFE_WEIGHTS_NAME], set(), folder / SAFE_WEIGHTS_INDEX_NAME
+    try:
+        if index.exists() and not (folder / SAFE_WEIGHTS_NAME).exists():
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        for name in names:
+            with safe_open(folder / name, "pt") as file:  # reads the header alone
+                keys |= set(file.keys())
+    except (OSError, SafetensorError, ValueError, LookupError) as error:
+        raise ConfigError(f"model: the weights in {folder} ({', '.join(names)}) cannot be read: {error}") from error
+    return names if names == [SAFE_WEIGHTS_NAME] else [*names, SAFE_WEIGHTS_INDEX_NAME], keys
+
+
+def leave_out_encoder(folder: Path, target: Path) -> None:
+    """Write the model in `folder` to `target` without the encoder's weights. Raises ConfigError where the weights do
+    not fit the config."""
+    with blame("model"):
+        try:
+            model = RAEModel.from_pretrained(folder)
+        except RuntimeError as error:
+            raise ConfigError(f"model: {folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        model.save_pretrained(target, include_encoder=False)
+
+
+def run_folder(model: Path) -> Optional[Path]:
+    """The run folder that `model` (best, final or hub/step-*) is in, or None."""
+    run_dir = model.parent.parent if model.parent.name == "hub" else model.parent
+    exported = model.name in ("best", "final") or model.parent.name == "hub"
+    return run_dir if exported and (run_dir / "config.yaml").is_file() else None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Figures
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def measured(row: dict, vgg_weights: str) -> dict:
+    """The metrics in a line of results, without an LPIPS that comes from an untrained VGG16."""
+    names = [name for name in HIGHER_IS_BETTER if name != "lpips" or vgg_weights == "pretrained"]
+    return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def figures_of_results(file: Path, model: Path) -> Figures:
+    """The model's figures in a results.json of eval_rfid.py, without noise on the latents. Raises ConfigError where
+    there are none."""
+    try:
+        results = json.loads(file.read_text())
+        # evaluated on another machine, the path may differ: the names of the run and of the folder have to agree
+        same = [row for row in results["rows"] if Path(row["model"]).resolve().parts[-2:] == model.parts[-2:]]
+        found = [
+            Figures(
+                values=measured(row, results["config"]["vgg_weights"]),
+                data=results["config"]["data"]["path"],
+                split=results["config"]["data"]["eval_split"],
+                num_samples=row["num_samples"],
+                how=f"{results['crop']} to {results['image_size']} pixels, 8 bit by {results['quantize']}",
+                picture=file.parent / Path(row["comparison"]).name,
+            )
+            for row in same
+            if row["latent_noise"] == 0
+        ]
+        models = ", ".join(sorted({row["model"] for row in results["rows"]}))
+    except OSError as error:
+        raise ConfigError(f"results: {file} cannot be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError) as error:
+        raise ConfigError(f"results: {file} is no results.json of eval_rfid.py ({error!r})") from error
+    if not found:
+        raise ConfigError(f"results: {file} has no row of {model} without latent noise, it is about {models}")
+    return found[0]
+
+
+def figures_of_run(run_dir: Path, settings: dict, model: Path) -> Optional[Figures]:
+    """The figures of a run's own evaluation: of the step that `model` is of. None where there are none."""
+    lines = MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()
+    lines = [line for line in lines if line["kind"] == "eval" and line["model"] == "ema"]
+    if model.parent.name == "hub":
+        lines = [line for line in lines if line["step"] <= checkpoint_step(model)]
+    if not lines:
+        return None
+    line, metric = lines[-1], settings["eval"]["best_metric"]
+    if model.name == "best":
+        sign = 1 if HIGHER_IS_BETTER[metric] else -1
+        comparable = [row for row in lines if row["num_samples"] == line["num_samples"] and row.get(metric) is not None]
+        line = max(comparable, key=lambda row: sign * row[metric], default=line)  # the first of equal ones
+    return Figures(
+        values=measured(line, settings["perceptual"]["weights"]),
+        data=settings["data"]["path"],
+        split=settings["data"]["eval_split"],
+        num_samples=line["num_samples"],
+        how=f"at step {line['step']} of training",
+        picture=run_dir / "samples" / f"step-{line['step']:08d}.png",
+    )
+
+
+def data_name(path: str) -> str:
+    """A data set's Hub id, or the name of its folder."""
+    return hub_id(path) or Path(path).resolve().name
+
+
+def eval_results(figures: Figures) -> list:
+    """The figures as the Hub's model-index has them."""
+    return [
+        EvalResult(
+            task_type="image-to-image",
+            task_name="Reconstruction",
+            dataset_type=data_name(figures.data),
+            dataset_name=data_name(figures.data),
+            dataset_split=figures.split,
+            dataset_args={"num_samples": figures.num_samples},
+            metric_type=name,
+            metric_name=METRIC_NAMES[name],
+            metric_value=round(value, 4),
+            metric_config=FID_MODES.get(name),
+        )
+        for name, value in figures.values.items()
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The card
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def usage(repo_id: str, config: RAEConfig) -> str:
+    """Code that reconstructs one image."""
+    size, grid, channels = config.image_size, config.latent_size, config.latent_channels
+    return f'''import torch
+from PIL import Image
+from transformers import AutoImageProcessor, AutoModel
+
+rae = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
+processor = AutoImageProcessor.from_pretrained("{repo_id}")
+
+image = Image.open("image.png").convert("RGB")
+pixels = processor(image, return_tensors="pt").pixel_values  # (1, 3, {size}, {size}) in [0, 1]
+with torch.no_grad():
+    latent = rae.encode(pixels).latent  # (1, {channels}, {grid}, {grid})
+    sample = rae.decode(latent).sample  # (1, 3, {size}, {size}), about [0, 1], not clamped
+
+array = (sample[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
+Image.fromarray(array).save("reconstruction.png")'''
+
+
+def encoder_words(config: RAEConfig) -> tuple[str, str]:
+    """(the encoder in a sentence, where its weights are and what license they are under)."""
+    name, kind = hub_id(config.encoder_id), config.encoder_config.model_type
+    if config.encoder_id is None:
+        return f"a frozen {kind} encoder that was never published", "The encoder's weights are in the same file."
+    link = f"[{name}](https://huggingface.co/{name})" if name else f"`{Path(config.encoder_id).name}`"
+    place = "are in the same file" if config.encoder_bundled else "are fetched from there on loading"
+    return f"the frozen encoder {link}", f"The weights of {link} {place} and stay under their own license."
+
+
+def model_card(
+    settings: PushConfig,
+    config: RAEConfig,
+    figures: Optional[Figures],
+    trained_on: Optional[str],
+    run_settings: Optional[str],
+) -> str:
+    """Text of README.md. `trained_on`: the run's data.path; `run_settings`: text of its config.yaml."""
+    name = settings.repo_id.split("/")[1]
+    data = ModelCardData(
+        license=settings.license,
+        library_name="transformers",
+        pipeline_tag="image-feature-extraction",
+        tags=["rae", "representation-autoencoder"],
+        base_model=hub_id(config.encoder_id),
+        datasets=hub_id(trained_on),
+        model_name=name if figures else None,  # with it, the card has a model-index
+        eval_results=eval_results(figures) if figures else None,
+    )
+    encoder, encoder_license = encoder_words(config)
+    size, grid, channels = config.image_size, config.latent_size, config.latent_channels
+    parts = [
+        f"---\n{data.to_yaml()}\n---",
+        f"# {name}",
+        "A [Representation Autoencoder](https://arxiv.org/abs/2510.11690) (RAE): "
+        f"{encoder}, and a ViT decoder ({config.decoder_num_hidden_layers} blocks of width "
+        f"{config.decoder_hidden_size}) that was trained to invert it. Images of {size} x {size} pixels become latents "
+        f"of {channels} x {grid} x {grid}, for diffusion models to be trained on.",
+    ]
+    if figures and figures.picture.is_file():
+        parts.append(f"![Images over their reconstructions]({PICTURE})")
+    parts.append(f"## Usage\n\n```python\n{usage(settings.repo_id, config)}\n```")
+    if figures:
+        rows = "\n".join(f"| {METRIC_NAMES[metric]} | {value:.4f} |" for metric, value in figures.values.items())
+        parts.append(
+            f"## Reconstruction\n\n{figures.num_samples} images of `{data_name(figures.data)}`, split "
+            f"`{figures.split}`, {figures.how}.\n\n| metric | value |\n|---|---|\n{rows}"
+        )
+    if run_settings:
+        parts.append(
+            f"## Training\n\nTrained on `{data_name(trained_on)}`.\n\n<details><summary>All settings</summary>\n\n"
+            f"```yaml\n{run_settings.strip()}\n```\n\n</details>"
+        )
+    parts.append(f"## License\n\nThe decoder is under {settings.license}. {encoder_license}")
+    return scrub(str(ModelCard("\n\n".join(parts) + "\n")))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What goes up
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def files_to_upload(settings: PushConfig, model: Path, weights_from: Path) -> dict:
+    """{name in the repository: path or bytes}. `model` is the folder that was asked for, which says what its run and
+    figures are, `weights_from` the one with the weights."""
+    config, weights = read_model_folder(weights_from)
+    run_dir = run_folder(model)
+    figures = trained_on = run_settings = None
+    if run_dir:
+        try:
+            run_settings = (run_dir / "config.yaml").read_text()
+            run = yaml.safe_load(run_settings)
+            trained_on, figures = run["data"]["path"], figures_of_run(run_dir, run, model)
+        except (yaml.YAMLError, ValueError, LookupError, TypeError) as error:
+            raise ConfigError(f"model: config.yaml or metrics.jsonl of {run_dir} is damaged ({error!r})") from error
+    if settings.results is not None:
+        figures = figures_of_results(Path(settings.results), model)
+    files: dict[str, Any] = {name: weights_from / name for name in (CONFIG_NAME, MODELING_FILE, *weights)}
+    files[IMAGE_PROCESSOR_NAME] = image_processor_json(config.image_size).encode()
+    files[CARD] = model_card(settings, config, figures, trained_on, run_settings).encode()
+    if figures and figures.picture.is_file():
+        files[PICTURE] = figures.picture
+    return files
+
+
+def write_files(files: dict, target: Path) -> None:
+    """Write what would go up into the folder `target`."""
+
+    def write(folder: Path) -> None:
+        folder.mkdir()
+        for name, content in files.items():
+            (folder / name).write_bytes(content) if isinstance(content, bytes) else shutil.copy(content, folder / name)
+
+    write_folder(target, write, main_process=True, wait=lambda: None)
+
+
+def table(files: dict) -> str:
+    """Names and sizes."""
+    sizes = {name: len(item) if isinstance(item, bytes) else item.stat().st_size for name, item in files.items()}
+    return "\n".join(f"{name:<36}{size:>16,} bytes" for name, size in sizes.items())
+
+
+def push(settings: PushConfig, model: Path, temporary: Path) -> None:
+    """Upload the model, or write what would go up."""
+    config, _ = read_model_folder(model)
+    weights_from = model
+    if settings.no_encoder and config.encoder_bundled:
+        check_encoder_left_out(config.encoder_id, "no_encoder")
+        weights_from = temporary / "model"
+        leave_out_encoder(model, weights_from)
+    files = files_to_upload(settings, model, weights_from)
+    if settings.dry_run:
+        target = model.with_name(f"{model.name}-upload")
+        write_files(files, target)
+        print(f"{table(files)}\nnot uploaded: {target} has what would go to {settings.repo_id}")
+        return
+    there = open_repository(settings.repo_id, settings.private, "private", settings.retries)
+    stale = [name for name in there if name.startswith("model") and ".safetensors" in name and name not in files]
+    address = upload(settings.repo_id, files, stale, f"Upload {'/'.join(model.parts[-2:])}", settings.retries)
+    print(f"{table(files)}\nuploaded to {settings.repo_id}: {address}")
+
+
+def main() -> None:
+    settings = parse(PushConfig, "push_to_hub.py", "Publish a trained model on the Hugging Face Hub.", check=check)
+    quiet_transformers()
+    model = Path(settings.model).expanduser().resolve()
+    if not settings.dry_run:
+        check_access(settings.repo_id, "repo_id")
+    with tempfile.TemporaryDirectory(prefix="push-to-hub-") as temporary:
+        push(settings, model, Path(temporary))
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped"))  # no temporary files stay behind
+    run_main(main)
