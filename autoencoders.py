@@ -38,6 +38,11 @@ class Autoencoder(nn.Module):
         """Pixels, about [0, 1], not clamped."""
         return self.model.decode(latent).sample
 
+    def check_size(self, size: int, key: str) -> None:
+        """Raise ConfigError, about the setting `key`, when images of `size` x `size` pixels are not what it takes."""
+        if size != self.image_size:
+            raise ConfigError(f"{key}: expected {self.image_size} px for {self.name}, got {size}")
+
     def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         """The frozen encoder's patch tokens as a grid (B, C, h, w), before latent statistics. Raises ConfigError where
         there is no such encoder."""
@@ -65,6 +70,13 @@ class DiffusersRAE(Autoencoder):
 class DiffusersKL(Autoencoder):
     """Its latents are the posterior's mean, shifted and scaled as diffusers' pipelines do."""
 
+    def check_size(self, size: int, key: str) -> None:
+        factor = 2 ** (len(self.model.config.block_out_channels) - 1)  # it halves between blocks
+        if size % factor or size < 8 * factor:
+            raise ConfigError(
+                f"{key}: expected a multiple of {factor}, {8 * factor} or more, for {self.name}, got {size}"
+            )
+
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
         config = self.model.config
         mean = self.model.encode(2 * pixels - 1).latent_dist.mode()
@@ -81,6 +93,7 @@ def load_autoencoder(source: str, key: str = "model") -> Autoencoder:
 
     Raises ConfigError, about the setting `key`, when there is none, it is of another kind, or its weights do not fit.
     """
+    source = str(Path(source).expanduser()) if source.startswith("~") else source
     kind = _kind(source, key)
     with blame(key, source):
         try:
@@ -100,7 +113,7 @@ def load_autoencoder(source: str, key: str = "model") -> Autoencoder:
 
 def _kind(source: str, key: str) -> str:
     """ "rae", "AutoencoderRAE" or "AutoencoderKL", as the config.json of a folder or Hub repository says."""
-    path = Path(source).expanduser()
+    path = Path(source)
     file = path / "config.json"
     if path.exists() and not file.is_file():
         raise ConfigError(f"{key}: {source} has no config.json, expected a model folder such as runs/<name>/final")
@@ -131,3 +144,13 @@ def weights_digest(network: nn.Module, without: tuple = ()) -> str:
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def latents_digest(model: nn.Module) -> str:
+    """SHA-256 of all that an autoencoder's latents depend on: the settings and weights that are not the decoder's, so
+    that `best/` and `final/` of a run, or two decoders for one encoder, share what was computed from their latents."""
+    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
+    left_out = ("_", "decoder_", "encoder_id", "encoder_revision", "encoder_bundled", "noise_tau", "dtype")
+    kept = {name: value for name, value in config.items() if not name.startswith(left_out)}
+    settings = json.dumps(kept, sort_keys=True, default=str)
+    return hashlib.sha256((settings + weights_digest(model, ("decoder.", "post_quant_conv."))).encode()).hexdigest()

@@ -70,7 +70,7 @@ def read_tensors(path: Path, setting: str) -> dict:
 
 def read_latent_stats(path: Path, rae_config: Any, setting: str) -> dict:
     """`mean` and `var` of a statistics file, (C, h, w) each as `rae_config` has them. Raises as `read_tensors`, and
-    ValueError when they are missing or have other shapes."""
+    ValueError when they are missing, have other shapes, or are no mean and variance."""
     stats = read_tensors(path, setting)
     expected = (rae_config.latent_channels, rae_config.latent_size, rae_config.latent_size)
     for name in ("mean", "var"):
@@ -79,6 +79,12 @@ def read_latent_stats(path: Path, rae_config: Any, setting: str) -> dict:
         if stats[name].shape != expected:
             found = tuple(stats[name].shape)
             raise ValueError(f"{setting}: '{name}' in {path} has shape {found}, the latents {expected}")
+        if not stats[name].is_floating_point():
+            raise ValueError(f"{setting}: '{name}' in {path} is {stats[name].dtype}, expected floating-point numbers")
+        if not stats[name].isfinite().all():
+            raise ValueError(f"{setting}: '{name}' in {path} has values that are not finite")
+    if stats["var"].min() < 0:
+        raise ValueError(f"{setting}: 'var' in {path} goes down to {stats['var'].min():.3g}, expected at least 0")
     return {"mean": stats["mean"], "var": stats["var"]}
 
 
@@ -89,7 +95,12 @@ def write_folder(target: Path, write: Callable[[Path], None], main_process: bool
         shutil.rmtree(beside, ignore_errors=True)
         beside.parent.mkdir(parents=True, exist_ok=True)
     wait()
-    write(beside)
+    try:
+        write(beside)
+    except BaseException:
+        if main_process:
+            shutil.rmtree(beside, ignore_errors=True)
+        raise
     wait()
     if main_process:
         old = target.with_name(f".{target.name}.old")

@@ -82,8 +82,8 @@ class ModelConfig:
 class ImagesConfig:
     """Where the images come from. See data.py."""
 
-    path: str = "data/digits"
-    """Folder of images, of class folders or of split folders, a `datasets` folder, or a Hub data set id."""
+    path: str = ""
+    """Folder of images, of class folders or of split folders, a `datasets` folder, or a Hub data set id; needed."""
     config_name: Optional[str] = None
     """Configuration of a Hub data set."""
     train_split: str = "train"
@@ -106,6 +106,8 @@ class ImagesConfig:
 class DataConfig(ImagesConfig):
     """Where the images come from, and how they are cropped for training. See data.py."""
 
+    path: str = "data/digits"
+    """Folder of images, of class folders or of split folders, a `datasets` folder, or a Hub data set id."""
     resize_size: Optional[int] = None
     """Shorter side in pixels before the random crop; none: 384 for 256 px images, else 1.5 times the image size."""
 
@@ -348,8 +350,8 @@ def parse(
     parser = ArgumentParser(prog=prog, exit_on_error=False, description=description)
     parser.add_argument("--config", action="config", help="YAML file; repeatable, later ones win")
     parser.add_class_arguments(schema, nested_key=None, as_group=False)
-    argv = join_lists(schema, sys.argv[1:] if argv is None else argv)
     try:
+        argv = join_lists(schema, sys.argv[1:] if argv is None else argv)
         parsed = parser.parse_args(files_first(argv, default_config))
         check_groups(schema, parsed)
         parsed = parser.instantiate_classes(parsed)
@@ -403,6 +405,9 @@ def join_lists(schema: type, argv: list) -> list:
     `--key true` for keys that are true or false."""
     keys, switches = keys_where(schema, takes_several), keys_where(schema, lambda kind: kind is bool)
     texts = keys_where(schema, lambda kind: takes_several(kind) and str in get_args(kind))  # a file may be called 3
+    argv = [part for word in argv for part in (word.split("=", 1) if word.split("=")[0] in keys else [word])]
+    for key in keys:
+        require(argv.count(key) < 2, key, "it once, with all its values", f"it {argv.count(key)} times")
     joined, i = [], 0
     while i < len(argv):
         end = i + 1
@@ -413,7 +418,8 @@ def join_lists(schema: type, argv: list) -> list:
         if values:
             quoted = [argv[i] in texts or not re.fullmatch(r"[\w./+-]+", v) for v in values]
             plain = [json.dumps(v, ensure_ascii=False) if q else v for v, q in zip(values, quoted, strict=True)]
-            joined.append(values[0] if values[0].startswith("[") else f"[{','.join(plain)}]")
+            whole = len(values) == 1 and values[0].startswith("[") and values[0].endswith("]")
+            joined.append(values[0] if whole else f"[{','.join(plain)}]")
         elif argv[i] in switches and (end == len(argv) or argv[end].startswith("--")):
             joined.append("true")
         i = end
@@ -502,6 +508,7 @@ def check_config(config: Config) -> None:
         ("gan.backbone_config", config.gan.weights == "random", "gan.weights is random"),
         ("perceptual.vgg_path", config.perceptual.weights == "pretrained", "perceptual.weights is pretrained"),
         ("eval.inception_path", {"rfid", "rfid_clean"} & set(metrics), "eval.metrics has rfid or rfid_clean"),
+        *((f"hub.{name}", config.hub.push, "hub.push is true") for name in ("repo_id", "every_steps", "private")),
     ):
         require(used or not settings[key], key, f"nothing unless {needed}", settings[key])
 

@@ -270,8 +270,17 @@ class ColumnSource(ImageSource):
         return np.array([-1 if value is None else value for value in values], dtype=np.int64), names
 
     def fingerprint(self):
-        """That of `datasets`, which follows from the data's origin and all that was done to it."""
-        return hashlib.sha256(f"{self._dataset._fingerprint} {self.split} {self._column}".encode()).hexdigest()
+        """That of `datasets`, which follows from the data's origin and all that was done to it, with sizes and times of
+        the files that hold the rows, and of those that a column of paths names."""
+        digest = hashlib.sha256(f"{self._dataset._fingerprint} {self.split} {self._column}".encode())
+        files = [file["filename"] for file in self._dataset.cache_files]
+        if _dtype(self._dataset.features[self._column]).endswith("string"):
+            files += self._dataset[self._column]
+        for file in files:
+            if file is not None and os.path.isfile(file):
+                status = os.stat(file)
+                digest.update(f"{os.path.basename(file)} {status.st_size} {status.st_mtime_ns}".encode())
+        return digest.hexdigest()
 
     def _open(self, i):
         value = self._images[int(i)][self._column]

@@ -10,8 +10,8 @@ in the mode `legacy_tensorflow` (the default): 0.57 for dinov2_b. What makes two
 reference are the same images through the same crop, the Inception network is that of 2015, both sides are 8-bit, every
 image counts once, and mode, number of images and rounding stand in the results.
 
-In --output_dir: results.json, comparison.png (images, reconstructions and difference, from the worst PSNR to the best),
-and with --save_images and --save_npz the reconstructions themselves.
+In --output_dir: results.json, comparison.png (images, reconstructions and four times their difference, from the worst
+PSNR to the best), and with --save_images and --save_npz the reconstructions themselves.
 """
 
 import shutil
@@ -44,7 +44,17 @@ from frechet import FID_MODES, encoder_metric, inception_metrics, read_reference
 from losses import build_lpips
 from metrics import HIGHER_IS_BETTER, IMAGE_METRICS, Evaluation, evaluate_reconstructions, quantize
 from pictures import comparison_grid, save_pairs, spread_with_last
-from runtime import ConfigError, alone, blame, quiet_transformers, run_main, save_results, share_cores
+from runtime import (
+    ConfigError,
+    RunError,
+    alone,
+    blame,
+    make_folder,
+    quiet_transformers,
+    run_main,
+    save_results,
+    share_cores,
+)
 
 DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
 GRID_IMAGES = 12  # in comparison.png
@@ -88,9 +98,10 @@ class EvalRFIDConfig:
     save_images: int = 0
     """Pairs that are written as PNG, spread evenly over the images, for each row of the results."""
     save_npz: bool = False
-    """Write all reconstructions as arr_0 (N, H, W, 3), for each row of the results."""
+    """Write all reconstructions as arr_0 (N, H, W, 3), for each row of the results. All processes write into one file:
+    several nodes need a common file system."""
     output_dir: Optional[str] = None
-    """Folder of the results; none: evaluations/ and the first model's name."""
+    """Folder of the results; none: evaluations/<run>-<folder> of the first model."""
     mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = None
     """Autocast precision of the autoencoder; none: what `accelerate launch` was told."""
     seed: int = 0
@@ -119,16 +130,27 @@ def check(config: EvalRFIDConfig) -> None:
             "lpips" in config.metrics and config.vgg_weights == "pretrained",
             "LPIPS reads it",
         ),
-        ("inception_path", config.inception_path, "inception" in config.features, "features has inception"),
+        (
+            "inception_path",
+            config.inception_path,
+            "rfid" in config.metrics and "inception" in config.features,
+            "metrics has rfid, and features inception",
+        ),
+        ("reference_cache", config.reference_cache, config.reference is None, "there is no reference"),
     ):
         require(value is None or used, key, f"nothing unless {needed}", value)
+    if "rfid" in config.metrics and config.num_samples is not None:
+        require(config.num_samples > 1, "num_samples", "at least 2 for a Frechet distance", config.num_samples)
+    names = [row_name(model, noise) for model in config.model for noise in config.latent_noise]
+    require(len(names) == len(set(names)), "model", "models whose last two folders differ", list(config.model))
     if config.reference is not None:
         require(Path(config.reference).is_file(), "reference", "an .npz file", config.reference)
 
 
-def default_output_dir(model: str) -> Path:
-    """evaluations/<run>-<folder>, or evaluations/<user>-<name>."""
-    return Path("evaluations") / "-".join(Path(model).parts[-2:]).strip("/.")
+def row_name(model: str, noise: float) -> str:
+    """<run>-<folder>, or <user>-<name>, with the noise if there is some."""
+    name = "-".join(Path(model).absolute().parts[-2:]).strip("/.")
+    return f"{name}-noise{noise:g}" if noise else name
 
 
 def load_models(config: EvalRFIDConfig) -> tuple:
@@ -140,7 +162,10 @@ def load_models(config: EvalRFIDConfig) -> tuple:
     if len(sizes) > 1:
         found = ", ".join(f"{size} px ({name})" for size, name in sizes.items())
         raise ConfigError(f"model: expected models of one image size, got {found}")
-    return models, next(iter(sizes), DEFAULT_IMAGE_SIZE)
+    size = next(iter(sizes), DEFAULT_IMAGE_SIZE)
+    for model in models:
+        model.check_size(size, "image_size")
+    return models, size
 
 
 def load_images(config: EvalRFIDConfig) -> ImageSource:
@@ -163,7 +188,7 @@ def encoder_distances(config: EvalRFIDConfig, model: Autoencoder, accelerator: A
     require(model.image_size is not None, "features", "inception, or a first model with a frozen encoder", "encoder")
     pixels = torch.zeros(1, 3, model.image_size, model.image_size, device=accelerator.device)
     width = model.tokens(pixels).shape[1]
-    return [encoder_metric(model.tokens, model.model.encoder, width, accelerator)]
+    return [encoder_metric(model.tokens, model.model, width, accelerator)]
 
 
 def find_references(config: EvalRFIDConfig, distances: list, images: str, accelerator: Accelerator) -> None:
@@ -215,8 +240,10 @@ class ReconstructionWriter:
         self.array = None
         self.array_file = folder / ".reconstructions.npy"
         if accelerator.is_main_process and (self.pairs or config.save_npz):
-            shutil.rmtree(folder, ignore_errors=True)  # of an earlier evaluation
-            folder.mkdir(parents=True)
+            for name in ("images", "reconstructions"):  # of an earlier evaluation
+                shutil.rmtree(folder / name, ignore_errors=True)
+            (folder / "reconstructions.npz").unlink(missing_ok=True)
+            folder.mkdir(parents=True, exist_ok=True)
         if config.save_npz:
             if accelerator.is_main_process:
                 np.lib.format.open_memmap(self.array_file, "w+", np.uint8, (len(chosen), size, size, 3)).flush()
@@ -250,7 +277,7 @@ class ReconstructionWriter:
 def write_comparison(
     path: Path, reconstruct: Callable, source: ImageSource, evaluation: Evaluation, size: int, device: torch.device
 ) -> None:
-    """The picture of GRID_IMAGES images from the worst PSNR to the best."""
+    """The picture of GRID_IMAGES images, with four times the difference, from the worst PSNR to the best."""
     order = evaluation.values["psnr"].argsort(stable=True).tolist()
     shown = spread_with_last(order, GRID_IMAGES)
     dataset = EvalImages(source, size)
@@ -289,7 +316,7 @@ class Measurement:
 
 def measure(m: Measurement, model: Autoencoder, noise: float, picture: str) -> dict:
     """One row of the results, with its files."""
-    name = default_output_dir(model.name).name + (f"-noise{noise:g}" if noise else "")
+    name = row_name(model.name, noise)
     writer = ReconstructionWriter(m.config, m.output_dir / name, m.chosen, m.size, m.accelerator)
     reconstruct = reconstruction_of(model, noise, m.config.seed, m.accelerator)
     with alone(m.accelerator):
@@ -304,6 +331,9 @@ def measure(m: Measurement, model: Autoencoder, noise: float, picture: str) -> d
             m.config.quantize,
             writer.add,
         )
+    if evaluation.values["psnr"].isnan().any():
+        bad = evaluation.index[evaluation.values["psnr"].isnan()].tolist()
+        raise RunError(f"{name}: {len(bad)} reconstructions are not finite, the first is of {m.source.name(bad[0])}")
     writer.finish(evaluation.index)
     row = {"model": model.name, "kind": model.kind, "latent_noise": noise, **evaluation.summary()}
     if m.accelerator.is_main_process:
@@ -348,10 +378,14 @@ def main() -> None:
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
     share_cores(accelerator)
     source = load_images(config)
+    output_dir = make_folder(config.output_dir or f"evaluations/{row_name(config.model[0], 0)}", "output_dir")
+    if config.reference_cache is not None:
+        make_folder(config.reference_cache, "reference_cache")
     distances = inception_distances(config, accelerator)
     with blame("vgg_path"):
-        needs_lpips = "lpips" in config.metrics
-        perceptual = build_lpips(config.vgg_weights, config.vgg_path).to(accelerator.device) if needs_lpips else None
+        perceptual = None
+        if "lpips" in config.metrics:
+            perceptual = build_lpips(config.vgg_weights, config.vgg_path, "vgg_path").to(accelerator.device)
     models, size = load_models(config)
     distances += encoder_distances(config, models[0].to(accelerator.device), accelerator)
     images = f"{source.fingerprint()} {config.num_samples} centre crop {size}"
@@ -374,10 +408,8 @@ def main() -> None:
         perceptual=perceptual,
         distances=distances,
         unreadable=UnreadableLog(config.data.max_unreadable),
-        output_dir=Path(config.output_dir) if config.output_dir else default_output_dir(config.model[0]),
+        output_dir=output_dir,
     )
-    if accelerator.is_main_process:
-        measurement.output_dir.mkdir(parents=True, exist_ok=True)
     rows = []
     for model in models:
         model.to(accelerator.device)

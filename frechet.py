@@ -11,10 +11,12 @@ written here is the accumulation in constant memory over many processes. Images 
 
 import hashlib
 import json
+import logging
 import os
 import tempfile
 import warnings
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,13 +36,17 @@ from PIL import Image
 from scipy.linalg.lapack import dpstrf
 from torch import nn
 
-from autoencoders import weights_digest
+from autoencoders import latents_digest
 from moments import Moments
-from runtime import ConfigError, RunError
+from runtime import ConfigError, RunError, cores_of_process
+
+logger = logging.getLogger(__name__)
 
 INCEPTION_WIDTH = 2048
 FID_MODES = {"rfid": "legacy_tensorflow", "rfid_clean": "clean"}
 DEFAULT_CACHE = Path(HF_HOME) / "rae_references"
+# what becomes of reading a damaged .npz file
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass
@@ -160,10 +166,10 @@ def inception_metrics(names: list, path: Optional[str], key: str, accelerator: A
     """A FrechetMetric for each of `names`, see FID_MODES; one network serves them all. Raises as `load_inception`."""
     if not names:
         return []
-    with accelerator.main_process_first():  # one download
+    with accelerator.local_main_process_first():  # one download
         network, digest = load_inception(path, key, accelerator.device)
     clean_resize = build_resizer("clean")
-    pool = ThreadPoolExecutor(max(1, torch.get_num_threads()))  # Pillow resizes without holding the interpreter's lock
+    pool = ThreadPoolExecutor(cores_of_process(accelerator))  # Pillow resizes without the interpreter's lock
 
     def resized(images: torch.Tensor) -> torch.Tensor:
         arrays = pool.map(clean_resize, images.permute(0, 2, 3, 1).cpu().numpy())  # (299, 299, 3) each, float32
@@ -182,14 +188,14 @@ def inception_metrics(names: list, path: Optional[str], key: str, accelerator: A
     ]
 
 
-def encoder_metric(tokens: Callable, encoder: nn.Module, width: int, accelerator: Accelerator) -> FrechetMetric:
-    """rfdd: `tokens` maps pixels (B, 3, S, S) in [0, 1] to the grid (B, width, h, w) of the frozen `encoder`."""
+def encoder_metric(tokens: Callable, model: nn.Module, width: int, accelerator: Accelerator) -> FrechetMetric:
+    """rfdd: `tokens` maps pixels (B, 3, S, S) in [0, 1] to the grid (B, width, h, w) of `model`'s frozen encoder."""
 
     @torch.no_grad()
     def features(images: torch.Tensor) -> torch.Tensor:
         return tokens(images.to(accelerator.device).float() / 255).float().mean((2, 3))
 
-    return FrechetMetric("rfdd", features, width, weights_digest(encoder))
+    return FrechetMetric("rfdd", features, width, latents_digest(model))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -208,18 +214,24 @@ def use_cache(metrics: list, images: str, folder: Optional[Path], accelerator: A
         metric.cache = (folder or DEFAULT_CACHE) / name
         found = [None]
         if accelerator.is_main_process and metric.cache.exists():
-            with np.load(metric.cache) as arrays:
-                found = [Reference(arrays["mu"], arrays["sigma"], int(arrays["count"]))]
+            try:
+                with np.load(metric.cache) as arrays:
+                    found = [Reference(arrays["mu"], arrays["sigma"], int(arrays["count"]))]
+            except DAMAGED as error:
+                logger.warning(f"{metric.cache} is damaged ({error}), the reference is computed again")
         metric.reference = broadcast_object_list(found)[0]
 
 
 def write_cache(metric: FrechetMetric) -> None:
     """Keep the metric's reference, in clean-fid's names: the file is also good for `--reference`."""
-    metric.cache.parent.mkdir(parents=True, exist_ok=True)
     beside = metric.cache.with_name(f".{metric.cache.stem}-{os.getpid()}.npz")
     reference = metric.reference
-    np.savez(beside, mu=reference.mean, sigma=reference.covariance, count=reference.count)
-    beside.replace(metric.cache)
+    try:
+        metric.cache.parent.mkdir(parents=True, exist_ok=True)
+        np.savez(beside, mu=reference.mean, sigma=reference.covariance, count=reference.count)
+        beside.replace(metric.cache)
+    except OSError as error:
+        logger.warning(f"the reference of {metric.name} is not kept for another time: {error}")
 
 
 def read_reference(path: str, metrics: list, accelerator: Accelerator, batch_size: int, key: str) -> None:
@@ -233,25 +245,32 @@ def read_reference(path: str, metrics: list, accelerator: Accelerator, batch_siz
         with np.load(path) as arrays:
             names = set(arrays.files)
             given = {name: arrays[name] for name in ("mu", "sigma") if name in names}
-    except (OSError, ValueError, zipfile.BadZipFile, AttributeError) as error:
+    except DAMAGED as error:
         raise ConfigError(f"{key}: {path} cannot be read as .npz ({error}), {expected}") from error
     if {"mu", "sigma"} <= names and len(metrics) == 1:
         metric, shape = metrics[0], given["mu"].shape
         if shape != (metric.width,) or given["sigma"].shape != shape * 2:
             raise ConfigError(f"{key}: mu in {path} has shape {shape}, the features of {metric.name} ({metric.width},)")
+        if not all(np.isfinite(values).all() for values in given.values()):
+            raise ConfigError(f"{key}: {path} holds values that are not finite")
         metric.reference = Reference(given["mu"].astype(np.float64), given["sigma"].astype(np.float64), None)
         return
     if "arr_0" not in names:
         several = f" for each of {len(metrics)} distances" if {"mu", "sigma"} <= names else ""
         raise ConfigError(f"{key}: {path} holds {', '.join(sorted(names))}, {expected}{several}")
     moments = [metric.new_moments(accelerator.device) for metric in metrics]
-    for number, images in enumerate(_image_batches(path, batch_size, key)):
-        if number % accelerator.num_processes == accelerator.process_index:
-            for metric, running in zip(metrics, moments, strict=True):
-                running.update(metric.features(images))
+    try:
+        for number, images in enumerate(_image_batches(path, batch_size, key)):
+            if number % accelerator.num_processes == accelerator.process_index:
+                for metric, running in zip(metrics, moments, strict=True):
+                    running.update(metric.features(images))
+    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+        raise ConfigError(f"{key}: arr_0 in {path} is damaged ({error})") from error
     for metric, running in zip(metrics, moments, strict=True):
         running.merge_processes(accelerator)
-        metric.reference = reference_of(running, f"{key}: {path}")
+        if running.count < 2:
+            raise ConfigError(f"{key}: {path} holds {running.count} images, expected at least 2")
+        metric.reference = reference_of(running, metric.name)
 
 
 def _image_batches(path: str, batch_size: int, key: str) -> Iterator[torch.Tensor]:

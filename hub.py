@@ -10,10 +10,12 @@ import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
@@ -116,7 +118,7 @@ def scrub(text: str) -> str:
     """The text without tokens."""
     token = get_token() or ""
     text = text.replace(token, "<token>") if len(token) >= 8 else text  # a mirror's "none" is no secret, but a word
-    return re.sub(r"\bhf_\w{8,}", "<token>", text)
+    return re.sub(r"\bhf_[A-Za-z0-9]{16,}\b", "<token>", text)
 
 
 def _status(error: Exception) -> Optional[int]:
@@ -147,7 +149,8 @@ def ask_hub(action: Callable[[], Any], repo_id: str, retries: int = 0, code: int
             # what fails in a thread of the LFS upload is the cause of a RuntimeError
             error = raised.__cause__ if isinstance(raised, RuntimeError) and raised.__cause__ else raised
             status = _status(error)
-            refused = status is not None and 400 <= status < 500 and status not in PASSING_STATUS
+            malformed = status is None and isinstance(error, ValueError)  # a card, a name or an answer: it stays so
+            refused = malformed or status is not None and 400 <= status < 500 and status not in PASSING_STATUS
             if refused or attempt == retries:
                 raise HubError(f"{repo_id}: {_explain(error, repo_id)}", 2 if refused else code, refused) from None
             wait = min(4**attempt, MAX_WAIT)
@@ -182,11 +185,24 @@ def upload(repo_id: str, files: dict, stale: list, message: str, retries: int) -
     return ask_hub(commit, repo_id, retries)
 
 
+def push_arguments(settings: HubConfig, folder: Path) -> list:
+    """The command line of scripts/push_to_hub.py for a run's model folder."""
+    arguments = ["--model", str(folder), "--repo_id", settings.repo_id, "--license", settings.license]
+    arguments += ["--retries", str(settings.retries), *(["--private"] if settings.private else [])]
+    return arguments + ([] if settings.include_encoder else ["--no_encoder"])
+
+
+def push_command(settings: HubConfig, folder: Path) -> str:
+    """The same as a line for a shell."""
+    return shlex.join(["python", os.path.relpath(PUSH_SCRIPT), *push_arguments(settings, folder)])
+
+
 class Publisher:
     """Uploads a run's models while training goes on, on the main process alone.
 
     Each is uploaded by scripts/push_to_hub.py in a process of its own: no error there, and no wait for the network,
-    reaches the training. Its output is in hub.log of the run folder.
+    reaches the training. Its output is in hub.log of the run folder. A folder below hub/ is deleted when it has been
+    uploaded, and stays when that failed: the command that is printed then needs it.
 
     Raises HubError when the Hub refuses the repository; when it cannot be reached now, that is only reported.
     """
@@ -194,7 +210,7 @@ class Publisher:
     def __init__(self, settings: HubConfig, run_dir: Path):
         self.settings, self.run_dir, self.log = settings, run_dir, run_dir / "hub.log"
         self.process: Optional[subprocess.Popen] = None
-        self.arguments = []
+        self.folder: Optional[Path] = None  # of the last upload
         atexit.register(self._cancel)
         try:
             open_repository(settings.repo_id, settings.private, "hub.private")
@@ -211,37 +227,37 @@ class Publisher:
             return True
         code, self.process = self.process.returncode, None
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
-        last = lines[-1] if lines else f"exit code {code}, nothing in {self.log}"
+        last = scrub(lines[-1]) if lines else f"exit code {code}, nothing in {self.log}"
+        if code == 0 and self.folder.parent == self.run_dir / "hub":
+            shutil.rmtree(self.folder, ignore_errors=True)
         tqdm.write(last if code == 0 else f"not uploaded: {last}\n{self._advice()}")
         return False
 
     def push(self, folder: Path) -> None:
         """Start to upload a model folder."""
-        hub = self.settings
-        self.arguments = ["--model", str(folder), "--repo_id", hub.repo_id, "--license", hub.license]
-        self.arguments += ["--retries", str(hub.retries), *(["--private"] if hub.private else [])]
-        self.arguments += [] if hub.include_encoder else ["--no_encoder"]
+        self.folder = folder
         environment = {**os.environ, "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
         try:
             with self.log.open("w") as log:
-                self.process = subprocess.Popen(
-                    [sys.executable, PUSH_SCRIPT, *self.arguments], env=environment, stdout=log, stderr=log
-                )
+                command = [sys.executable, PUSH_SCRIPT, *push_arguments(self.settings, folder)]
+                self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         except OSError as error:  # no memory for another process, a full disk
             tqdm.write(f"not uploaded: {error}\n{self._advice()}")
 
     def finish(self, folder: Path) -> None:
-        """Upload the model that the run ends with, and wait for it."""
+        """Upload the model that the run ends with, and wait for it. From here on SIGTERM ends this process, and the
+        upload with it: training, which takes it for a request to save, is over."""
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM during the upload"))
         while self.busy():
             self.process.wait()
-        shutil.rmtree(self.run_dir / "hub", ignore_errors=True)
         self.push(folder)
         while self.busy():
             self.process.wait()
+        with suppress(OSError):  # of uploads that failed, or none
+            (self.run_dir / "hub").rmdir()
 
     def _advice(self) -> str:
-        script = os.path.relpath(PUSH_SCRIPT)
-        return f"to upload it later: {shlex.join(['python', script, *self.arguments])}"
+        return f"to upload it later: {push_command(self.settings, self.folder)}"
 
     def _cancel(self) -> None:
         """At the end of this process: a half upload leaves nothing behind on the Hub."""

@@ -24,13 +24,14 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Optional, TextIO
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from huggingface_hub.constants import HF_HOME
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -40,12 +41,22 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from autoencoders import Autoencoder, load_autoencoder, weights_digest
+from autoencoders import Autoencoder, latents_digest, load_autoencoder
 from checkpointing import lock_run_folder, write_folder
 from config import ImagesConfig, check_rules, config_dict, parse, require
 from data import DataError, ImageSource, UnreadableLog, eval_loader, load_split, load_splits
 from moments import Moments
-from runtime import ConfigError, RunError, alone, blame, quiet_transformers, run_main, save_results, share_cores
+from runtime import (
+    ConfigError,
+    RunError,
+    alone,
+    blame,
+    make_folder,
+    quiet_transformers,
+    run_main,
+    save_results,
+    share_cores,
+)
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "linear_probe.yaml"  # when no --config is given
 DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
@@ -54,7 +65,8 @@ SHARD_BYTES = 2**28  # of features in one file of the cache: what the main proce
 BLOCK_ELEMENTS = 2**24  # numbers in the tensors that a pass over features works on: 64 MiB in float32
 SELECTION_STREAM, ORDER_STREAM = 3, 4  # second words of seeds; data.py has 0 to 2
 HEAD_KEYS = {
-    "classes", "features", "image_size", "model", "weights", "seed", "lr", "weight_decay", "num_train_samples",
+    "classes", "features", "image_size", "model", "weights", "seed", "holdout_fraction", "lr", "weight_decay",
+    "num_train_samples",
 }  # fmt: skip  # of a head's config.json
 CACHE_FORMAT = 1  # to be raised when the meaning of cached features changes
 SHOWN_CLASSES = 20  # in tables and lists of confusions; results.json has all classes
@@ -147,14 +159,6 @@ def check(config: LinearProbeConfig) -> None:
     else:
         require(config.model is not None, "model", "the folder or Hub id of an autoencoder", None)
         require(config.head is None, "head", "nothing unless eval_only is given", config.head)
-
-
-def make_folder(path: str, key: str) -> Path:
-    """Create a folder. Raises ConfigError, about the setting `key`, when that cannot be done."""
-    with blame(key):
-        folder = Path(path).expanduser()
-        folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -274,7 +278,7 @@ class Extractor:
     kind: str
     image_size: int
     accelerator: Accelerator
-    weights: str  # hash of what the latents depend on
+    weights: str  # hash of what the latents depend on, weights and settings
     width: int = 0  # D
 
     @torch.no_grad()
@@ -309,8 +313,7 @@ def build_extractor(
         kind=kind or "mean",
         image_size=size or model.image_size or DEFAULT_IMAGE_SIZE,
         accelerator=accelerator,
-        # not the decoder's: `best/` and `final/` of a run, or two decoders for one encoder, share their features
-        weights=weights_digest(model.model, without=("decoder.", "post_quant_conv.")),
+        weights=latents_digest(model.model),
     )
     try:
         extractor.width = extractor(torch.zeros(1, 3, extractor.image_size, extractor.image_size)).shape[1]
@@ -329,9 +332,6 @@ def build_extractor(
 
 def cache_key(source: ImageSource, extractor: Extractor) -> dict:
     """Everything that decides the features of `source`."""
-    config = extractor.model.model.config
-    config = config.to_dict() if hasattr(config, "to_dict") else dict(config)  # of transformers or diffusers
-    kept = {name: value for name, value in config.items() if not name.startswith(("_", "decoder_"))}
     return {
         "format": CACHE_FORMAT,
         "images": source.fingerprint(),
@@ -341,7 +341,6 @@ def cache_key(source: ImageSource, extractor: Extractor) -> dict:
         "precision": extractor.accelerator.mixed_precision,
         "model": extractor.model.kind,
         "weights": extractor.weights,
-        "model_config": json.loads(json.dumps(kept, default=str)),
     }
 
 
@@ -569,6 +568,7 @@ class LinearHead(nn.Module):
         try:
             head = cls(**load_file(path / "head.safetensors"), config=json.loads((path / "config.json").read_text()))
             missing = HEAD_KEYS - head.config.keys()
+            len(head.config.get("classes", []))
         except (SafetensorError, ValueError, TypeError, AttributeError) as error:
             raise ConfigError(f"head: {folder} is no head of linear_probe.py: {str(error).splitlines()[0]}") from error
         if missing:
@@ -584,8 +584,11 @@ def load_head(config: LinearProbeConfig) -> LinearHead:
     """The head that eval_only evaluates. Raises ConfigError when there is none, or it has seen the held-out images."""
     head = LinearHead.load(config.head)
     if config.data.holdout_fraction > 0:
-        expected = f"{head.config['seed']} as for {config.head} (another one holds out images that it was trained on)"
-        require(config.train.seed == head.config["seed"], "train.seed", expected, config.train.seed)
+        seed, fraction = head.config["seed"], head.config["holdout_fraction"]
+        why = f"as for {config.head} (another one holds out images that it was trained on)"
+        require(config.train.seed == seed, "train.seed", f"{seed} {why}", config.train.seed)
+        found = config.data.holdout_fraction
+        require(found == fraction, "data.holdout_fraction", f"{fraction} {why}", found)
     return head
 
 
@@ -842,7 +845,9 @@ def main(argv: Optional[list] = None) -> None:
     )
     quiet_transformers()
     with blame("features.mixed_precision"):
-        accelerator = Accelerator(mixed_precision=config.features.mixed_precision)
+        # the main process looks at every file of a large data set while the others wait
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+        accelerator = Accelerator(mixed_precision=config.features.mixed_precision, kwargs_handlers=[patience])
     share_cores(accelerator, config.train.cpu_threads)
 
     # everything that can be wrong is looked at before features are extracted
@@ -876,6 +881,7 @@ def main(argv: Optional[list] = None) -> None:
             "classes": classes,
             **provenance(extractor),
             "seed": config.train.seed,
+            "holdout_fraction": config.data.holdout_fraction,
             "num_train_samples": len(labels),
         }
         chosen = {name: sweep[best][name] for name in ("lr", "weight_decay")}

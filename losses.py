@@ -67,7 +67,7 @@ def random_vgg16_state() -> dict:
     return state
 
 
-def _pretrained_vgg16_file() -> Path:
+def _pretrained_vgg16_file(setting: str) -> Path:
     """torchvision's VGG16 in torch.hub's folder, downloaded when it is not there."""
     url = VGG16_Weights.IMAGENET1K_V1.url
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
@@ -77,13 +77,15 @@ def _pretrained_vgg16_file() -> Path:
             torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.split("-")[-1], progress=False)
         except (OSError, RuntimeError) as error:  # no connection; a file with another hash
             raise OSError(
-                f"perceptual.vgg_path: LPIPS needs VGG16's weights, {file} does not exist and the download failed "
+                f"{setting}: LPIPS needs VGG16's weights, {file} does not exist and the download failed "
                 f"({error}); put the file there or name a local copy"
             ) from None
     return file
 
 
-def build_lpips(weights: str = "pretrained", vgg_path: Optional[str] = None) -> nn.Module:
+def build_lpips(
+    weights: str = "pretrained", vgg_path: Optional[str] = None, setting: str = "perceptual.vgg_path"
+) -> nn.Module:
     """LPIPS 0.1 on VGG16 (arXiv 1801.03924) from the lpips package, frozen, in eval mode.
 
     It is called on two batches (B, 3, H, W) in [-1, 1] and gives (B, 1, 1, 1). The linear heads come with the package.
@@ -91,6 +93,7 @@ def build_lpips(weights: str = "pretrained", vgg_path: Optional[str] = None) -> 
     Args:
         weights: "pretrained" (torchvision's VGG16, from `vgg_path` or torch.hub's folder, else downloaded) or "random".
         vgg_path: local copy of torchvision's vgg16-397923af.pth.
+        setting: name of the setting that gave `vgg_path`, for errors.
 
     Raises:
         OSError: the weights cannot be had; the message names file and setting.
@@ -99,8 +102,8 @@ def build_lpips(weights: str = "pretrained", vgg_path: Optional[str] = None) -> 
     if weights == "random":
         file, state = None, random_vgg16_state()
     else:
-        file = Path(vgg_path) if vgg_path is not None else _pretrained_vgg16_file()
-        state = read_tensors(file, "perceptual.vgg_path")
+        file = Path(vgg_path) if vgg_path is not None else _pretrained_vgg16_file(setting)
+        state = read_tensors(file, setting)
     with warnings.catch_warnings():  # lpips still passes torchvision's old `pretrained` argument
         warnings.simplefilter("ignore", UserWarning)
         model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
@@ -108,7 +111,7 @@ def build_lpips(weights: str = "pretrained", vgg_path: Optional[str] = None) -> 
     try:
         model.net.load_state_dict({name: state[f"features.{i}.{kind}"] for name, (i, kind) in own.items()})
     except (KeyError, RuntimeError) as error:
-        raise ValueError(f"perceptual.vgg_path: {file} is not torchvision's VGG16 ({error})") from None
+        raise ValueError(f"{setting}: {file} is not torchvision's VGG16 ({error})") from None
     return model.requires_grad_(False).eval()
 
 

@@ -4,6 +4,7 @@ Both sides are 8-bit images, each image counts once, and pairs stay aligned, wha
 """
 
 import logging
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Optional
@@ -105,13 +106,16 @@ def evaluate_reconstructions(
         rounding: of reconstructions to 8 bit, see `to_8bit`.
         on_batch: called with index and both sides, uint8 (B, 3, H, W), of each of this process's batches.
 
+    Returns:
+        Evaluation; values of a reconstruction that is not finite are nan, and so are then all distances.
+
     Raises:
         DataError: no image could be read.
     """
     device = accelerator.device
     fake = [metric.new_moments(device) for metric in frechet]
     real = [metric.new_moments(device) if metric.reference is None else None for metric in frechet]
-    index, values, unreadable = [], {name: [] for name in names}, 0
+    index, values, broken, unreadable = [], {name: [] for name in names}, [], 0
     for batch in loader:
         on_unreadable(batch["unreadable"])
         unreadable += len(batch["unreadable"])
@@ -119,9 +123,12 @@ def evaluate_reconstructions(
             continue
         images = batch["pixels"].to(device, non_blocking=True)
         pixels = images.float() / 255
-        reconstructions = to_8bit(reconstruct(pixels, batch["index"]), rounding)
+        output = reconstruct(pixels, batch["index"])
+        finite = output.isfinite().flatten(1).all(1)  # an 8-bit image would hide what is not
+        reconstructions = to_8bit(output, rounding)
         for name, value in image_metrics(pixels, reconstructions.float() / 255, names, perceptual).items():
-            values[name].append(value)
+            values[name].append(value.where(finite, torch.nan))
+        broken.append(~finite)
         for metric, fake_moments, real_moments in zip(frechet, fake, real, strict=True):
             fake_moments.update(metric.features(reconstructions))
             if real_moments is not None:
@@ -129,9 +136,9 @@ def evaluate_reconstructions(
         index.append(batch["index"])
         on_batch(batch["index"], images, reconstructions)
 
-    mine = torch.zeros(len(names) + 1, 0, dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
+    mine = torch.zeros(len(names) + 2, 0, dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
     if index:
-        rows = [torch.cat(index), *(torch.cat(values[name]) for name in names)]
+        rows = [torch.cat(index), *(torch.cat(values[name]) for name in names), torch.cat(broken)]
         mine = torch.stack([row.cpu().double() for row in rows])
     gathered = gather_object([(mine, unreadable)])
     everyone = torch.cat([rows for rows, _ in gathered], dim=1)
@@ -148,5 +155,6 @@ def evaluate_reconstructions(
                 write_cache(metric)
         if accelerator.is_main_process:
             warn_of_numbers(metric, fake_moments.count)
-        distances[metric.name] = distance(fake_moments, metric, accelerator)
-    return Evaluation(everyone[0].long(), dict(zip(names, everyone[1:], strict=True)), distances)
+        finite = not everyone[-1].any()
+        distances[metric.name] = distance(fake_moments, metric, accelerator) if finite else math.nan
+    return Evaluation(everyone[0].long(), dict(zip(names, everyone[1:-1], strict=True)), distances)

@@ -13,9 +13,13 @@ latents from several blocks are RAEv2's (arXiv 2605.18324).
 """
 
 import inspect
+import json
 import math
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Optional, Union
 
 import torch
@@ -33,11 +37,13 @@ from transformers.activations import ACT2FN
 from transformers.image_processing_base import ImageProcessingMixin
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
-from transformers.utils import ModelOutput
+from transformers.utils import ModelOutput, cached_file
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LATENT_VAR_EPS = 1e-5  # added to the variance, as the published code does
+HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download")  # of from_pretrained: for the encoder too
+BLOCK_OUTPUTS_LOCK = threading.Lock()  # of the module: a model with a lock of its own cannot be copied or pickled
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -280,6 +286,13 @@ class RAEConfig(PreTrainedConfig):
         super().__init__(**kwargs)
 
     @classmethod
+    def from_dict(cls, config_dict: dict, **kwargs) -> "RAEConfig":
+        """As in transformers, but raises ValueError when the config is another model's."""
+        if config_dict.get("model_type") != cls.model_type:
+            raise ValueError(f"expected a config of model_type {cls.model_type}, got {config_dict.get('model_type')}")
+        return super().from_dict(config_dict, **kwargs)
+
+    @classmethod
     def from_encoder(cls, encoder_id: str, revision: Optional[str] = None, **config) -> "RAEConfig":
         """The config of an RAE around a published encoder, from that encoder's own config and image processor.
 
@@ -292,7 +305,7 @@ class RAEConfig(PreTrainedConfig):
             OSError: a file cannot be had.
             ValueError: unknown family, sizes that do not fit, or a processor without mean and std.
         """
-        encoder_config = AutoConfig.from_pretrained(encoder_id, revision=revision)
+        encoder_config = AutoConfig.from_pretrained(encoder_id, revision=revision, trust_remote_code=False)
         processor, _ = ImageProcessingMixin.get_image_processor_dict(encoder_id, revision=revision)
         if not {"image_mean", "image_std"} <= processor.keys():
             raise ValueError(f"{encoder_id}: its preprocessor_config.json has no image_mean and image_std")
@@ -489,6 +502,35 @@ class RAEDecoder(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@contextmanager
+def _damaged_files_named(source: str, place: dict) -> Iterator[None]:
+    """Turn an error of loading the model `source` into a ValueError that names the damaged weights file, where there is
+    one; `place`: further arguments of transformers' cached_file."""
+    try:
+        yield
+    except Exception as error:  # of any class: a bad index ends in AttributeError, KeyError, ...
+        with suppress(OSError):  # no such model, or it is not in the cache
+            config = cached_file(source, "config.json", **{**place, "local_files_only": True, "force_download": False})
+            for file in sorted(Path(config).parent.glob("model*.safetensors*")):
+                if reason := _damage(file):
+                    raise ValueError(f"{file} is damaged or incomplete: {reason}") from error
+        raise
+
+
+def _damage(file: Path) -> Optional[str]:
+    """What is wrong with a safetensors file or an index of such files; None: nothing."""
+    from safetensors import SafetensorError, safe_open  # transformers needs it too
+
+    try:
+        if file.suffix == ".safetensors":
+            with safe_open(file, "pt"):  # compares the header with the file's size
+                return None
+        json.loads(file.read_text())["weight_map"].values()  # an error for anything that is no index
+    except (SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        return f"{type(error).__name__} {error}"
+    return None
+
+
 @dataclass
 class RAEEncoderOutput(ModelOutput):
     """`latent`: (B, C, h, w), normalised when the model has statistics."""
@@ -543,7 +585,11 @@ class RAEModel(RAEPreTrainedModel):
 
     def __init__(self, config: RAEConfig):
         super().__init__(config)
-        self.encoder = AutoModel.from_config(config.encoder_config, **_encoder_options(config.encoder_config))
+        self.encoder = AutoModel.from_config(
+            config.encoder_config,
+            dtype=torch.get_default_dtype(),  # not the one that the encoder was published in: the decoder's
+            **_encoder_options(config.encoder_config),
+        )
         # Hooks of the model's own, set once: what output_hidden_states gives differs between transformers releases and
         # keeps every block's output; hooks that came and went with each call would be missed by a compiled encoder.
         # Bound methods, so that a deep copy of the model fills its own list.
@@ -590,20 +636,36 @@ class RAEModel(RAEPreTrainedModel):
         model.load_encoder()
         return model
 
-    def load_encoder(self) -> None:
-        """Load the encoder's weights from `config.encoder_id`. Raises OSError when it cannot be had and ValueError when
-        weights are missing."""
+    def load_encoder(self, **hub) -> None:
+        """Load the encoder's weights from `config.encoder_id`; `hub`: from_pretrained's HUB_ARGUMENTS. Raises OSError
+        when it cannot be had and ValueError when weights are missing, a file is damaged, or the model is offloaded."""
         config = self.config
-        encoder_config = vision_config(AutoConfig.from_pretrained(config.encoder_id, revision=config.encoder_revision))
-        encoder, info = AutoModel.from_pretrained(
-            config.encoder_id,
-            revision=config.encoder_revision,
-            config=encoder_config,
-            dtype=self.dtype,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are reported, and refused below
-            **_encoder_options(encoder_config),
-        )
+        if any(parameter.is_meta for parameter in self.encoder.parameters()):
+            raise ValueError(
+                f"the weights of the encoder {config.encoder_id} have no place to be loaded to: they are offloaded or "
+                "on the meta device; load the RAE onto a device, or save it with the encoder in its file"
+            )
+        source = {"revision": config.encoder_revision, **hub}
+        try:
+            with _damaged_files_named(config.encoder_id, source):
+                encoder_config = AutoConfig.from_pretrained(config.encoder_id, trust_remote_code=False, **source)
+                encoder_config = vision_config(encoder_config)
+                encoder, info = AutoModel.from_pretrained(
+                    config.encoder_id,
+                    config=encoder_config,
+                    dtype=self.dtype,
+                    output_loading_info=True,
+                    ignore_mismatched_sizes=True,  # they are reported, and refused below
+                    trust_remote_code=False,
+                    **source,
+                    **_encoder_options(encoder_config),
+                )
+        except OSError as error:
+            access = "ask for access on its page and run `hf auth login`, or " if "gated" in str(error) else ""
+            raise OSError(
+                f"the encoder {config.encoder_id} cannot be had ({str(error).strip().splitlines()[0]}); "
+                f"{access}set encoder_id in config.json to a local copy"
+            ) from error
         for name, *shapes in sorted(info["mismatched_keys"]):
             raise ValueError(
                 f"encoder {config.encoder_id}: '{name}' has shape {shapes[0]}, its config says {shapes[1]}"
@@ -618,9 +680,15 @@ class RAEModel(RAEPreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, output_loading_info: bool = False, **kwargs):
-        """As in transformers, but strict: a missing or unexpected key raises ValueError. A folder without the encoder
-        (`encoder_bundled` false in its config) fetches it from the recorded id and revision."""
-        model, info = super().from_pretrained(pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs)
+        """As in transformers, but strict: a missing or unexpected key, and a damaged file, raise ValueError. A folder
+        without the encoder (`encoder_bundled` false in its config) fetches it from the recorded id and revision, with
+        the same HUB_ARGUMENTS."""
+        hub = {name: kwargs[name] for name in HUB_ARGUMENTS if name in kwargs}
+        place = {**hub, **{name: kwargs[name] for name in ("revision", "subfolder") if kwargs.get(name)}}
+        with _damaged_files_named(pretrained_model_name_or_path, place):
+            model, info = super().from_pretrained(
+                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            )
         for kind in ("missing_keys", "unexpected_keys"):
             if info[kind]:
                 first = sorted(info[kind])[0]
@@ -629,7 +697,7 @@ class RAEModel(RAEPreTrainedModel):
                     f"the first is '{first}'; this is not the RAE that its config.json describes"
                 )
         if not model.config.encoder_bundled:
-            model.load_encoder()
+            model.load_encoder(**hub)
         model._freeze()  # some transformers releases load into new, trainable parameters
         return (model, info) if output_loading_info else model
 
@@ -672,8 +740,11 @@ class RAEModel(RAEPreTrainedModel):
         self.latent_mean.copy_(mean)
         self.latent_var.copy_(var)
 
-    def _latent_std(self) -> torch.Tensor:
-        return (self.latent_var.float() + LATENT_VAR_EPS).sqrt()
+    def _latent_mean_and_std(self, device: torch.device) -> tuple:
+        """(C, h, w) float32 each, on the latents' device, which is another than the buffers' when a device map spreads
+        the model."""
+        mean, var = (buffer.to(device, torch.float32) for buffer in (self.latent_mean, self.latent_var))
+        return mean, (var + LATENT_VAR_EPS).sqrt()
 
     def _image_mean_and_std(self, like: torch.Tensor) -> tuple:
         key = (like.device, like.dtype)
@@ -718,7 +789,8 @@ class RAEModel(RAEPreTrainedModel):
         latent = tokens.transpose(1, 2).contiguous()  # (B, C, N)
         latent = latent.unflatten(2, (config.latent_size, config.latent_size))  # (B, C, h, w)
         if config.use_latent_stats and normalize:
-            latent = ((latent.float() - self.latent_mean.float()) / self._latent_std()).to(latent.dtype)
+            mean, std = self._latent_mean_and_std(latent.device)
+            latent = ((latent.float() - mean) / std).to(latent.dtype)
         if self.training if add_noise is None else add_noise:
             latent = self.add_noise(latent, generator)
         return RAEEncoderOutput(latent=latent)
@@ -729,15 +801,20 @@ class RAEModel(RAEPreTrainedModel):
         config, family = self.config, self.config.encoder_family()
         prefix, patches = family.prefix_tokens(config.encoder_config), config.latent_size**2
         options = {"interpolate_pos_encoding": True} if self._interpolates else {}
-        self._block_outputs.clear()
-        last = self.encoder(pixel_values, **options, **family.call_kwargs(pixel_values, patches)).last_hidden_state
+        options |= family.call_kwargs(pixel_values, patches)
+        pixel_values = pixel_values.to(self.encoder.dtype)  # most encoders do so themselves, not all
+        shared = len(config.encoder_layers or ()) > 1 and not torch.compiler.is_compiling()
+        with BLOCK_OUTPUTS_LOCK if shared else nullcontext():  # threads share the list
+            self._block_outputs.clear()
+            last = self.encoder(pixel_values, **options).last_hidden_state
+            outputs = list(self._block_outputs)
+            self._block_outputs.clear()
         if last.shape[1:] != (prefix + patches, config.latent_channels):
             raise ValueError(
                 f"{type(self.encoder).__name__} returned {tuple(last.shape)}, expected (B, {prefix + patches}, "
                 f"{config.latent_channels}): {prefix} prefix tokens (encoder_prefix_tokens) and {patches} patches"
             )
-        chosen = [self.encoder_norm(hidden.to(last.device)) for hidden in self._block_outputs]  # (B, prefix + N, C)
-        self._block_outputs.clear()
+        chosen = [self.encoder_norm(hidden.to(last.device)) for hidden in outputs]  # (B, prefix + N, C)
         chosen.append(last if family.norm_in_forward else self.encoder_norm(last))
         tokens = torch.stack([hidden[:, prefix:] for hidden in chosen])  # (K, B, N, C)
         mean = tokens.mean(dim=0)
@@ -756,7 +833,7 @@ class RAEModel(RAEPreTrainedModel):
         sigma = self.config.noise_tau * torch.rand(latent.shape[0], 1, 1, 1, **options)
         noise = sigma * torch.randn(latent.shape, **options)
         if self.config.use_latent_stats:
-            noise = noise / self._latent_std()
+            noise = noise / self._latent_mean_and_std(latent.device)[1]
         return latent + noise.to(latent.dtype)
 
     def decode(self, latent: torch.Tensor, return_last_layer: bool = False) -> RAEDecoderOutput:
@@ -772,7 +849,8 @@ class RAEModel(RAEPreTrainedModel):
                     f"latent grid {tuple(latent.shape[2:])} differs from the grid {tuple(self.latent_mean.shape[1:])} "
                     "of the model's statistics"
                 )
-            latent = (latent.float() * self._latent_std() + self.latent_mean.float()).to(latent.dtype)
+            mean, std = self._latent_mean_and_std(latent.device)
+            latent = (latent.float() * std + mean).to(latent.dtype)
         hidden = self.decoder(latent)  # (B, 1 + N, D)
         patches = self.decoder.decoder_pred(hidden)  # (B, 1 + N, p*p*3)
         sample = self.patches_to_pixels(patches)

@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from data import DataError
@@ -58,7 +59,7 @@ def blame(key: str, source: Optional[str] = None) -> Iterator[None]:
         yield
     except ConfigError:
         raise  # names its setting already
-    except (ValueError, OSError, ImportError, StrictDataclassError) as error:
+    except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
         message = str(error)
         if message.startswith((key.split(".")[0] + ".", f"{key}:")):
             raise ConfigError(message) from error  # names its setting already
@@ -81,13 +82,34 @@ def alone(accelerator: Accelerator) -> Iterator[None]:
         raise RunError(message, code=2, everywhere=True) from error
 
 
+def cores_of_process(accelerator: Accelerator) -> int:
+    """This process's share of the machine's cores."""
+    local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return max(1, cores // local_processes)
+
+
 def share_cores(accelerator: Accelerator, threads: Optional[int] = None) -> None:
     """On a CPU, give this process `threads` threads; none: its share of the machine's cores. (accelerate launch leaves
     one thread.)"""
     if accelerator.device.type == "cpu":
-        local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        torch.set_num_threads(threads or max(1, cores // local_processes))
+        torch.set_num_threads(threads or cores_of_process(accelerator))
+
+
+def make_folder(path: str, key: str) -> Path:
+    """Create a folder. Raises ConfigError, about the setting `key`, when that cannot be done."""
+    with blame(key):
+        folder = Path(path).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_output_file(path: Optional[str], key: str) -> None:
+    """Raise ConfigError, about the setting `key`, unless a file can be written to `path`; none is nothing to write."""
+    if path is not None and Path(path).is_dir():
+        raise ConfigError(f"{key}: {path} is a folder, expected a file")
+    if path is not None:
+        make_folder(str(Path(path).absolute().parent), key)
 
 
 def quiet_transformers() -> None:
@@ -113,5 +135,12 @@ def save_results(path: Path, results: dict) -> None:
     results = {**results, "versions": {name: version(name) for name in packages}, "git_revision": git_revision()}
     if shutil.which("git") is None:  # evaluate.save asks it for the working directory's commit
         path.write_text(json.dumps(results))
-    else:
-        evaluate.save(path, **results)
+        return
+    with open(os.devnull, "w") as null:  # git says on stderr that the working directory is no checkout
+        stderr = os.dup(2)
+        os.dup2(null.fileno(), 2)
+        try:
+            evaluate.save(path, **results)
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)

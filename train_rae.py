@@ -70,7 +70,7 @@ from data import (
 from discriminator import DiffAug, DinoDiscriminator, load_backbone
 from ema import EMA
 from frechet import FID_MODES, FrechetMetric, encoder_metric, inception_metrics, use_cache
-from hub import Publisher, check_access, check_encoder_left_out, check_target, image_processor_json
+from hub import Publisher, check_access, check_encoder_left_out, check_target, image_processor_json, push_command
 from losses import DISCRIMINATOR_LOSSES, build_lpips, generator_gradient, to_discriminator_range
 from metrics import HIGHER_IS_BETTER, IMAGE_METRICS, evaluate_reconstructions, quantize
 from modeling_rae import RAEConfig, RAEModel, encoder_family, vision_config
@@ -480,13 +480,12 @@ def discriminator_step(run: Run, batches: list, latents: list, generators: list,
 
 
 def encoder_distance(run: Run) -> FrechetMetric:
-    """rfdd of the run's own encoder."""
+    """rfdd of the run's own encoder, in float32 as eval_rfid.py measures it."""
 
     def tokens(pixels: torch.Tensor) -> torch.Tensor:
-        with run.accelerator.autocast():
-            return run.model.encode(pixels, add_noise=False, normalize=False).latent
+        return run.model.encode(pixels, add_noise=False, normalize=False).latent
 
-    return encoder_metric(tokens, run.model.encoder, run.model.config.latent_channels, run.accelerator)
+    return encoder_metric(tokens, run.model, run.model.config.latent_channels, run.accelerator)
 
 
 def reconstruct(run: Run, pixels: torch.Tensor) -> torch.Tensor:
@@ -573,7 +572,7 @@ class Reporter:
         best_of = f"{metric} of {values['num_samples']} images"
         if self.state.best_of != best_of:  # a continued run may be evaluated otherwise
             self.state.best, self.state.best_of = None, best_of
-        if self.state.best is None or sign * value > sign * self.state.best:
+        if math.isfinite(value) and (self.state.best is None or sign * value > sign * self.state.best):
             self.state.best = value
             self.export("best")
 
@@ -614,8 +613,6 @@ class Reporter:
             tell(self.run, f"step {self.state.step}: not uploaded, the upload before is still on its way")
             return
         name = f"hub/step-{self.state.step:08d}"
-        if publisher is not None:
-            shutil.rmtree(self.run_dir / "hub", ignore_errors=True)  # of the upload before
         self.export(name)
         if publisher is not None:
             publisher.push(self.run_dir / name)
@@ -820,6 +817,8 @@ def main() -> None:
         if accelerator.is_main_process:
             done = checkpoint_step(saved[-1])
             print(f"{run_dir} is finished: {done} of {total_steps} steps, model in {run_dir / 'final'}")
+            if config.hub.push:
+                print(f"to upload it: {push_command(config.hub, run_dir / 'final')}")
         return
 
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None

@@ -48,19 +48,11 @@ from config import ImagesConfig, check_rules, parse, parse_config, require
 from data import DataError, ImageSource, UnreadableLog, chosen_images, eval_loader, load_splits
 from modeling_rae import LATENT_VAR_EPS, RAEModel
 from moments import Moments
-from runtime import ConfigError, RunError, alone, blame, quiet_transformers, run_main, share_cores
+from runtime import ConfigError, RunError, alone, blame, check_output_file, quiet_transformers, run_main, share_cores
 
 CHECK_IMAGES = 256
 # An entry's mean over that many images is off by 1/16 on average.
 MAX_CHECK_MEAN, CHECK_STD_RANGE = 0.25, (0.5, 2.0)
-
-
-@dataclass
-class StatsImagesConfig(ImagesConfig):
-    """The images, as in the training run. See data.py."""
-
-    path: str = ""
-    """Folder or Hub id, as in training; to be given, so that no model gets the statistics of another data set."""
 
 
 @dataclass
@@ -71,7 +63,7 @@ class LatentStatsConfig:
     """Folder or Hub id of an RAE."""
     train_config: tuple[str, ...] = ()
     """Instead of a model: YAML files of a training run, later ones win."""
-    data: StatsImagesConfig = field(default_factory=StatsImagesConfig)
+    data: ImagesConfig = field(default_factory=ImagesConfig)
     """The images, as in the training run; statistics are those of the training split."""
     output: Optional[str] = None
     """New folder for the model with its statistics; none: they go into the model's own folder."""
@@ -108,6 +100,7 @@ def check(config: LatentStatsConfig) -> None:
         free = not output.exists() or (output.is_dir() and not any(output.iterdir()))
         inside = output.is_relative_to(Path(config.model).resolve())
         require(free and not inside, "output", "a new folder outside of the model", config.output)
+    check_output_file(config.json, "json")
     if config.stats_file is not None:
         known = Path(config.stats_file).suffix in (".safetensors", ".pt")
         require(known, "stats_file", "a name that ends in .safetensors or .pt", config.stats_file)

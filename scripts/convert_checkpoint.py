@@ -15,7 +15,8 @@
         the conversion; --force converts the rest.
 
     python scripts/convert_checkpoint.py --from rae --to published --input runs/dinov2_b/final --output published
-        Writes model.pt and, for a model with latent statistics, stat.pt.
+        Writes model.pt and, for a model with latent statistics, stat.pt. What the published code fixes otherwise (the
+        decoder's activation, ...) is named and stops the conversion, as above.
 
 Any two different sides can be combined. Weights are written in float32. The result is written beside --output, loaded
 from there and compared with the source: tensor by tensor, and on two photographs and a noise image where both sides can
@@ -43,12 +44,15 @@ import transformers
 from PIL import Image
 from safetensors.torch import save_file
 from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.utils import IMAGE_PROCESSOR_NAME
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root
 from autoencoders import RAE, Autoencoder, DiffusersRAE, load_autoencoder
 from checkpointing import read_latent_stats, read_saved, read_tensors, write_folder
 from data import center_crop
+from hub import image_processor_json
 from modeling_rae import (
+    ENCODER_FAMILIES,
     IMAGENET_MEAN,
     IMAGENET_STD,
     LATENT_VAR_EPS,
@@ -58,7 +62,7 @@ from modeling_rae import (
     encoder_family,
     sincos_position_table,
 )
-from runtime import ConfigError, RunError, blame, fail, quiet_transformers, run_main
+from runtime import ConfigError, RunError, blame, check_output_file, fail, quiet_transformers, run_main
 
 TOLERANCE = 1e-4  # largest difference of a conversion that counts as right
 TABLE_TOLERANCE = 1e-5  # position tables that are closer are the same one: a step of training moves a table further
@@ -116,6 +120,8 @@ def main(argv: Optional[list] = None) -> None:
     source = READERS[args.source](args)
     if args.target == "diffusers":
         source.differences += diffusers_differences(source.model)
+    if args.target == "published":
+        source.differences += published_differences(source.model)
     if source.differences and not args.force:
         reasons = "; ".join(text for _, text in source.differences)
         raise ConfigError(f"--to {args.target}: {reasons}; --force converts nevertheless")
@@ -179,13 +185,14 @@ def check_arguments(args: argparse.Namespace) -> None:
         if value is not None and value <= 0:
             raise ConfigError(f"--{name}: expected a positive number, got {value}")
     check_output(args)
-    if args.json is not None and not args.json.absolute().parent.is_dir():
-        raise ConfigError(f"--json: folder {args.json.parent} does not exist")
+    check_output_file(args.json, "--json")
 
 
 def check_output(args: argparse.Namespace) -> None:
     """Raise ConfigError unless --output is free, or --overwrite was given and may replace it."""
     output = args.output
+    if above := next((path for path in output.absolute().parents if path.exists() and not path.is_dir()), None):
+        raise ConfigError(f"--output: {above} is a file, expected a folder")
     if not os.access(existing_parent(output), os.W_OK):
         raise ConfigError(f"--output: {existing_parent(output)} cannot be written to")
     if not output.exists() or output.is_dir() and not any(output.iterdir()):
@@ -299,18 +306,24 @@ def training_weights(held: dict, args: argparse.Namespace) -> dict:
     part = {"ema": "ema", "raw": "model"}[args.weights or "ema"]
     if not isinstance(held.get(part), dict):
         raise ConfigError(f"--weights: {args.input} has no '{part}', it has {', '.join(sorted(map(str, held)))}")
+    for name in held[part]:
+        if not isinstance(name, str):
+            raise ConfigError(f"--input: '{part}' of {args.input} has the key {name!r}, expected names of tensors")
     return {name.removeprefix("module.").replace("_orig_mod.", ""): tensor for name, tensor in held[part].items()}
 
 
 def check_encoder(tensors: dict, model: RAEModel, encoder: str) -> list:
-    """Raise ConfigError when the training checkpoint's own copy of the encoder is another one. transformers releases
-    differ in the names of some tensors: those with the same name are compared. Returns a note when there are none."""
+    """Raise ConfigError when the training checkpoint's own copy of the encoder is another one, in the checkpoint's
+    precision. transformers releases differ in the names of some tensors: those with the same name are compared. Returns
+    a note when there are none."""
     known = model.encoder.state_dict()
     # below `encoder.` comes the published wrapper's name for the transformers model
     named = {name.split(".", 2)[-1]: tensor for name, tensor in tensors.items()}
     common = sorted(named.keys() & known.keys())
     for name in common:
-        if not torch.equal(named[name], known[name]):
+        if not isinstance(named[name], torch.Tensor):
+            raise ConfigError(f"--input: '{name}' of the checkpoint's encoder is no tensor")
+        if not torch.equal(named[name], known[name].to(named[name].dtype)):
             raise ConfigError(f"--encoder: '{name}' of {encoder} differs from the encoder's in the checkpoint")
     return [] if common else ["the checkpoint's copy of the encoder has other names: it was not compared"]
 
@@ -330,7 +343,7 @@ def published_config(tensors: dict, args: argparse.Namespace) -> RAEConfig:
         pixels, _ = shapes["decoder_pred.weight"]
     except ValueError as error:
         raise ConfigError(f"--input: {what} has tensors of other ranks than a ViT decoder ({error})") from error
-    sizes["decoder_patch_size"], grid = math.isqrt(pixels // 3), math.isqrt(positions - 1)
+    sizes["decoder_patch_size"], grid = math.isqrt(pixels // 3), math.isqrt(max(positions - 1, 0))
     if 3 * sizes["decoder_patch_size"] ** 2 != pixels or grid**2 != positions - 1:
         raise ConfigError(
             f"--input: {what} makes {pixels} values of each of {positions - 1} tokens, expected 3*p*p of h*h"
@@ -648,6 +661,24 @@ def table_kind(table: torch.Tensor) -> str:
 
 def write_rae(model: RAEModel, folder: Path) -> None:
     model.save_pretrained(folder)
+    (folder / IMAGE_PROCESSOR_NAME).write_text(image_processor_json(model.config.image_size))
+
+
+def published_differences(model: RAEModel) -> list:
+    """What the published code would do otherwise than `model`, as in Source: settings that neither its files nor
+    `reading_flags` hold. The comparison does not see them: it runs `model` with the written weights."""
+    config, encoder = model.config, model.config.encoder_config
+    family, standard = config.encoder_family(), ENCODER_FAMILIES.get(encoder.model_type)
+    differences = [
+        f"{name} is {getattr(config, name)}, in the published code {fixed}"
+        for name, fixed in (("decoder_hidden_act", "gelu"), ("decoder_layer_norm_eps", 1e-12), ("scaling_factor", 1))
+        if getattr(config, name) != fixed
+    ]
+    if standard is None or family.final_norm != standard.final_norm:
+        differences.append(f"encoder_final_norm is {family.final_norm}")
+    if standard is None or family.prefix_tokens(encoder) != standard.prefix_tokens(encoder):
+        differences.append(f"encoder_prefix_tokens is {family.prefix_tokens(encoder)}")
+    return [("", text) for text in differences]
 
 
 def write_published(model: RAEModel, folder: Path) -> None:
@@ -892,6 +923,8 @@ def describe(args: argparse.Namespace, source: Source) -> dict:
 def reading_flags(config: RAEConfig) -> list:
     """The flags with which this script reads the published form of an RAE: what its files do not hold."""
     flags = ["--encoder", config.encoder_id or "ENCODER", "--encoder_input_size", str(config.encoder_input_size)]
+    if config.encoder_revision is not None:
+        flags += ["--encoder_revision", config.encoder_revision]
     flags += ["--decoder_num_attention_heads", str(config.decoder_num_attention_heads)]
     if config.encoder_layers is not None:
         flags += ["--encoder_layers", *map(str, config.encoder_layers)]

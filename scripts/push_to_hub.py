@@ -20,11 +20,13 @@ the upload failed on the way, and the same command may succeed later.
 
 import json
 import os
+import re
 import shutil
 import signal
 import sys
 import tempfile
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, Optional
 
@@ -52,6 +54,8 @@ from modeling_rae import RAEConfig, RAEModel
 from runtime import ConfigError, blame, quiet_transformers, run_main
 
 MODELING_FILE = "modeling_rae.py"
+# what save_pretrained writes weights to: an earlier upload's are deleted, all other files are somebody's own
+WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 CARD = "README.md"
 PICTURE = "reconstructions.png"
 METRIC_NAMES = {
@@ -139,11 +143,15 @@ def weight_files(folder: Path) -> tuple[list, set]:
     try:
         if index.exists() and not (folder / SAFE_WEIGHTS_NAME).exists():
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+            if any(Path(name).name != name for name in names):
+                raise ValueError(f"{SAFE_WEIGHTS_INDEX_NAME} names files of other folders")
         for name in names:
             with safe_open(folder / name, "pt") as file:  # reads the header alone
                 keys |= set(file.keys())
-    except (OSError, SafetensorError, ValueError, LookupError) as error:
-        raise ConfigError(f"model: the weights in {folder} ({', '.join(names)}) cannot be read: {error}") from error
+    except (OSError, SafetensorError, ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"model: the weights in {folder} ({', '.join(map(str, names))}) cannot be read: {error}"
+        ) from error
     return names if names == [SAFE_WEIGHTS_NAME] else [*names, SAFE_WEIGHTS_INDEX_NAME], keys
 
 
@@ -206,18 +214,25 @@ def figures_of_results(file: Path, model: Path) -> Figures:
 
 
 def figures_of_run(run_dir: Path, settings: dict, model: Path) -> Optional[Figures]:
-    """The figures of a run's own evaluation: of the step that `model` is of. None where there are none."""
+    """The figures of a run's own evaluation: of the step that `model` is of. None where that was not evaluated.
+
+    best/ is the best since eval.best_metric or the number of images last changed: a line before that has another
+    number of images, or does not have the metric.
+    """
     lines = MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()
     lines = [line for line in lines if line["kind"] == "eval" and line["model"] == "ema"]
     if model.parent.name == "hub":
-        lines = [line for line in lines if line["step"] <= checkpoint_step(model)]
+        lines = [line for line in lines if line["step"] == checkpoint_step(model)]
     if not lines:
         return None
     line, metric = lines[-1], settings["eval"]["best_metric"]
     if model.name == "best":
         sign = 1 if HIGHER_IS_BETTER[metric] else -1
-        comparable = [row for row in lines if row["num_samples"] == line["num_samples"] and row.get(metric) is not None]
-        line = max(comparable, key=lambda row: sign * row[metric], default=line)  # the first of equal ones
+        same = takewhile(lambda row: metric in row and row["num_samples"] == line["num_samples"], reversed(lines))
+        comparable = [row for row in reversed([*same]) if row[metric] is not None]
+        if not comparable:
+            return None
+        line = max(comparable, key=lambda row: sign * row[metric])  # the first of equal ones
     return Figures(
         values=measured(line, settings["perceptual"]["weights"]),
         data=settings["data"]["path"],
@@ -394,7 +409,7 @@ def push(settings: PushConfig, model: Path, temporary: Path) -> None:
         print(f"{table(files)}\nnot uploaded: {target} has what would go to {settings.repo_id}")
         return
     there = open_repository(settings.repo_id, settings.private, "private", settings.retries)
-    stale = [name for name in there if name.startswith("model") and ".safetensors" in name and name not in files]
+    stale = [name for name in there if WEIGHT_FILES.fullmatch(name) and name not in files]
     address = upload(settings.repo_id, files, stale, f"Upload {'/'.join(model.parts[-2:])}", settings.retries)
     print(f"{table(files)}\nuploaded to {settings.repo_id}: {address}")
 

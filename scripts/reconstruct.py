@@ -58,7 +58,16 @@ from data import (
 )
 from metrics import image_metrics, to_8bit
 from pictures import reconstruction_grid
-from runtime import ConfigError, RunError, alone, blame, quiet_transformers, run_main, share_cores
+from runtime import (
+    ConfigError,
+    RunError,
+    alone,
+    check_output_file,
+    make_folder,
+    quiet_transformers,
+    run_main,
+    share_cores,
+)
 
 DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
 GREY = 128  # value of the padding
@@ -208,12 +217,8 @@ def build_loader(images: SquareImages, config: ReconstructConfig, accelerator: A
 
 def picture_size(config: ReconstructConfig, autoencoder: Autoencoder) -> int:
     """Side in pixels of what the autoencoder is given. Raises ConfigError when --image_size does not fit."""
-    size, asked = autoencoder.image_size, config.image_size
-    if size is None:
-        factor = 2 ** (len(autoencoder.model.config.block_out_channels) - 1)  # an AutoencoderKL halves between blocks
-        require((asked or factor) % factor == 0, "image_size", f"a multiple of {factor} for {config.model}", asked)
-        return asked or DEFAULT_IMAGE_SIZE
-    require(asked in (None, size), "image_size", f"{size} for {config.model}", asked)
+    size = config.image_size or autoencoder.image_size or DEFAULT_IMAGE_SIZE
+    autoencoder.check_size(size, "image_size")
     return size
 
 
@@ -317,11 +322,8 @@ def main() -> None:
     accelerator = Accelerator()
     share_cores(accelerator)
     source, names = find_inputs(config.input)
-    with blame("output"):
-        (Path(config.output) / "reconstructions").mkdir(parents=True, exist_ok=True)
-    if config.json is not None:
-        with blame("json"):
-            Path(config.json).absolute().parent.mkdir(parents=True, exist_ok=True)
+    make_folder(f"{config.output}/reconstructions", "output")
+    check_output_file(config.json, "json")
     autoencoder = load_autoencoder(config.model)
     images = SquareImages(source, picture_size(config, autoencoder), config.resize)
     autoencoder.to(accelerator.device)

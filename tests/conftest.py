@@ -108,7 +108,6 @@ def tiny_rae(**settings) -> RAEModel:
         decoder_num_attention_heads=2,
         decoder_intermediate_size=64,
         decoder_patch_size=8,
-        noise_tau=0.5,
-        **settings,
+        **{"noise_tau": 0.5, **settings},
     )
     return RAEModel(config)

@@ -1,6 +1,6 @@
 """Folders written with the oldest supported transformers load with the newest, and the other way round.
 
-    make cross-version        (makes .venv-oldest with transformers 5.0.0 on the packages of .venv; 2 minutes)
+    make cross-version        (makes .venv-oldest with transformers 5.0.0 on the packages of .venv; 5 minutes)
 
 For every encoder family a tiny RAE is written by one Python, with the latents and reconstructions that it computes, and
 loaded by the other as a stranger does: AutoModel with trust_remote_code, in an empty directory. Prints a table; exit
@@ -78,7 +78,7 @@ def main() -> int:
             pythons[run(python, "import transformers; print(transformers.__version__)", cwd=folder)] = python
         assert len(pythons) == 2, f"expected two versions of transformers, got {list(pythons)}"
         print(f"{'family':<24}{'written with':>14}{'read with':>12}{'latent':>10}{'sample':>10}")
-        worst = 0.0
+        failed = False
         for family, settings in FAMILIES.items():
             for writer, reader in (list(pythons), list(pythons)[::-1]):
                 place = f"{folder}/{family}-{writer}"
@@ -89,9 +89,10 @@ def main() -> int:
                 except ValueError:
                     latent = sample = float("inf")
                     print(said)
-                worst = max(worst, latent, sample)
+                if not (latent <= 1e-6 and sample <= 1e-6):  # nan included
+                    failed = True
                 print(f"{family:<24}{writer:>14}{reader:>12}{latent:>10.1e}{sample:>10.1e}")
-    return int(worst > 1e-6)
+    return int(failed)
 
 
 if __name__ == "__main__":

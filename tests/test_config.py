@@ -8,7 +8,7 @@ import pytest
 import yaml
 
 import config as config_module
-from config import Config, ConfigError, check_same_config, config_dict, config_yaml, parse_config
+from config import Config, ConfigError, check_same_config, config_dict, config_yaml, join_lists, parse_config
 
 REPO = Path(config_module.__file__).parent
 DIGITS = str(REPO / "configs" / "digits_tiny.yaml")
@@ -362,3 +362,14 @@ def test_a_run_folder_of_another_version(tmp_path):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(tree))
     with pytest.raises(ConfigError, match="gan.surplus is 1 there and None now"):
         check_same_config(config, tmp_path / "config.yaml")
+
+
+def test_lists_on_the_command_line():
+    """Several words, one with `=`, text that looks like something else; a list given twice is a mistake."""
+    assert parse_config(["--eval.metrics", "psnr", "ssim"]).eval.metrics == ("psnr", "ssim")
+    assert parse_config(["--eval.metrics=psnr"]).eval.metrics == ("psnr",)
+    assert parse_config(["--eval.metrics=[psnr,lpips]"]).eval.metrics == ("psnr", "lpips")
+    argv = ["--logging.report_to", "[1].png", "3", "--gan.weight", "0.5"]
+    assert join_lists(Config, argv) == ["--logging.report_to", '["[1].png","3"]', "--gan.weight", "0.5"]
+    with pytest.raises(ConfigError, match="--eval.metrics: expected it once"):
+        join_lists(Config, ["--eval.metrics", "psnr", "--eval.metrics", "ssim"])

@@ -15,6 +15,7 @@ from diffusers.models.autoencoders import autoencoder_rae
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from hub import image_processor_json
 from modeling_rae import RAEConfig, RAEDecoder, RAEModel, sincos_position_table
 from runtime import run_main
 
@@ -70,7 +71,7 @@ def refuse(convert):
     """Runs a conversion that must fail, checks that nothing is left of it, and returns its one line on stderr."""
 
     def call(source, target, path, output, *arguments, code=2):
-        above = next(folder for folder in output.parents if folder.exists())
+        above = next(folder for folder in output.parents if folder.is_dir())
         before = sorted(above.iterdir())
         found, _, message = convert(source, target, path, output, *arguments)
         assert found == code, message
@@ -178,6 +179,7 @@ def test_diffusers_to_rae_and_back(folders, tmp_path, succeed, kind, stats):
     model = RAEModel.from_pretrained(tmp_path / "rae")
     assert_same_model(model, AutoencoderRAE.from_pretrained(folder))
     assert (model.config.use_latent_stats, model.config.train_position_embedding) == (stats, False)
+    assert (tmp_path / "rae" / "preprocessor_config.json").read_text() == image_processor_json(IMAGE)
     report = json.loads((tmp_path / "report.json").read_text())
     assert report["images"]["number"] == 3 and report["tensors"]["different"] == []
     latents = report["images"]["latents"]
@@ -416,6 +418,28 @@ def test_models_that_diffusers_cannot_hold(rae, tmp_path, succeed, refuse):
     assert torch.equal(twin.decoder.decoder_pred.weight, model.decoder.decoder_pred.weight)
 
 
+def test_models_that_the_published_code_cannot_hold(script, rae, tmp_path, succeed, refuse):
+    """Settings that neither the files nor the printed flags hold are named; a revision is among the flags."""
+    changes = {"decoder_hidden_act": "relu", "decoder_layer_norm_eps": 1e-6, "scaling_factor": 0.5}
+    changes |= {"encoder_final_norm": "none", "encoder_revision": "12e4567"}
+    config = RAEConfig.from_pretrained(rae, **changes)
+    model = seeded(lambda: RAEModel(config), 9)
+    model.save_pretrained(tmp_path / "special")
+    message = refuse("rae", "published", tmp_path / "special", tmp_path / "back")
+    for words in (
+        "decoder_hidden_act is relu, in the published code gelu",
+        "decoder_layer_norm_eps is 1e-06, in the published code 1e-12",
+        "scaling_factor is 0.5, in the published code 1",
+        "encoder_final_norm is none",
+        "--force",
+    ):
+        assert words in message, words
+    out = succeed("rae", "published", tmp_path / "special", tmp_path / "back", "--force")
+    assert out.count("\ndiffers ") == 4 and "--encoder_revision 12e4567" in out
+    model.config.encoder_prefix_tokens = 4
+    assert ("", "encoder_prefix_tokens is 4") in script.published_differences(model)
+
+
 @pytest.mark.parametrize(
     "encoder, words",
     [
@@ -598,6 +622,12 @@ def test_training_checkpoint(training, flags, tmp_path, succeed):
     assert_equal_tensors(torch.load(tmp_path / "published/model.pt", weights_only=True), decoder_tensors(2))
 
     saved = torch.load(training, weights_only=True)
+    half = {name: tensor.bfloat16() for name, tensor in saved["ema"].items()}
+    torch.save({"ema": half}, tmp_path / "half.pt")
+    assert "not compared" not in succeed("training", "rae", tmp_path / "half.pt", tmp_path / "half", *flags)
+    decoder = {name: tensor.bfloat16().float() for name, tensor in decoder_tensors(2).items()}
+    assert_equal_tensors(RAEModel.from_pretrained(tmp_path / "half").decoder.state_dict(), decoder)
+
     saved["ema"] = {f"module._orig_mod.{name}": t for name, t in saved["ema"].items() if name.startswith("decoder.")}
     torch.save(saved, training)
     assert "it was not compared" in succeed("training", "rae", training, tmp_path / "wrapped", *flags)
@@ -615,6 +645,13 @@ def test_training_checkpoints_that_do_not_fit(training, published, encoder, flag
     assert "use --from training" in refuse("published", "rae", training, output, *flags)
     assert "use --from published" in refuse("training", "rae", published, output, *flags)
     saved = torch.load(training, weights_only=True)
+    for change, words in (
+        ({3: torch.ones(1)}, "'ema' of {} has the key 3, expected names"),
+        ({f"encoder.encoder.{name}": 1}, f"'{name}' of the checkpoint's encoder is no tensor"),
+    ):
+        torch.save({"ema": {**saved["ema"], **change}}, tmp_path / "bad.pt")
+        message = refuse("training", "rae", tmp_path / "bad.pt", output, *flags)
+        assert words.format(tmp_path / "bad.pt") in message
     del saved["ema"]
     torch.save(saved, training)
     assert "has no 'ema'" in refuse("training", "rae", training, output, *flags)
@@ -639,6 +676,7 @@ def test_published_decoders_that_do_not_fit(encoder, flags, tmp_path, refuse):
     assert "floating-point" in refused({**good, "decoder_norm.bias": torch.ones(24, dtype=torch.int64)})
     assert "floating-point" in refused({**good, "decoder_norm.bias": 1})
     assert "other ranks" in refused({**good, "decoder_pos_embed": torch.ones(257, 24)})
+    assert "of each of -1 tokens" in refused({**good, "decoder_pos_embed": torch.ones(1, 0, 24)})
     assert "makes 13 values of each of 256 tokens" in refused({**good, "decoder_pred.weight": torch.ones(13, 24)})
     assert "gives 64 channels, " in refused({**good, "decoder_embed.weight": torch.ones(24, 48)})
     small = {**good, "decoder_pos_embed": sincos_position_table(24, 4)}
@@ -655,7 +693,12 @@ def test_published_decoders_that_do_not_fit(encoder, flags, tmp_path, refuse):
             "(64, 4, 4), the latents (64, 16, 16)",
         ),
         ({"mean": 0.0, "var": 1.0}, "is a float"),
+        ({**latent_stats(), "mean": torch.zeros(WIDTH, GRID, GRID, dtype=torch.int64)}, "'mean' in {} is torch.int64"),
+        ({**latent_stats(), "var": -latent_stats()["var"]}, "'var' in {} goes down to -1"),
+        ({**latent_stats(), "var": latent_stats()["var"] * torch.nan}, "'var' in {} has values that are not finite"),
+        ({**latent_stats(), "mean": latent_stats()["mean"] / 0}, "'mean' in {} has values that are not finite"),
     ):
+        words = words.format(tmp_path / "stat.pt")
         torch.save(stats, tmp_path / "stat.pt")
         assert words in refused(good, *flags, "--stats", tmp_path / "stat.pt")
     assert "--stats: " in refused(good, *flags, "--stats", tmp_path / "missing.pt")
@@ -732,7 +775,10 @@ def test_command_lines_that_cannot_be(rae, published, tmp_path, flags, refuse):
     assert "--weights: expected nothing" in refuse("published", "rae", published, output, "--weights", "raw", *flags)
     assert "--encoder: expected a Hub id" in refuse("published", "rae", published, output)
     assert "--encoder_input_size" in refuse("published", "rae", published, output, *flags, "--encoder_input_size", 0)
-    assert "--json" in refuse("rae", "published", rae, output, "--json", tmp_path / "no" / "report.json")
+    assert f"--json: {tmp_path} is a folder" in refuse("rae", "published", rae, output, "--json", tmp_path)
+    assert "--json: " in refuse("rae", "published", rae, output, "--json", published / "report.json")
+    for below in ("x", "x/y"):
+        assert f"--output: {published} is a file" in refuse("rae", "published", rae, published / below)
 
 
 def test_output_is_not_replaced_unasked(rae, published, tmp_path, succeed, refuse):

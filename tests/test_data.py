@@ -695,3 +695,26 @@ except data.DataError as error:
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert result.stdout.startswith("0 data.max_unreadable: 4 images in a row cannot be read")
     assert result.returncode == 1 and "data.DataError: data.max_unreadable" in result.stderr
+
+
+def test_fingerprint_follows_the_content(tmp_path):
+    """Of files, of saved data sets and of columns of paths: other content is another fingerprint, reading is not."""
+
+    def save(shade):
+        file = tmp_path / "files" / "a.png"
+        file.parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8 + shade, 8), (shade,) * 3).save(file)
+        rows = datasets.Dataset.from_dict({"image": [{"bytes": None, "path": str(file)}]})
+        rows = rows.cast_column("image", datasets.Image())
+        rows.save_to_disk(tmp_path / "saved")
+        paths = datasets.Dataset.from_dict({"image": [str(file)]})
+        saved = data.ColumnSource(datasets.load_from_disk(str(tmp_path / "saved")), "train")
+        sources = [data.scan_folder(str(file.parent)), saved, data.ColumnSource(paths, "train")]
+        prints = [source.fingerprint() for source in sources]
+        for source in sources:
+            source.load(0)
+        assert prints == [source.fingerprint() for source in sources]
+        return prints
+
+    before, after = save(10), save(20)
+    assert all(one != other for one, other in zip(before, after, strict=True))

@@ -18,10 +18,12 @@ from torch import nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 import eval_rfid
+from autoencoders import latents_digest
 from config import ImagesConfig
 from data import load_split
 from frechet import frechet_distance_of_few, inception_file, inception_metrics
 from metrics import PSNR_CAP, evaluate_reconstructions, to_8bit
+from modeling_rae import RAEModel
 from moments import Moments
 from runtime import run_main
 
@@ -62,8 +64,10 @@ def evaluate(images, model, inception, tmp_path, monkeypatch, one_thread):
             "reference_cache": tmp_path / "cache",
         }
         arguments.update(settings)
-        if arguments["inception_path"] is None:
-            del arguments["inception_path"]
+        unused = {"inception_path"} if arguments["inception_path"] is None else set()
+        if "reference" in arguments:
+            unused.add("reference_cache")
+        arguments = {key: value for key, value in arguments.items() if key not in unused}
         command_line = ["eval_rfid.py", "--model", *map(str, models or [model]), *flags(arguments)]
         monkeypatch.setattr("sys.argv", command_line)
         run_main(eval_rfid.main)
@@ -214,7 +218,7 @@ def test_identical_images(inception, images):
     for i, batch in enumerate(batches):
         batch["index"] = torch.arange(6) + 6 * i
     distances = inception_metrics(["rfid", "rfid_clean"], str(inception), "inception_path", accelerator)
-    small = eval_rfid.encoder_metric(lambda pixels: pixels, nn.Linear(1, 1), 3, accelerator)  # mean colours
+    small = eval_rfid.encoder_metric(lambda pixels: pixels, tiny_rae(), 3, accelerator)  # mean colours
     evaluation = evaluate_reconstructions(
         lambda pixels, index: pixels, batches, ["psnr", "ssim"], accelerator, frechet=[*distances, small]
     )
@@ -280,7 +284,7 @@ def test_unreadable_images_are_left_out_of_both_sides(evaluate, images, tmp_path
     broken.write_bytes(broken.read_bytes()[:50])
     results = evaluate({"data.path": data, "save_npz": "true"})
     assert results["num_samples"] == 23 and str(broken) in caplog.text
-    assert not (tmp_path / "cache").exists()  # a reference of some of the images is not kept
+    assert not list((tmp_path / "cache").iterdir())  # a reference of some of the images is not kept
     with np.load(tmp_path / "out" / "run-final" / "reconstructions.npz") as arrays:
         assert len(arrays["arr_0"]) == 23 and arrays["arr_0"].std((1, 2, 3)).min() > 0
 
@@ -315,8 +319,46 @@ def test_diffusers_models_in_the_same_run(evaluate, model, images, tmp_path):
         with np.load(file) as arrays:
             found = torch.from_numpy(arrays["arr_0"][:1].copy()).permute(0, 3, 1, 2)
         assert (found.int() - to_8bit(sample).int()).abs().max() <= 1
+    with pytest.raises(SystemExit):
+        evaluate({"image_size": 35}, models=[tmp_path / "kl"])
     for row in results["rows"]:
         assert np.isfinite([row["rfid"], row["rfdd"], row["psnr"]]).all()
+
+
+def test_what_is_written_replaces_nothing_else(evaluate, model, tmp_path):
+    """A row's folder may be that of something else: here the model's own."""
+    copy = shutil.copytree(model, tmp_path / "out" / "out-final")
+    (tmp_path / "out" / "out" / "final").parent.mkdir()
+    shutil.copytree(model, tmp_path / "out" / "out" / "final")
+    settings = {"metrics": "[psnr]", "save_images": 2, "inception_path": None}
+    evaluate(settings, models=[tmp_path / "out" / "out" / "final"])
+    assert (copy / "model.safetensors").exists() and len(list((copy / "images").iterdir())) == 2
+
+
+def test_reconstructions_that_are_not_finite(evaluate, model, tmp_path, capsys):
+    """They are no black images: no number comes out."""
+    rae = RAEModel.from_pretrained(model)
+    rae.decoder.decoder_pred.bias.data[0] = torch.nan
+    rae.save_pretrained(tmp_path / "broken" / "final")
+    with pytest.raises(SystemExit) as exit_info:
+        evaluate(models=[tmp_path / "broken" / "final"])
+    assert exit_info.value.code == 1 and "24 reconstructions are not finite, the first is" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "results.json").exists()
+
+
+def test_a_damaged_cache_is_computed_again(evaluate, tmp_path, caplog):
+    base = evaluate()["rfid"]
+    (cached,) = (tmp_path / "cache").glob("rfid-*.npz")
+    cached.write_bytes(cached.read_bytes()[:1000])
+    assert evaluate()["rfid"] == pytest.approx(base, rel=1e-9) and "is damaged" in caplog.text
+
+
+def test_latents_that_differ_have_other_references():
+    """Same weights, other blocks or precision of the pixels' statistics."""
+    settings = ({}, {"encoder_add_spatial_mean": True}, {"image_mean": (0.5, 0.5, 0.5)}, {"encoder_layers": (0,)})
+    digests = {latents_digest(tiny_rae(**changes)) for changes in settings}
+    assert len(digests) == 4
+    assert latents_digest(tiny_rae(noise_tau=0.1, encoder_id="x")) in digests  # which change no clean latent
 
 
 # ------------------------------------------------------------------------------------------------------------ training
@@ -371,7 +413,14 @@ def test_rfid_while_training(evaluate, images, inception, tmp_path):
         ({"latent_noise": "[-1]"}, ["latent_noise", "at least 0"]),
         ({"batch_size": 0}, ["batch_size", "positive"]),
         ({"vgg_path": "TEXT"}, ["vgg_path", "nothing unless"]),
-        ({"num_samples": 1}, ["rfid", "at least 2"]),
+        ({"num_samples": 1}, ["num_samples", "at least 2"]),
+        ({"reference": "SINGLE"}, ["reference", "holds 1 images"]),
+        ({"reference": "NAN"}, ["reference", "not finite"]),
+        ({"reference": "SAVED_ARRAY"}, ["reference", "cannot be read as .npz"]),
+        ({"data.path": ""}, ["data.path", "expected an image folder"]),
+        ({"output_dir": "TEXT"}, ["output_dir", "text"]),
+        ({"reference_cache": "TEXT"}, ["reference_cache", "text"]),
+        ({"metrics": "[psnr]", "inception_path": "TEXT"}, ["inception_path", "nothing unless"]),
         ({"image_size": 64}, ["64 px (image_size)", "32 px"]),
     ],
 )
@@ -388,6 +437,10 @@ def test_bad_input_is_one_line(evaluate, model, tmp_path, capsys, settings, word
     np.savez(tmp_path / "gray.npz", arr_0=np.zeros((4, 8, 8), np.uint8))
     np.savez(tmp_path / "empty.npz", other=np.zeros(1))
     places = {"FOLDER": "empty", "TEXT": "text", "WITHOUT_WEIGHTS": "bare", "CUT": "cut", "OTHER_NETWORK": "other.pt"}
+    np.savez(tmp_path / "single.npz", arr_0=np.zeros((1, 8, 8, 3), np.uint8))
+    np.savez(tmp_path / "nan.npz", mu=np.full(2048, np.nan), sigma=np.zeros((2048, 2048)))
+    np.save(tmp_path / "array.npy", np.zeros(2))
+    places.update({"SINGLE": "single.npz", "NAN": "nan.npz", "SAVED_ARRAY": "array.npy"})
     places.update({"NARROW": "narrow.npz", "GRAY": "gray.npz", "EMPTY": "empty.npz"})
     for key, value in settings.items():
         for word, name in places.items():
@@ -397,7 +450,7 @@ def test_bad_input_is_one_line(evaluate, model, tmp_path, capsys, settings, word
     with pytest.raises(SystemExit) as exit_info:
         evaluate(settings, models=models)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert exit_info.value.code in (1, 2) and (exit_info.value.code == 2 or "num_samples" in settings)
+    assert exit_info.value.code == 2
     for word in words:
         assert word in line, line
     assert not (tmp_path / "out" / "results.json").exists()

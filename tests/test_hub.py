@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ import hub
 import train_rae
 from config import HubConfig, parse_config
 from data import center_crop
-from hub import Publisher, hub_id, image_processor_json, scrub
+from hub import HubError, Publisher, ask_hub, hub_id, image_processor_json, push_command, scrub
 from modeling_rae import RAEModel
 from runtime import run_main
 from scripts import push_to_hub
@@ -135,7 +136,9 @@ def test_stock_processor_takes_other_images(tmp_path):
 def test_upload_is_repeated_and_complete(server, model, push):
     """Two failures, then all files in one commit; weight files of an earlier model go, other files stay."""
     there = Repository(private=False)
-    there.files |= {"model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b"", "notes.md": b"mine"}
+    there.files |= {"model-00001-of-00002.safetensors": b"", "model.safetensors.index.json": b""}
+    own = {"notes.md", "model_ema.safetensors", "model.safetensors.bak", "old/model.safetensors"}
+    there.files |= dict.fromkeys(own, b"mine")
     server.repositories["user/rae"] = there
     server.fail("POST", "/commit/", 500, times=2)
     (model / "secrets.txt").write_text("not for the Hub")
@@ -143,7 +146,7 @@ def test_upload_is_repeated_and_complete(server, model, push):
     assert (code, err, server.waits) == (0, "", [1, 4])
     assert out.count("again in") == 2 and "failure for Bearer <token>" in out
     assert f"uploaded to user/rae: {server.endpoint}/user/rae/commit/" in out
-    assert there.files.keys() == {*FILES, "notes.md", ".gitattributes"}
+    assert there.files.keys() == {*FILES, *own, ".gitattributes"}
     assert there.commits == [f"Upload {model.parent.name}/model"]
     for name in ("config.json", "modeling_rae.py", "model.safetensors"):
         assert there.files[name] == (model / name).read_bytes()
@@ -255,6 +258,16 @@ def test_several_weight_files(server, model, push, tmp_path):
     assert there >= {*shards, "model.safetensors.index.json"} and "model.safetensors" not in there
     (folder / sorted(shards)[-1]).unlink()
     assert sorted(shards)[-1] in error_line(push(folder))
+    shutil.copy(model / "model.safetensors", tmp_path / "x.safetensors")  # readable, but not the folder's
+    for index, words in (
+        ({"weight_map": {"a": "../x.safetensors"}}, "names files of other folders"),
+        ({"weight_map": {"a": str(tmp_path / "x.safetensors")}}, "names files of other folders"),
+        ({"weight_map": {"a": 3}}, "cannot be read"),
+        ({"weight_map": [3]}, "cannot be read"),
+        ([3], "cannot be read"),
+    ):
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+        assert words in error_line(push(folder))
 
 
 def test_encoder_can_be_left_out(server, model, push, tmp_path):
@@ -298,7 +311,26 @@ def test_dry_run(server, model, push, monkeypatch):
 
 def test_tokens_are_scrubbed(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "not-of-the-usual-form")
-    assert scrub("a not-of-the-usual-form b hf_AbcAbcAbc, hf_hub") == "a <token> b <token>, hf_hub"
+    assert scrub("a not-of-the-usual-form b hf_AbcAbcAbcAbcAbc0, hf_hub") == "a <token> b <token>, hf_hub"
+
+
+def test_names_are_not_scrubbed():
+    for name in ("user/hf_imagenet_rae", "user/hf_imagenetrae", "runs/hf_a_very_long_name_of_a_run"):
+        assert scrub(name) == name
+
+
+def test_malformed_answers_are_not_asked_for_again(server):
+    """What is wrong with a card or a name is so the next time, too; a lost connection may not be."""
+
+    def fail(error):
+        raise error
+
+    with pytest.raises(HubError, match="ValueError a bad card") as raised:
+        ask_hub(lambda: fail(ValueError("a bad card")), "user/rae", retries=3)
+    assert raised.value.refused and server.waits == []
+    with pytest.raises(HubError) as raised:
+        ask_hub(lambda: fail(ConnectionError("gone")), "user/rae", retries=3)
+    assert not raised.value.refused and server.waits == [1, 4, 16]
 
 
 def test_hub_ids(tmp_path, monkeypatch):
@@ -365,6 +397,38 @@ def test_card_of_a_run(push, run_dir):
     assert data.model_name == "rae" and "arxiv.org/abs/2510.11690" in card.text
     settings = card.text.split("```yaml\n")[1].split("\n```")[0]
     assert yaml.safe_load(settings) == yaml.safe_load((run_dir / "config.yaml").read_text())
+
+
+def test_card_of_a_step_that_was_not_evaluated(push, run_dir):
+    """No figures and no picture, rather than those of another step."""
+    (run_dir / "hub" / "step-00000006").rename(run_dir / "hub" / "step-00000007")
+    card = written_card(push, run_dir / "hub" / "step-00000007")
+    assert card.data.eval_results is None and "PSNR" not in card.text and "](reconstructions.png)" not in card.text
+
+
+@pytest.mark.parametrize(
+    "changes, step",
+    [
+        ([("num_samples", 16), ("num_samples", 8)], 9),  # 8 images again: the best starts anew
+        ([("psnr", None), ("num_samples", 8)], 3),  # not finite: is no best one, and changes nothing
+        ([("ssim", 0.5), ("no_psnr", 0)], 9),  # a time without the metric
+    ],
+)
+def test_card_of_the_best_since_the_evaluation_changed(push, run_dir, changes, step):
+    """A line changed at step 6, and one at step 9; the best value is at step 3."""
+    file = run_dir / "metrics.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for at, (name, value) in zip((6, 9), changes, strict=True):
+        for line in lines:
+            if line["step"] == at:
+                line[name] = value
+            if line["step"] == 6 and changes[1][0] == "no_psnr":
+                line.pop("psnr", None)
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert f"at step {step} of training" in written_card(push, run_dir / "best").text
+    config = run_dir / "config.yaml"
+    config.write_text(config.read_text().replace("best_metric: psnr", "best_metric: rfdd"))
+    assert written_card(push, run_dir / "best").data.eval_results is None  # never measured
 
 
 def test_card_claims_nothing_that_was_not_measured(push, run_dir, model):
@@ -452,7 +516,8 @@ def test_training_uploads_and_goes_on(published):
     assert repository.files.keys() == {*FILES, "reconstructions.png", ".gitattributes"}
     for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
         assert repository.files[name] == (run_dir / "final" / name).read_bytes()
-    assert (run_dir / "best" / "preprocessor_config.json").exists() and not (run_dir / "hub").exists()
+    assert (run_dir / "best" / "preprocessor_config.json").exists()
+    assert list((run_dir / "hub").iterdir()) == [folder] and (folder / "model.safetensors").exists()  # for that command
     card = ModelCard(repository.files["README.md"].decode())
     last = [line for line in read_metrics(run_dir) if line["kind"] == "eval"][-1]
     assert card.data.eval_results[0].metric_value == round(last["psnr"], 4)
@@ -524,6 +589,9 @@ torch.save(dict(pixels=pixels, latent=latent, sample=sample, other=other, type=t
         ({"hub.repo_id": "user/rae", "hub.include_encoder": "false"}, WRITER, "hub.include_encoder: "),
         ({"hub.repo_id": "user/rae", "hub.retries": -1}, WRITER, "hub.retries: expected"),
         ({"hub.repo_id": "user/rae", "hub.every_steps": 0}, WRITER, "hub.every_steps: expected"),
+        ({"hub.push": "false", "hub.repo_id": "user/rae"}, WRITER, "hub.repo_id: expected nothing unless hub.push is"),
+        ({"hub.push": "false", "hub.every_steps": 3}, WRITER, "hub.every_steps: expected nothing unless hub.push is"),
+        ({"hub.push": "false", "hub.private": "true"}, WRITER, "hub.private: expected nothing unless hub.push is"),
     ],
 )
 def test_training_that_could_not_upload_does_not_start(
@@ -539,6 +607,19 @@ def test_training_that_could_not_upload_does_not_start(
         run_main(train_rae.main)
     assert stopped.value.code == 2 and not (tmp_path / "run").exists()
     assert f"error: {words}" in capsys.readouterr().err
+
+
+def test_finished_run_says_how_to_upload_it(published, images, monkeypatch, capsys):
+    """Started again with hub.push, a finished run prints the command of its model."""
+    run_dir, server, _ = published
+    settings = {**PLAIN, "data.path": images, "train.output_dir": run_dir, "hub.push": "true", "hub.repo_id": "user/b"}
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", WRITER)
+    monkeypatch.setattr(sys, "argv", ["train_rae.py", *flags(settings)])
+    run_main(train_rae.main)
+    out = capsys.readouterr().out
+    assert f"{run_dir} is finished" in out
+    assert f"to upload it: {push_command(HubConfig(push=True, repo_id='user/b'), run_dir / 'final')}\n" in out
 
 
 def test_one_upload_at_a_time(capsys):
@@ -585,3 +666,37 @@ def test_publisher_survives_everything(server, model, tmp_path, monkeypatch, cap
     publisher.process.wait()
     publisher.log.unlink()
     assert not publisher.busy() and "not uploaded: exit code 3" in capsys.readouterr().out
+
+
+def test_step_folders_stay_until_they_are_uploaded(server, model, tmp_path, monkeypatch, capsys):
+    """The printed command needs the folder. What an upload says is shown without tokens."""
+    publisher, script = Publisher(HubConfig(push=True, repo_id="user/rae"), tmp_path), tmp_path / "script.py"
+    monkeypatch.setattr(hub, "PUSH_SCRIPT", script)
+    folders = [Path(shutil.copytree(model, tmp_path / "hub" / f"step-0000000{step}")) for step in (1, 2)]
+    for folder, code in zip(folders, (1, 0), strict=True):
+        script.write_text(f"print('code {code} {READER}')\nraise SystemExit({code})\n")
+        publisher.push(folder)
+        publisher.process.wait()
+        assert not publisher.busy()
+    out = capsys.readouterr().out
+    assert "not uploaded: code 1 <token>\nto upload it later: " in out and "\ncode 0 <token>\n" in out
+    assert [folder.exists() for folder in folders] == [True, False]
+
+
+def test_sigterm_ends_the_final_upload(server, model, tmp_path, monkeypatch):
+    """Also where the loop's own handler was there before, which asks for a checkpoint: the upload is cancelled."""
+    publisher = Publisher(HubConfig(push=True, repo_id="user/rae"), tmp_path)
+    script = tmp_path / "slow.py"
+    # asks its parent to stop, as a scheduler does, and then takes its time
+    script.write_text("import os, signal, time\nos.kill(os.getppid(), signal.SIGTERM)\ntime.sleep(600)\n")
+    monkeypatch.setattr(hub, "PUSH_SCRIPT", script)
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    try:
+        with pytest.raises(SystemExit, match="SIGTERM"):
+            publisher.finish(model)
+        process = publisher.process
+        assert process.poll() is None
+        publisher._cancel()
+        assert process.returncode == -signal.SIGTERM
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from torch.nn import functional as F
 
 import modeling_rae
 from modeling_rae import RAEConfig, RAEModel, sincos_position_table, unpatchify
+from runtime import ConfigError, blame
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -435,7 +438,7 @@ def test_sdpa_equals_eager(encoders, tmp_path):
 
 
 def test_only_torch_and_transformers_are_imported():
-    """modeling_rae.py travels alone: torch, transformers and the standard library."""
+    """modeling_rae.py travels alone: torch, transformers, its safetensors, and the standard library."""
     tree = ast.parse(Path(modeling_rae.__file__).read_text())
     imported = set()
     for node in ast.walk(tree):
@@ -444,7 +447,7 @@ def test_only_torch_and_transformers_are_imported():
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, "a relative import would need a second file"
             imported.add(node.module.split(".")[0])
-    assert {"torch", "transformers"} <= imported <= {"torch", "transformers", *sys.stdlib_module_names}
+    assert {"torch", "transformers"} <= imported <= {"torch", "transformers", "safetensors", *sys.stdlib_module_names}
 
 
 # Files ----------------------------------------------------------------------------------------------------------------
@@ -630,3 +633,132 @@ def test_encoder_weights_that_do_not_fit(encoders, tmp_path):
     (folder / "config.json").write_text(json.dumps({**config, "mlp_ratio": config["mlp_ratio"] + 1}))
     with pytest.raises(ValueError, match="'encoder.layer.0.mlp.fc1.bias' has shape"):
         RAEModel.from_encoder(str(folder), **DECODER)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_encoder_published_in_bfloat16(encoders, tmp_path, kind):
+    """One dtype everywhere: float32 for a new model, later what loading asks for. A bf16 model takes fp32 pixels."""
+    folder = shutil.copytree(encoders / kind, tmp_path / "encoder")
+    transformers.AutoModel.from_pretrained(folder, dtype=torch.bfloat16).save_pretrained(folder)
+    assert json.loads((folder / "config.json").read_text())["dtype"] == "bfloat16"
+    model = make_rae(tmp_path, "encoder", stats=True)
+    assert {t.dtype for t in model.state_dict().values()} == {torch.float32}
+    for bundled in (True, False):
+        model.save_pretrained(tmp_path / "rae", include_encoder=bundled)
+        loaded = RAEModel.from_pretrained(tmp_path / "rae")
+        assert {t.dtype for t in loaded.state_dict().values()} == {torch.float32}
+        assert torch.equal(loaded(images()).sample, model(images()).sample)
+        half = RAEModel.from_pretrained(tmp_path / "rae", dtype=torch.bfloat16)
+        assert {t.dtype for t in half.state_dict().values()} == {torch.bfloat16}
+        latent = half.encode(images()).latent
+        assert latent.dtype == torch.bfloat16
+        torch.testing.assert_close(latent.float(), model.encode(images()).latent, rtol=0.2, atol=0.2)
+
+
+def test_threads_do_not_mix_their_latents(encoders):
+    """Each gets the latents of its own images where several blocks make them."""
+    model = make_rae(encoders, encoder_layers=[0, 1])
+    batches = [images(seed=seed) for seed in range(4)]
+    expected = [model.encode(pixels).latent for pixels in batches]
+    blocks = [m for m in model.encoder.modules() if type(m).__name__ == "Dinov2WithRegistersLayer"]
+    blocks[1].register_forward_hook(lambda *_: time.sleep(0.02))  # the other threads run now
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda pixels: model.encode(pixels).latent, batches))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_statistics_follow_the_latents_device(encoders):
+    """As where a device map has put encoder and decoder on another device than the statistics."""
+    model = make_rae(encoders, stats=True, noise_tau=0.5)
+    model.encoder.to("meta")
+    model.decoder.to("meta")
+    assert model.latent_mean.device.type == "cpu"
+    latent = model.encode(images().to("meta"), add_noise=True).latent
+    assert latent.device.type == model.decode(latent).sample.device.type == "meta"
+
+
+def test_hub_arguments_reach_the_encoder(encoders, tmp_path, monkeypatch):
+    """Loading without the encoder in the file asks for it as the caller asked for the model."""
+    make_rae(encoders).save_pretrained(tmp_path / "slim", include_encoder=False)
+    seen = []
+    for name in ("AutoConfig", "AutoModel"):
+        real = getattr(modeling_rae, name).from_pretrained
+
+        def spy(*args, real=real, **options):
+            seen.append(options)
+            return real(*args, **options)
+
+        monkeypatch.setattr(getattr(modeling_rae, name), "from_pretrained", spy)
+    hub = {"token": "secret", "cache_dir": str(tmp_path / "cache"), "local_files_only": True, "force_download": False}
+    RAEModel.from_pretrained(tmp_path / "slim", **hub)
+    assert len(seen) == 2
+    for options in seen:
+        assert hub.items() <= options.items() and options["trust_remote_code"] is False
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model-00002-of-*.safetensors", "model.safetensors.index.json"])
+@pytest.mark.parametrize("part", ["rae", "encoder"])
+def test_a_damaged_file_is_named(encoders, tmp_path, part, name):
+    """A truncated weights file, shard or index, of the model itself or of its encoder elsewhere."""
+    folder, shards = tmp_path / part, {} if name == "model.safetensors" else {"max_shard_size": "30KB"}
+    transformers.AutoModel.from_pretrained(encoders / "dinov2").save_pretrained(tmp_path / "encoder", **shards)
+    shutil.copy(encoders / "dinov2" / "preprocessor_config.json", tmp_path / "encoder")
+    make_rae(tmp_path, "encoder").save_pretrained(tmp_path / "rae", include_encoder=part == "rae", **shards)
+    (file,) = folder.glob(name)
+    file.write_bytes(file.read_bytes()[:-40])
+    with pytest.raises(ValueError, match=f"{file} is damaged or incomplete: "):
+        RAEModel.from_pretrained(tmp_path / "rae")
+    if part == "encoder":
+        with pytest.raises(ConfigError, match=f"model.encoder: {file} is damaged"), blame("model.encoder", str(folder)):
+            RAEModel.from_encoder(str(folder), **DECODER)
+
+
+def test_blame_takes_the_error_of_a_damaged_file(tmp_path):
+    """Also where another model's weights are loaded."""
+    (tmp_path / "weights.safetensors").write_bytes(b"short")
+    with pytest.raises(ConfigError, match="gan.backbone: "), blame("gan.backbone", str(tmp_path)):
+        load_file(tmp_path / "weights.safetensors")
+
+
+def test_a_folder_of_another_model(encoders, tmp_path):
+    """Is refused by its model_type; RAE configs still go through every way of transformers."""
+    for loader in (RAEConfig, RAEModel):
+        with pytest.raises(ValueError, match="expected a config of model_type rae, got dinov2$"):
+            loader.from_pretrained(encoders / "dinov2")
+    config = make_rae(encoders).config
+    config.save_pretrained(tmp_path)
+    for found in (RAEConfig.from_pretrained(tmp_path), RAEConfig.from_dict(config.to_dict())):
+        assert found.to_diff_dict() == config.to_diff_dict()
+    assert RAEConfig.from_dict(RAEConfig().to_dict()).to_dict() == RAEConfig().to_dict()
+    auto = transformers.AutoConfig.from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(auto).__name__ == "RAEConfig" and auto.latent_channels == WIDTH
+
+
+def test_an_encoder_that_cannot_be_had(encoders, tmp_path, monkeypatch):
+    """The error says that it is the encoder, and what to do; one that is code of its own is not run or asked about."""
+    model = make_rae(encoders)
+    model.config.encoder_id = "someone/encoder"
+    with pytest.raises(OSError, match="the encoder someone/encoder cannot be had .*; set encoder_id in config.json"):
+        model.load_encoder()
+
+    def gated(*args, **options):
+        raise OSError("You are trying to access a gated repo.\nMore.")
+
+    monkeypatch.setattr(modeling_rae.AutoConfig, "from_pretrained", gated)
+    with pytest.raises(
+        OSError, match=r"\(You are .* gated repo.\); ask for access on its page and run `hf auth login`, or"
+    ):
+        model.load_encoder()
+    monkeypatch.undo()
+    model.save_pretrained(tmp_path)
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked on stdin"))
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        RAEModel.from_encoder(str(tmp_path), **DECODER)
+
+
+def test_an_offloaded_encoder_cannot_be_fetched(encoders):
+    """Its weights have no place to be copied to."""
+    model = make_rae(encoders)
+    model.encoder.to("meta")
+    with pytest.raises(ValueError, match="the encoder .*dinov2_with_registers have no place .* meta"):
+        model.load_encoder()

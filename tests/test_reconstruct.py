@@ -285,7 +285,7 @@ def test_bad_input(run, model, photos, tmp_path, capsys):
         ([photos], {"output": photos / "top.png" / "out"}, "output: "),
         ([photos], {"model": tmp_path / "none"}, "model: "),
         ([photos], {"model": photos}, "has no config.json"),
-        ([photos], {"image_size": 64}, "image_size: expected 32 for"),
+        ([photos], {"image_size": 64}, "image_size: expected 32 px for"),
         ([photos], {"resize": "squash"}, "resize"),
         ([photos], {"batch_size": 0}, "batch_size: expected a positive number, got 0"),
         ([photos], {"grid_images": 33}, "grid_images: expected a number from 1 to 32, got 33"),
