@@ -8,7 +8,7 @@ BIN := .venv/bin
 help:
 	@echo "make setup      create .venv and install requirements.txt"
 	@echo "make demo       train on handwritten digits (about 3 minutes on 2 CPU cores)"
-	@echo "make test       run all tests (about 4 minutes on 2 cores)"
+	@echo "make test       run all tests (about 7 minutes on 2 cores)"
 	@echo "make lint       ruff check and format check"
 	@echo "make cross-version  model folders between the oldest and the newest supported transformers (5 minutes)"
 	@echo "make real-size  two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)"

@@ -399,7 +399,7 @@ def test_rfid_while_training(evaluate, images, inception, tmp_path):
         ({"model": "FOLDER"}, ["model", "no config.json"]),
         ({"model": "no/such"}, ["model", "'no/such' is no local folder"]),
         ({"model": "WITHOUT_WEIGHTS"}, ["model", "no file named model.safetensors"]),
-        ({"model": "CUT"}, ["model", "cannot be loaded"]),
+        ({"model": "CUT"}, ["model", "model.safetensors is damaged or incomplete"]),
         ({"inception_path": "FOLDER/none.pt"}, ["inception_path", "none.pt does not exist", "inception-2015-12-05.pt"]),
         ({"inception_path": "TEXT"}, ["inception_path", "cannot be used"]),
         ({"inception_path": "OTHER_NETWORK"}, ["inception_path", "expected the TorchScript network"]),
