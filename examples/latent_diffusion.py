@@ -56,9 +56,10 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, default=2, help="processes that read images")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, noise and samples")
     args = parser.parse_args()
-    for name in ("steps", "batch_size", "depth", "num_sampling_steps"):
-        if getattr(args, name) < 1:
-            fail(f"--{name}: expected a positive number, got {getattr(args, name)}")
+    least = {"steps": 1, "batch_size": 1, "depth": 1, "lr": 0, "num_sampling_steps": 1, "num_workers": 0}
+    for name, value in least.items():
+        if getattr(args, name) < value:
+            fail(f"--{name}: expected a number of at least {value}, got {getattr(args, name)}")
     return args
 
 
@@ -79,7 +80,7 @@ def load_images(folder: str) -> datasets.ImageFolder:
 
 def load_rae(name: str, device: torch.device):
     try:
-        rae = AutoModel.from_pretrained(name, trust_remote_code=True)
+        rae = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
     except (OSError, ValueError) as error:
         fail(f"--model: expected the folder or Hub id of an RAE, got {name} ({error})")
     if rae.config.model_type != "rae":
@@ -102,7 +103,7 @@ def encode_images(rae, images: datasets.ImageFolder, batch_size: int, num_worker
 def choose_width(asked: Optional[int], latent_channels: int) -> int:
     """The transformer's channels follow from the latents': each token of a noisy latent has as many degrees of freedom
     as it has channels, and a narrower transformer loses some of them, however deep (RAE paper, section on width)."""
-    width = asked or max(128, math.ceil(latent_channels / HEAD_WIDTH) * HEAD_WIDTH)
+    width = max(128, math.ceil(latent_channels / HEAD_WIDTH) * HEAD_WIDTH) if asked is None else asked
     if width % HEAD_WIDTH or width < latent_channels:
         fail(f"--width: expected a multiple of {HEAD_WIDTH}, at least the latents' {latent_channels}, got {width}")
     return width

@@ -136,7 +136,9 @@ def test_bad_input_ends_in_one_line(model, images, tmp_path, monkeypatch, capsys
         ({"model": tmp_path / "encoder"}, "a model of type dinov2_with_registers"),
         ({"output": tmp_path / "file"}, "--output: expected a folder"),
         ({"width": 100}, "--width: expected a multiple of 64, at least the latents' 16, got 100"),
-        ({"steps": 0}, "--steps: expected a positive number, got 0"),
+        ({"width": 0}, "--width: expected a multiple of 64, at least the latents' 16, got 0"),
+        ({"steps": 0}, "--steps: expected a number of at least 1, got 0"),
+        ({"num_workers": -1}, "--num_workers: expected a number of at least 0, got -1"),
     )
     for change, message in cases:
         monkeypatch.setattr("sys.argv", ["latent_diffusion.py", *flags({**good, **change})])
