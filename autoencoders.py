@@ -14,6 +14,8 @@ from torch import nn
 from modeling_rae import RAEModel
 from runtime import ConfigError, blame
 
+DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
+
 
 class Autoencoder(nn.Module):
     """A frozen autoencoder in eval mode.
@@ -112,7 +114,7 @@ def load_autoencoder(source: str, key: str = "model") -> Autoencoder:
 
 
 def _kind(source: str, key: str) -> str:
-    """ "rae", "AutoencoderRAE" or "AutoencoderKL", as the config.json of a folder or Hub repository says."""
+    """What the config.json of a folder or Hub repository says: "rae", "AutoencoderRAE" or "AutoencoderKL"."""
     path = Path(source)
     file = path / "config.json"
     if path.exists() and not file.is_file():

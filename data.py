@@ -371,6 +371,14 @@ def load_split(cfg, split):
     return splits[split]()
 
 
+def load_eval_images(cfg, seed):
+    """The evaluation images alone, as load_splits gives them. Where they are a split of their own, the training split
+    need not be there, and data without a split level is given whole, as by load_split. Raises DataError."""
+    if cfg.holdout_fraction == 0 and cfg.eval_split != cfg.train_split:
+        return load_split(cfg, cfg.eval_split)
+    return load_splits(cfg, seed)[1]
+
+
 def find_splits(cfg, *more_names):
     """{split name: function that opens it as an ImageSource}; the only key is WHOLE where there is no split level.
 

@@ -15,7 +15,6 @@ PSNR to the best), and with --save_images and --save_npz the reconstructions the
 """
 
 import shutil
-import sys
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -26,9 +25,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
-from tqdm.auto import tqdm
 
-from autoencoders import Autoencoder, load_autoencoder
+from autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
 from config import ImagesConfig, check_rules, config_dict, parse, require
 from data import (
     EvalImages,
@@ -37,10 +35,9 @@ from data import (
     chosen_images,
     eval_loader,
     evenly_spread,
-    load_split,
-    load_splits,
+    load_eval_images,
 )
-from frechet import FID_MODES, encoder_metric, inception_metrics, read_reference, use_cache
+from frechet import DEFAULT_CACHE, FID_MODES, encoder_metric, inception_metrics, read_reference, use_cache
 from losses import build_lpips
 from metrics import HIGHER_IS_BETTER, IMAGE_METRICS, Evaluation, evaluate_reconstructions, quantize
 from pictures import comparison_grid, save_pairs, spread_with_last
@@ -50,13 +47,14 @@ from runtime import (
     alone,
     blame,
     make_folder,
+    progress_bar,
     quiet_transformers,
     run_main,
     save_results,
+    seeded_generator,
     share_cores,
 )
 
-DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
 GRID_IMAGES = 12  # in comparison.png
 WORST_IMAGES = 10  # named in the results
 
@@ -168,12 +166,6 @@ def load_models(config: EvalRFIDConfig) -> tuple:
     return models, size
 
 
-def load_images(config: EvalRFIDConfig) -> ImageSource:
-    if config.data.holdout_fraction > 0 or config.data.eval_split == config.data.train_split:
-        return load_splits(config.data, config.seed)[1]
-    return load_split(config.data, config.data.eval_split)
-
-
 def inception_distances(config: EvalRFIDConfig, accelerator: Accelerator) -> list:
     """The distances on Inception features that are asked for."""
     wanted = "rfid" in config.metrics and "inception" in config.features
@@ -191,22 +183,9 @@ def encoder_distances(config: EvalRFIDConfig, model: Autoencoder, accelerator: A
     return [encoder_metric(model.tokens, model.model, width, accelerator)]
 
 
-def find_references(config: EvalRFIDConfig, distances: list, images: str, accelerator: Accelerator) -> None:
-    """Give the distances their references where these are known already. `images` says what is measured."""
-    if config.reference is not None:
-        read_reference(config.reference, distances, accelerator, config.batch_size, "reference")
-    else:
-        folder = None if config.reference_cache is None else Path(config.reference_cache).expanduser()
-        use_cache(distances, images, folder, accelerator)
-
-
 def noise_like(latent: torch.Tensor, index: torch.Tensor, seed: int) -> torch.Tensor:
     """Standard normal noise, a function of the seed and each image's index: batches and processes do not change it."""
-    rows = []
-    for i in index.tolist():
-        state = np.random.SeedSequence((seed, i)).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state >> 1))
-        rows.append(torch.randn(latent.shape[1:], generator=generator))
+    rows = [torch.randn(latent.shape[1:], generator=seeded_generator(seed, i)) for i in index.tolist()]
     return torch.stack(rows).to(latent.device, latent.dtype)
 
 
@@ -236,7 +215,7 @@ class ReconstructionWriter:
 
     def __init__(self, config: EvalRFIDConfig, folder: Path, chosen: list, size: int, accelerator: Accelerator):
         self.folder, self.chosen, self.accelerator = folder, np.asarray(chosen), accelerator
-        self.pairs = set(evenly_spread(chosen, config.save_images)) if config.save_images else set()
+        self.pairs = set(evenly_spread(chosen, config.save_images))
         self.array = None
         self.array_file = folder / ".reconstructions.npy"
         if accelerator.is_main_process and (self.pairs or config.save_npz):
@@ -322,7 +301,7 @@ def measure(m: Measurement, model: Autoencoder, noise: float, picture: str) -> d
     with alone(m.accelerator):
         evaluation = evaluate_reconstructions(
             reconstruct,
-            tqdm(m.loader, name, leave=False, disable=not (m.accelerator.is_main_process and sys.stderr.isatty())),
+            progress_bar(m.loader, m.accelerator, name),
             ["psnr", *(name for name in IMAGE_METRICS if name in m.config.metrics and name != "psnr")],
             m.accelerator,
             m.perceptual,
@@ -377,10 +356,9 @@ def main() -> None:
     with blame("mixed_precision"):
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
     share_cores(accelerator)
-    source = load_images(config)
+    source = load_eval_images(config.data, config.seed)
     output_dir = make_folder(config.output_dir or f"evaluations/{row_name(config.model[0], 0)}", "output_dir")
-    if config.reference_cache is not None:
-        make_folder(config.reference_cache, "reference_cache")
+    cache = make_folder(config.reference_cache, "reference_cache") if config.reference_cache else DEFAULT_CACHE
     distances = inception_distances(config, accelerator)
     with blame("vgg_path"):
         perceptual = None
@@ -388,8 +366,10 @@ def main() -> None:
             perceptual = build_lpips(config.vgg_weights, config.vgg_path, "vgg_path").to(accelerator.device)
     models, size = load_models(config)
     distances += encoder_distances(config, models[0].to(accelerator.device), accelerator)
-    images = f"{source.fingerprint()} {config.num_samples} centre crop {size}"
-    find_references(config, distances, images, accelerator)
+    if config.reference is not None:
+        read_reference(config.reference, distances, accelerator, config.batch_size, "reference")
+    else:
+        use_cache(distances, source, config.num_samples, size, accelerator, cache)
     measurement = Measurement(
         config=config,
         accelerator=accelerator,

@@ -37,6 +37,7 @@ from scipy.linalg.lapack import dpstrf
 from torch import nn
 
 from autoencoders import latents_digest
+from data import ImageSource
 from moments import Moments
 from runtime import ConfigError, RunError, cores_of_process
 
@@ -70,7 +71,7 @@ class FrechetMetric:
     width: int
     network: str
     reference: Optional[Reference] = None
-    cache: Optional[Path] = None  # file in which a reference of all images is kept
+    cache: Optional[Path] = None  # on the main process: file in which a reference of all images is kept
     warned: bool = False  # that there are few images
 
     def new_moments(self, device: torch.device) -> Moments:
@@ -146,10 +147,8 @@ def load_inception(path: Optional[str], key: str, device: torch.device) -> tuple
     # clean-fid's class takes a folder and knows one file name
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         Path(folder, Path(inception_url).name).symlink_to(file.resolve())
+        warnings.simplefilter("ignore", FutureWarning)  # torch.jit.load is deprecated, and what the file is made for
         try:
-            warnings.simplefilter(
-                "ignore", FutureWarning
-            )  # torch.jit.load is deprecated, and what the file is made for
             network = InceptionV3W(folder, download=False).to(device).eval().requires_grad_(False)
         except (RuntimeError, AttributeError) as error:
             raise ConfigError(f"{key}: {file} cannot be used ({str(error).splitlines()[0]}), {wanted}") from error
@@ -203,23 +202,39 @@ def encoder_metric(tokens: Callable, model: nn.Module, width: int, accelerator: 
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def use_cache(metrics: list, images: str, folder: Optional[Path], accelerator: Accelerator) -> None:
-    """Give `metrics` their cached references, the same on all processes, and a place for those that are not there.
+def use_cache(
+    metrics: list,
+    source: ImageSource,
+    num_samples: Optional[int],
+    image_size: int,
+    accelerator: Accelerator,
+    folder: Path = DEFAULT_CACHE,
+) -> None:
+    """Give `metrics` their cached references, the same on all processes, and, on the main one, a place for those that
+    are not there. The reference are the images that eval_loader gives of `source`."""
+    if not metrics:
+        return
+    found = [None] * len(metrics)
+    if accelerator.is_main_process:
+        images = f"{source.fingerprint()} {num_samples} centre crop {image_size}"  # looks at every file
+        for i, metric in enumerate(metrics):
+            key = json.dumps([metric.name, metric.network, images, Image.__version__])
+            metric.cache = folder / f"{metric.name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+            found[i] = read_cache(metric.cache)
+    for metric, reference in zip(metrics, broadcast_object_list(found), strict=True):
+        metric.reference = reference
 
-    `images` says which images are the reference, and how they are cropped; `folder`: none for DEFAULT_CACHE.
-    """
-    for metric in metrics:
-        key = json.dumps([metric.name, metric.network, images, Image.__version__])
-        name = f"{metric.name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-        metric.cache = (folder or DEFAULT_CACHE) / name
-        found = [None]
-        if accelerator.is_main_process and metric.cache.exists():
-            try:
-                with np.load(metric.cache) as arrays:
-                    found = [Reference(arrays["mu"], arrays["sigma"], int(arrays["count"]))]
-            except DAMAGED as error:
-                logger.warning(f"{metric.cache} is damaged ({error}), the reference is computed again")
-        metric.reference = broadcast_object_list(found)[0]
+
+def read_cache(file: Path) -> Optional[Reference]:
+    """The reference that `write_cache` has put there, or None."""
+    if not file.exists():
+        return None
+    try:
+        with np.load(file) as arrays:
+            return Reference(arrays["mu"], arrays["sigma"], int(arrays["count"]))
+    except DAMAGED as error:
+        logger.warning(f"{file} is damaged ({error}), the reference is computed again")
+        return None
 
 
 def write_cache(metric: FrechetMetric) -> None:

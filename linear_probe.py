@@ -41,10 +41,10 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from autoencoders import Autoencoder, latents_digest, load_autoencoder
+from autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, latents_digest, load_autoencoder
 from checkpointing import lock_run_folder, write_folder
 from config import ImagesConfig, check_rules, config_dict, parse, require
-from data import DataError, ImageSource, UnreadableLog, eval_loader, load_split, load_splits
+from data import DataError, ImageSource, UnreadableLog, eval_loader, load_eval_images, load_splits
 from moments import Moments
 from runtime import (
     ConfigError,
@@ -59,7 +59,6 @@ from runtime import (
 )
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "linear_probe.yaml"  # when no --config is given
-DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
 MOMENTUM = 0.9
 SHARD_BYTES = 2**28  # of features in one file of the cache: what the main process gathers before it writes
 BLOCK_ELEMENTS = 2**24  # numbers in the tensors that a pass over features works on: 64 MiB in float32
@@ -177,12 +176,9 @@ class LabelledImages:
 def load_images(config: LinearProbeConfig, head: Optional["LinearHead"]) -> tuple:
     """(training images, evaluation images, classes of the head, those of them that the evaluation images lack). With a
     trained head the training images are None, and need not be there unless evaluation images are held out of them."""
-    data, train = config.data, None
-    if head is not None and data.holdout_fraction == 0 and data.eval_split != data.train_split:
-        source = load_split(data, data.eval_split)
-    else:
-        train_source, source = load_splits(data, config.train.seed)
+    train = None
     if head is None:
+        train_source, source = load_splits(config.data, config.train.seed)
         labels, names = read_labels(train_source, "data.train_split")
         classes, trained_on = list(names.values()), "the training split"
         require(len(classes) > 1, "data.train_split", "images of at least 2 classes", classes)
@@ -190,6 +186,7 @@ def load_images(config: LinearProbeConfig, head: Optional["LinearHead"]) -> tupl
         if len(config.train.lrs) * len(config.train.weight_decays) > 1:
             hold_out(train.labels, config.train.selection_fraction, config.train.seed)  # raises when nothing is left
     else:
+        source = load_eval_images(config.data, config.train.seed)
         classes, trained_on = head.config["classes"], f"the head {config.head}"
     labels, names = read_labels(source, "data.eval_split")
     absent = check_classes(list(names.values()), classes, trained_on, config.allow_absent_classes)

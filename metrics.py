@@ -145,16 +145,16 @@ def evaluate_reconstructions(
     everyone = everyone[:, everyone[0].argsort()]  # in the source's order: sums do not depend on the processes
     if everyone.shape[1] == 0:
         raise DataError("data.eval_split: none of the evaluation images can be read")
+    complete, finite = not any(count for _, count in gathered), not everyone[-1].any()
     distances = {}
     for metric, fake_moments, real_moments in zip(frechet, fake, real, strict=True):
         fake_moments.merge_processes(accelerator)
         if real_moments is not None:
             real_moments.merge_processes(accelerator)
             metric.reference = reference_of(real_moments, metric.name)
-            if metric.cache is not None and accelerator.is_main_process and not any(count for _, count in gathered):
+            if metric.cache is not None and complete:
                 write_cache(metric)
         if accelerator.is_main_process:
             warn_of_numbers(metric, fake_moments.count)
-        finite = not everyone[-1].any()
         distances[metric.name] = distance(fake_moments, metric, accelerator) if finite else math.nan
     return Evaluation(everyone[0].long(), dict(zip(names, everyone[1:-1], strict=True)), distances)

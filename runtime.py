@@ -5,17 +5,19 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import NoReturn, Optional, Union
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
+from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from data import DataError
@@ -94,6 +96,17 @@ def share_cores(accelerator: Accelerator, threads: Optional[int] = None) -> None
     one thread.)"""
     if accelerator.device.type == "cpu":
         torch.set_num_threads(threads or cores_of_process(accelerator))
+
+
+def seeded_generator(*key: int, device: Union[torch.device, str] = "cpu") -> torch.Generator:
+    """A generator whose numbers are a function of all of `key`."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def progress_bar(items: Iterable, accelerator: Accelerator, name: Optional[str] = None) -> tqdm:
+    """The items, with a bar on the main process's terminal; none in a log file."""
+    return tqdm(items, name, leave=False, disable=not (accelerator.is_main_process and sys.stderr.isatty()))
 
 
 def make_folder(path: str, key: str) -> Path:

@@ -22,7 +22,6 @@ from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Optional, TextIO
 
-import numpy as np
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
@@ -75,7 +74,7 @@ from losses import DISCRIMINATOR_LOSSES, build_lpips, generator_gradient, to_dis
 from metrics import HIGHER_IS_BETTER, IMAGE_METRICS, evaluate_reconstructions, quantize
 from modeling_rae import RAEConfig, RAEModel, encoder_family, vision_config
 from pictures import plot_curves, progress_strip, reconstruction_grid, save_pairs
-from runtime import ConfigError, RunError, alone, blame, quiet_transformers, run_main, share_cores
+from runtime import ConfigError, RunError, alone, blame, quiet_transformers, run_main, seeded_generator, share_cores
 
 logger = logging.getLogger(__name__)
 
@@ -335,9 +334,8 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 
 def step_generator(run: Run, step: int, micro_batch: int) -> torch.Generator:
     """Source of noise and augmentation: a function of seed, step, rank and micro-batch, so a resumed run repeats it."""
-    key = (run.config.train.seed, step, run.accelerator.process_index, micro_batch)
-    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
-    return torch.Generator(run.accelerator.device).manual_seed(seed)
+    a = run.accelerator
+    return seeded_generator(run.config.train.seed, step, a.process_index, micro_batch, device=a.device)
 
 
 def no_sync_except_last(run: Run, network: nn.Module, i: int, count: int) -> Any:
@@ -512,8 +510,7 @@ class Reporter:
         self.chosen = chosen_images(eval_images, config.eval.num_samples)
         size = config.model.image_size
         self.distances = [*distances, encoder_distance(run)] if "rfdd" in config.eval.metrics else distances
-        images = f"{eval_images.fingerprint()} {config.eval.num_samples} centre crop {size}"
-        use_cache(self.distances, images, None, accelerator)
+        use_cache(self.distances, eval_images, config.eval.num_samples, size, accelerator)
         self.loader = eval_loader(
             eval_images,
             size,
@@ -776,7 +773,7 @@ def train(
             reporter.samples()
         if state.step == total_steps:
             reporter.export("final")  # before the checkpoint that says the run is finished
-        elif config.hub.push and config.hub.every_steps and due(config.hub.every_steps):
+        elif config.hub.every_steps and due(config.hub.every_steps):
             reporter.push(publisher)
         if record["stop"] or due(config.train.save_every_steps, config.train.save_every_epochs):
             save_checkpoint(accelerator, run_dir, state.step, config.train.keep_last)
@@ -821,11 +818,11 @@ def main() -> None:
                 print(f"to upload it: {push_command(config.hub, run_dir / 'final')}")
         return
 
+    inception = [name for name in config.eval.metrics if name in FID_MODES]
+    distances = inception_metrics(inception, config.eval.inception_path, "eval.inception_path", accelerator)
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
 
     # networks, and the state of an earlier part of this run
-    inception = [name for name in config.eval.metrics if name in FID_MODES]
-    distances = inception_metrics(inception, config.eval.inception_path, "eval.inception_path", accelerator)
     run = build_run(config, accelerator, rae_config, batches.steps_per_epoch)
     lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()

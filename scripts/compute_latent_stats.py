@@ -39,7 +39,6 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
-from tqdm.auto import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
 from autoencoders import load_autoencoder
@@ -48,7 +47,17 @@ from config import ImagesConfig, check_rules, parse, parse_config, require
 from data import DataError, ImageSource, UnreadableLog, chosen_images, eval_loader, load_splits
 from modeling_rae import LATENT_VAR_EPS, RAEModel
 from moments import Moments
-from runtime import ConfigError, RunError, alone, blame, check_output_file, quiet_transformers, run_main, share_cores
+from runtime import (
+    ConfigError,
+    RunError,
+    alone,
+    blame,
+    check_output_file,
+    progress_bar,
+    quiet_transformers,
+    run_main,
+    share_cores,
+)
 
 CHECK_IMAGES = 256
 # An entry's mean over that many images is off by 1/16 on average.
@@ -189,9 +198,8 @@ class LatentReader:
             accelerator.num_processes,
             num_samples,
         )
-        progress = tqdm(loader, leave=False, disable=not (accelerator.is_main_process and sys.stderr.isatty()))
         with alone(accelerator):
-            for batch in progress:
+            for batch in progress_bar(loader, accelerator):
                 self.unreadable.add(batch["unreadable"])
                 if len(batch["pixels"]) == 0:
                     continue

@@ -647,7 +647,7 @@ def diffusers_table(width: int, grid: int) -> torch.Tensor:
 
 
 def table_kind(table: torch.Tensor) -> str:
-    """ "sin-cos" (MAE's), "diffusers' sin-cos", or "learnt" of a table (1, 1 + h*w, D)."""
+    """What a table (1, 1 + h*w, D) is: "sin-cos" (MAE's), "diffusers' sin-cos", or "learnt"."""
     width, grid = table.shape[2], math.isqrt(table.shape[1] - 1)
     for kind, compute in (("sin-cos", sincos_position_table), ("diffusers' sin-cos", diffusers_table)):
         if largest_difference(table, compute(width, grid)) <= TABLE_TOLERANCE:

@@ -40,10 +40,9 @@ from accelerate.utils import gather_object
 from PIL import Image
 from safetensors.torch import save_file
 from torchvision.transforms.functional import pil_to_tensor
-from tqdm.auto import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
-from autoencoders import Autoencoder, load_autoencoder
+from autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
 from config import check_rules, parse, require
 from data import (
     DataError,
@@ -64,12 +63,12 @@ from runtime import (
     alone,
     check_output_file,
     make_folder,
+    progress_bar,
     quiet_transformers,
     run_main,
     share_cores,
 )
 
-DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
 GREY = 128  # value of the padding
 
 
@@ -248,9 +247,8 @@ def reconstruct_all(
     """Write the files of all images. (index, PSNR) of those that could be read, in order, the same on all processes."""
     output, unreadable, measured = Path(config.output), UnreadableLog(config.data.max_unreadable), []
     loader = build_loader(images, config, accelerator)
-    progress = tqdm(loader, leave=False, disable=not (accelerator.is_main_process and sys.stderr.isatty()))
     with alone(accelerator), ThreadPoolExecutor(max(1, config.data.num_workers)) as pool:
-        for batch in progress:
+        for batch in progress_bar(loader, accelerator):
             unreadable.add(batch["unreadable"])
             if len(batch["pixels"]) == 0:
                 continue
