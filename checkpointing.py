@@ -6,9 +6,12 @@
     <output_dir>/best, final       from_pretrained folders with the averaged weights
 
 Whatever is a folder is written beside its place and renamed: a half-written one is never taken for a whole one.
+A checkpoint holds whole tensors, however a run's processes share them: it continues on any number of processes, with
+or without FSDP. Its files are listed with their SHA-256 in manifest.json, so a damaged one is known.
 """
 
 import fcntl
+import hashlib
 import json
 import math
 import os
@@ -26,7 +29,8 @@ import psutil
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 # what becomes of reading a damaged file
 DAMAGED = (SafetensorError, zipfile.BadZipFile, struct.error, RuntimeError, ValueError, EOFError, LookupError)
@@ -115,11 +119,10 @@ def write_folder(target: Path, write: Callable[[Path], None], main_process: bool
 def restore_folders(run_dir: Path) -> None:
     """Clean up after a crash in `write_folder`: put a folder back that was caught between the two renames, drop what
     was half written."""
-    for old in run_dir.glob(".*.old"):
-        target = run_dir / old.name.removeprefix(".").removesuffix(".old")
-        if not target.exists():
-            old.rename(target)
-    for folder in (run_dir, run_dir / "checkpoints"):
+    for folder in (run_dir, run_dir / "checkpoints", run_dir / "hub"):
+        for old in folder.glob(".*.old"):
+            target = folder / old.name.removeprefix(".").removesuffix(".old")
+            shutil.rmtree(old) if target.exists() else old.rename(target)
         for partial in folder.glob(".*.partial"):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
@@ -141,19 +144,146 @@ def checkpoint_step(path: Path) -> int:
     return int(path.name.removeprefix("step-"))
 
 
-def save_checkpoint(accelerator: Accelerator, run_dir: Path, step: int, keep_last: int) -> Path:
-    """Save the complete state of everything that `accelerator` prepared or registered; drop old checkpoints."""
+def whole(state: Any, keep: bool) -> Any:
+    """A nested state with its tensors on the CPU, sharded ones gathered: every process must call this, and only those
+    that `keep` the result have it."""
+    if isinstance(state, DTensor):
+        gathered = state.full_tensor()
+        return gathered.cpu() if keep else None
+    if isinstance(state, torch.Tensor):
+        return state.cpu() if keep else None
+    if isinstance(state, dict):
+        return {key: whole(value, keep) for key, value in state.items()}
+    if isinstance(state, (list, tuple)):
+        return [whole(value, keep) for value in state]
+    return state
+
+
+def sharded_as(target: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
+    """A whole tensor as `target` is shared out among processes."""
+    if not isinstance(target, DTensor):
+        return tensor
+    tensor = tensor.to(target.device)
+    return distribute_tensor(tensor, target.device_mesh, target.placements, src_data_rank=None)  # all have it whole
+
+
+def fill(own: dict, saved: dict, name: str) -> None:
+    """Copy saved tensors into those of a state dict, in place. Raises ValueError, about `name`, on other keys or
+    shapes."""
+    own_shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
+    shapes = {key: tuple(tensor.shape) for key, tensor in saved.items()}
+    if own_shapes != shapes:
+        key = next(k for k in sorted(own_shapes | shapes) if own_shapes.get(k) != shapes.get(k))
+        raise ValueError(f"{name}: {key} has shape {shapes.get(key)}, the model's is {own_shapes.get(key)}")
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(sharded_as(tensor, saved[key]))
+
+
+def fill_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
+    """Load an optimizer's state of whole tensors. Raises ValueError when it is of other parameters."""
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    state = {
+        i: {
+            key: sharded_as(parameters[i], value) if getattr(value, "shape", None) == parameters[i].shape else value
+            for key, value in entries.items()
+        }
+        for i, entries in saved["state"].items()
+    }
+    optimizer.load_state_dict({**saved, "state": state})
+
+
+def save_checkpoint(accelerator: Accelerator, run_dir: Path, step: int, parts: dict, keep_last: int) -> Path:
+    """Write a checkpoint and drop old ones. Every process calls this.
+
+    Args:
+        parts: states by name. A dictionary of tensors becomes NAME.safetensors, plain values NAME.json, anything else
+            (an optimizer's state) NAME.pt.
+    """
+
+    def write(folder: Path) -> None:
+        main = accelerator.is_main_process
+        if main:
+            folder.mkdir()
+        for name, state in parts.items():
+            state = whole(state, main)
+            if main:
+                _write_part(folder, name, state)
+        if main:
+            files = {file.name: [file.stat().st_size, _sha256(file)] for file in sorted(folder.iterdir())}
+            (folder / "manifest.json").write_text(json.dumps({"files": files}, indent=1))
+
     path = run_dir / "checkpoints" / f"step-{step:08d}"
-    write_folder(
-        path,
-        lambda folder: accelerator.save_state(str(folder)),
-        accelerator.is_main_process,
-        accelerator.wait_for_everyone,
-    )
+    write_folder(path, write, accelerator.is_main_process, accelerator.wait_for_everyone)
     if accelerator.is_main_process:
         for old in checkpoints(run_dir)[:-keep_last]:
             shutil.rmtree(old)
     return path
+
+
+def _write_part(folder: Path, name: str, state: Any) -> None:
+    if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
+        save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
+    elif isinstance(state, dict) and "param_groups" in state:
+        torch.save(state, folder / f"{name}.pt")
+    else:
+        (folder / f"{name}.json").write_text(json.dumps(state))
+
+
+def read_checkpoint(path: Path) -> dict:
+    """The parts that save_checkpoint was given. Raises OSError or ValueError for files that cannot be read."""
+    parts = {}
+    for file in sorted(path.iterdir()):
+        if file.suffix == ".json" and file.stem != "manifest":
+            parts[file.stem] = json.loads(file.read_text())
+        elif file.suffix in (".pt", ".safetensors"):
+            parts[file.stem] = read_saved(file, str(path))
+    return parts
+
+
+def damage(path: Path) -> Optional[str]:
+    """What is wrong with a checkpoint's files, or None."""
+    try:
+        files = json.loads((path / "manifest.json").read_text())["files"]
+        for name, (size, digest) in files.items():
+            found = (path / name).stat().st_size
+            if found != size:
+                return f"{name} has {found} bytes, expected {size}"
+            if _sha256(path / name) != digest:
+                return f"{name} holds something else than was written"
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return "manifest.json is not readable"
+    return None
+
+
+def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Optional[Path]:
+    """The newest undamaged checkpoint, or None when there are none. Newer ones that are damaged are set aside as
+    damaged-step-*, and `warn` is told. Raises ValueError when all are damaged. One process calls this."""
+    damaged = {}
+    for path in reversed(checkpoints(run_dir)):
+        reason = damage(path)
+        if reason is None:
+            for broken, why in damaged.items():
+                aside = broken.with_name(f"damaged-{broken.name}")
+                shutil.rmtree(aside, ignore_errors=True)
+                broken.rename(aside)
+                warn(f"checkpoint {broken} is damaged ({why}), now {aside.name}; the one before is used")
+            return path
+        damaged[path] = reason
+    if damaged:
+        path, reason = next(iter(damaged.items()))
+        raise ValueError(f"{path} is damaged ({reason}), and there is no older checkpoint that is whole")
+    return None
+
+
+def _sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 class MetricsFile:

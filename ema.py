@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from checkpointing import fill
+
 
 class EMA:
     """Shadow copy of a module's parameters, float32, ema = decay * ema + (1 - decay) * parameter.
@@ -41,10 +43,4 @@ class EMA:
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError on other names or shapes."""
-        own = {name: tuple(t.shape) for name, t in self.shadow.items()}
-        other = {name: tuple(t.shape) for name, t in state.items()}
-        if own != other:
-            name = next(n for n in sorted(own.keys() | other.keys()) if own.get(n) != other.get(n))
-            raise ValueError(f"EMA state: {name} has shape {other.get(name)}, the model's is {own.get(name)}")
-        for name, tensor in state.items():
-            self.shadow[name].copy_(tensor)
+        fill(self.shadow, state, "EMA state")

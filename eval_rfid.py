@@ -46,6 +46,7 @@ from runtime import (
     RunError,
     alone,
     blame,
+    check_precision,
     make_folder,
     progress_bar,
     quiet_transformers,
@@ -355,6 +356,7 @@ def main() -> None:
     quiet_transformers()
     with blame("mixed_precision"):
         accelerator = Accelerator(mixed_precision=config.mixed_precision)
+        check_precision(accelerator)
     share_cores(accelerator)
     source = load_eval_images(config.data, config.seed)
     output_dir = make_folder(config.output_dir or f"evaluations/{row_name(config.model[0], 0)}", "output_dir")

@@ -51,6 +51,7 @@ from runtime import (
     RunError,
     alone,
     blame,
+    check_precision,
     make_folder,
     quiet_transformers,
     run_main,
@@ -845,6 +846,7 @@ def main(argv: Optional[list] = None) -> None:
         # the main process looks at every file of a large data set while the others wait
         patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
         accelerator = Accelerator(mixed_precision=config.features.mixed_precision, kwargs_handlers=[patience])
+        check_precision(accelerator)
     share_cores(accelerator, config.train.cpu_threads)
 
     # everything that can be wrong is looked at before features are extracted

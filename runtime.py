@@ -84,6 +84,12 @@ def alone(accelerator: Accelerator) -> Iterator[None]:
         raise RunError(message, code=2, everywhere=True) from error
 
 
+def check_precision(accelerator: Accelerator) -> None:
+    """Raise ValueError for fp16 on a CPU: Accelerate would compute in float32 without a word."""
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise ValueError("fp16 needs a GPU, and this process computes on a CPU; expected bf16 or no")
+
+
 def cores_of_process(accelerator: Accelerator) -> int:
     """This process's share of the machine's cores."""
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))

@@ -16,10 +16,9 @@ import time
 import uuid
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Optional, TextIO
 
 import torch
@@ -27,19 +26,23 @@ from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
 from PIL import Image
-from safetensors import SafetensorError
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import ViTConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
+from autoencoders import weights_digest
 from checkpointing import (
     MetricsFile,
     StopSignal,
     checkpoint_step,
     checkpoints,
+    fill,
+    fill_optimizer,
     lock_run_folder,
+    newest_checkpoint,
+    read_checkpoint,
     read_latent_stats,
     restore_folders,
     save_checkpoint,
@@ -74,7 +77,17 @@ from losses import DISCRIMINATOR_LOSSES, build_lpips, generator_gradient, to_dis
 from metrics import HIGHER_IS_BETTER, IMAGE_METRICS, evaluate_reconstructions, quantize
 from modeling_rae import RAEConfig, RAEModel, encoder_family, vision_config
 from pictures import plot_curves, progress_strip, reconstruction_grid, save_pairs
-from runtime import ConfigError, RunError, alone, blame, quiet_transformers, run_main, seeded_generator, share_cores
+from runtime import (
+    ConfigError,
+    RunError,
+    alone,
+    blame,
+    check_precision,
+    quiet_transformers,
+    run_main,
+    seeded_generator,
+    share_cores,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -101,6 +114,7 @@ class Run:
     lpips_start: int
     gan_start: int
     disc_start: int  # step of the discriminator's first update
+    frozen: dict  # digests of the networks that do not learn, by the setting that names them
 
     @property
     def model(self) -> RAEModel:
@@ -109,20 +123,14 @@ class Run:
 
 @dataclass
 class RunState:
-    """What a checkpoint holds beside networks and optimizers."""
+    """What a checkpoint holds beside networks and optimizers. Plain values."""
 
     step: int = 0
     num_images: int = 0  # of the training split
+    frozen: dict = field(default_factory=dict)  # Run.frozen
     best: Optional[float] = None
     best_of: str = ""  # what `best` is comparable with: metric and number of images
     nonfinite_in_a_row: int = 0
-
-    def state_dict(self) -> dict:
-        return asdict(self)
-
-    def load_state_dict(self, state: dict) -> None:
-        for name, value in state.items():
-            setattr(self, name, value)
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -141,6 +149,7 @@ def build_accelerator(config: Config) -> Accelerator:
             # spectral-norm vectors between its two forward passes
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
+        check_precision(accelerator)
     share_cores(accelerator, config.train.cpu_threads)
     missing = set(config.logging.report_to) - {str(tracker) for tracker in accelerator.log_with}
     if missing:
@@ -282,6 +291,11 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
         lpips = build_lpips(perceptual.weights, perceptual.vgg_path).to(accelerator.device) if needs_lpips else None
     discriminator = build_discriminator(config) if gan.weight > 0 else None
     rae = build_rae(config, rae_config)
+    frozen = {"model.encoder": weights_digest(rae, ("decoder.",))}
+    if discriminator is not None:
+        frozen["gan.backbone"] = weights_digest(discriminator.backbone)
+    if perceptual.weight > 0:
+        frozen["perceptual.vgg_path"] = weights_digest(lpips)
     rae, optimizer = accelerator.prepare(rae, adamw(rae.decoder.parameters(), config.optimizer))
     disc_optimizer = None
     if discriminator is not None:
@@ -301,6 +315,7 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
         lpips_start=start(perceptual.start_step, perceptual.start_epoch),
         gan_start=start(gan.start_step, gan.start_epoch),
         disc_start=start(gan.update_start_step, gan.update_start_epoch),
+        frozen=frozen,
     )
 
 
@@ -677,13 +692,60 @@ def take_run_folder(config: Config, run_dir: Path) -> TextIO:
     return lock
 
 
-def load_checkpoint(accelerator: Accelerator, path: Path) -> None:
-    """Load the complete state. Raises RunError, which names the checkpoint, when it cannot be read."""
+def checkpoint_parts(run: Run, state: RunState) -> dict:
+    """All that changes while a run goes on."""
+    parts = {
+        "state": asdict(state),
+        "decoder": run.model.decoder.state_dict(),
+        "ema": run.ema.state_dict(),
+        "optimizer": run.optimizer.state_dict(),
+    }
+    if run.discriminator is not None:
+        parts["discriminator"] = run.accelerator.unwrap_model(run.discriminator).heads.state_dict()
+        parts["disc_optimizer"] = run.disc_optimizer.state_dict()
+    if run.accelerator.scaler is not None:
+        parts["scaler"] = run.accelerator.scaler.state_dict()
+    return parts
+
+
+def find_checkpoint(accelerator: Accelerator, run_dir: Path) -> Optional[Path]:
+    """The newest whole checkpoint, the same on all processes, or None. Raises RunError when all are damaged."""
+    found = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = newest_checkpoint(run_dir, tqdm.write)
+        except ValueError as error:
+            found[1] = str(error)
+    path, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise RunError(problem)
+    return path
+
+
+def load_checkpoint(run: Run, state: RunState, path: Path) -> None:
+    """Load the complete state. Raises RunError, which names the checkpoint, when it cannot be read, and ConfigError
+    when it is of other frozen networks than the run's."""
     try:
-        accelerator.load_state(str(path))
-    except (OSError, RuntimeError, ValueError, EOFError, SafetensorError, UnpicklingError) as error:
-        reason = str(error).splitlines()[0]
-        raise RunError(f"checkpoint {path} cannot be read ({reason}); without it, the one before is used") from error
+        saved = read_checkpoint(path)
+        for name, value in saved["state"].items():
+            setattr(state, name, value)
+        fill(run.model.decoder.state_dict(), saved["decoder"], "decoder")
+        run.ema.load_state_dict(saved["ema"])
+        fill_optimizer(run.optimizer, saved["optimizer"])
+        if run.discriminator is not None:
+            heads = run.accelerator.unwrap_model(run.discriminator).heads
+            fill(heads.state_dict(), saved["discriminator"], "discriminator")
+            fill_optimizer(run.disc_optimizer, saved["disc_optimizer"])
+        if run.accelerator.scaler is not None:
+            run.accelerator.scaler.load_state_dict(saved["scaler"])
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise RunError(f"checkpoint {path} cannot be read: {type(error).__name__} {error}") from error
+    for setting, digest in run.frozen.items():
+        if state.frozen[setting] != digest:
+            raise ConfigError(
+                f"{setting}: its weights are not those that {path} was trained with; choose another train.output_dir "
+                "or the same weights"
+            )
 
 
 def start_trackers(config: Config, accelerator: Accelerator, run_dir: Path, step: int) -> None:
@@ -776,7 +838,8 @@ def train(
         elif config.hub.every_steps and due(config.hub.every_steps):
             reporter.push(publisher)
         if record["stop"] or due(config.train.save_every_steps, config.train.save_every_epochs):
-            save_checkpoint(accelerator, run_dir, state.step, config.train.keep_last)
+            parts = checkpoint_parts(run, state)
+            save_checkpoint(accelerator, run_dir, state.step, parts, config.train.keep_last)
         clock += time.perf_counter() - pause  # images per second are those of training
         if record["stop"] and state.step < total_steps:
             tell(run, f"stopped by {stop.received or 'another process'} after step {state.step}, saved; "
@@ -826,12 +889,11 @@ def main() -> None:
     run = build_run(config, accelerator, rae_config, batches.steps_per_epoch)
     lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
-    state = RunState(num_images=len(train_images))
-    accelerator.register_for_checkpointing(run.ema, state)
-    saved = checkpoints(run_dir)
-    if saved:
-        load_checkpoint(accelerator, saved[-1])
-        tell(run, f"continuing from {saved[-1]}")
+    state = RunState(num_images=len(train_images), frozen=run.frozen)
+    checkpoint = find_checkpoint(accelerator, run_dir)
+    if checkpoint is not None:
+        load_checkpoint(run, state, checkpoint)
+        tell(run, f"continuing from {checkpoint}")
         if state.num_images != len(train_images):
             raise ConfigError(
                 f"data.path: {config.data.path} has {len(train_images)} training images, {run_dir} began with "
@@ -848,7 +910,7 @@ def main() -> None:
     )
     unreadable = UnreadableLog(config.data.max_unreadable)
     reporter = Reporter(run, state, run_dir, eval_images, unreadable, distances)
-    reporter.file.forget_after(state.step if saved else -1)
+    reporter.file.forget_after(-1 if checkpoint is None else state.step)
     start_trackers(config, accelerator, run_dir, state.step)
     tell(run, describe(run, len(train_images), len(eval_images), micro_batch, total_steps))
 

@@ -18,6 +18,7 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="rae-tests-")  # what tests cache is not the user's
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
+from checkpointing import checkpoints, read_checkpoint  # noqa: E402
 from modeling_rae import RAEConfig, RAEModel  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -111,3 +112,17 @@ def tiny_rae(**settings) -> RAEModel:
         **{"noise_tau": 0.5, **settings},
     )
     return RAEModel(config)
+
+
+def checkpoint_state(run_dir) -> dict:
+    """Every value of the newest checkpoint, by part: both networks, both optimizers, moving average, counters."""
+    return read_checkpoint(checkpoints(run_dir)[-1])
+
+
+def same(a, b) -> bool:
+    """Whether two nested states are equal bit for bit."""
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b

@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import PLAIN, ROOT, TINY, command, flags, read_metrics, run_command
+from conftest import PLAIN, ROOT, TINY, checkpoint_state, command, flags, read_metrics, run_command, same
 from PIL import Image
 from safetensors.torch import load_file
 
 import train_rae
+from checkpointing import read_checkpoint
 from config import LRScheduleConfig, parse_config
 from data import TrainBatches, load_splits
 from modeling_rae import RAEModel
@@ -28,27 +29,6 @@ from modeling_rae import RAEModel
 def train(images, run_dir, settings, check=True, launch=(), **environment):
     settings = {**settings, "data.path": images, "train.output_dir": run_dir}
     return run_command("train_rae.py", *flags(settings), check=check, launch=launch, **environment)
-
-
-def final_state(run_dir) -> dict:
-    """Every tensor of the newest checkpoint: both networks, both optimizers, moving average, counters."""
-    folder = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
-    state = {"folder": folder.name}
-    for file in sorted(folder.iterdir()):
-        if file.suffix == ".safetensors":
-            state[file.name] = load_file(file)
-        elif file.name.startswith(("optimizer", "custom_checkpoint")):
-            state[file.name] = torch.load(file, weights_only=True)
-    assert len(state) == 7, sorted(state)  # folder, two networks, two optimizers, EMA, counters
-    return state
-
-
-def same(a, b) -> bool:
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(same, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +62,9 @@ def test_run_folder(whole_run):
     assert evals[-1]["psnr"] > evals[1]["psnr"]
 
     model = RAEModel.from_pretrained(run_dir / "final")
-    shadow = torch.load(run_dir / "checkpoints/step-00000006/custom_checkpoint_0.pkl", weights_only=True)
+    parts = checkpoint_state(run_dir)
+    assert set(parts) == {"state", "decoder", "ema", "optimizer", "discriminator", "disc_optimizer"}
+    shadow = parts["ema"]
     assert all(torch.equal(p, shadow[n]) for n, p in model.decoder.named_parameters())
     assert RAEModel.from_pretrained(run_dir / "best").config.image_size == 32
     for step in (0, 3, 6):
@@ -136,7 +118,7 @@ def test_stop_and_resume_is_exact(images, whole_run, tmp_path):
     stopped_at = [line["step"] for line in read_metrics(run_dir)][-1]
     train(images, run_dir, {**settings, "data.num_workers": "1"})
     assert read_metrics(run_dir) == read_metrics(whole), stopped_at
-    assert same(final_state(run_dir), final_state(whole))
+    assert same(checkpoint_state(run_dir), checkpoint_state(whole))
 
 
 def test_checkpoints_and_evaluation_leave_no_trace(images, whole_run, tmp_path):
@@ -145,7 +127,7 @@ def test_checkpoints_and_evaluation_leave_no_trace(images, whole_run, tmp_path):
     run_dir = tmp_path / "busy"
     busy = {"eval.every_steps": "1", "train.save_every_steps": "1", "data.num_workers": "2", "eval.batch_size": "3"}
     train(images, run_dir, {**settings, **busy})
-    assert same(final_state(run_dir), final_state(whole))
+    assert same(checkpoint_state(run_dir), checkpoint_state(whole))
     assert [p.name for p in sorted((run_dir / "checkpoints").iterdir())] == ["step-00000005", "step-00000006"]
 
 
@@ -187,10 +169,10 @@ def test_killed_before_the_first_checkpoint(images, whole_run, tmp_path):
     run_command("train_rae.py", *flags(settings))
     kinds = [(line["kind"], line["step"]) for line in read_metrics(run_dir)]
     assert kinds == [("eval", 0), ("train", 1), ("train", 2), ("eval", 2)]
-    weights = run_dir / "checkpoints/step-00000002/optimizer.bin"
+    weights = run_dir / "checkpoints/step-00000002/optimizer.pt"
     weights.write_bytes(weights.read_bytes()[:-100])
     done = run_command("train_rae.py", *flags({**settings, "train.max_steps": "3"}), check=False)
-    assert done.returncode == 1 and f"checkpoint {weights.parent} cannot be read" in error_line(done.stderr)
+    assert done.returncode == 1 and f"{weights.parent} is damaged (optimizer.pt has" in error_line(done.stderr)
     (run_dir / "config.yaml").write_text("")
     done = run_command("train_rae.py", *flags(settings), check=False)
     assert done.returncode == 2 and "config.yaml is damaged" in error_line(done.stderr)
@@ -217,7 +199,7 @@ def test_continuing_differently(images, whole_run, tmp_path):
     assert process.wait() == 0 and not (run_dir / "final").exists()
     newest = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
     train(images, run_dir, {**more, "train.max_steps": str(int(newest.name.removeprefix("step-")))})
-    ema = torch.load(newest / "custom_checkpoint_0.pkl", weights_only=True)
+    ema = read_checkpoint(newest)["ema"]
     final = RAEModel.from_pretrained(run_dir / "final")
     assert all(torch.equal(p, ema[n]) for n, p in final.decoder.named_parameters())
     done = train(images, run_dir, {**more, "train.mixed_precision": "bf16"}, check=False)
