@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from conftest import PLAIN, ROOT, TINY, checkpoint_state, command, flags, read_metrics, run_command, same
 from PIL import Image
 from safetensors.torch import load_file
@@ -468,6 +469,7 @@ def error_line(stderr: str) -> str:
 
 def fails(capsys, monkeypatch, images, settings) -> str:
     """Run train_rae.py's main in this process, expect exit code 2, give its one line."""
+    AcceleratorState._reset_state()  # as in a new process
     monkeypatch.setattr(sys, "argv", ["train_rae.py", *flags({**PLAIN, "data.path": images, **settings})])
     with pytest.raises(SystemExit) as exit_info:
         train_rae.run_main(train_rae.main)
@@ -505,7 +507,7 @@ def fails(capsys, monkeypatch, images, settings) -> str:
         ({"gan.key_depths": "[0,7]"}, ["gan.key_depths", "7", "4"]),
         ({"logging.report_to": "[comet_ml]"}, ["logging.report_to", "comet_ml"]),
         ({"logging.report_to": "[tensorbord]"}, ["logging.report_to", "tensorbord", "tensorboard"]),
-        ({"train.mixed_precision": "fp16"}, ["train.mixed_precision", "fp16"]),
+        ({"train.mixed_precision": "fp16"}, ["train.mixed_precision", "fp16 needs a GPU"]),
     ],
 )  # fmt: skip
 def test_bad_input(settings, words, images, tmp_path, capsys, monkeypatch):
