@@ -218,6 +218,9 @@ class GANConfig:
     backbone: str = "facebook/dino-vits8"
     """Frozen ViT: Hub id, folder, or a .pth/.safetensors file with timm's names (dino_vit_small_patch8_224.pth)."""
     weights: Literal["pretrained", "random"] = "pretrained"
+    disc_input: Literal["fresh", "reuse"] = "fresh"
+    """The discriminator learns from new reconstructions of clean latents by the updated decoder, as published
+    ("fresh"), or from those of the decoder's own step, of noisy latents: one decoder pass less ("reuse")."""
     """"random" builds an untrained backbone from `backbone_config`: only for tests and demonstrations."""
     backbone_config: dict[str, Any] = field(default_factory=dict)
     """Fields of transformers' ViTConfig, for random weights only."""

@@ -379,7 +379,7 @@ def train_step(run: Run, batches: list, step: int, stop: bool = False) -> dict:
     generators = [step_generator(run, step, i) for i in range(len(batches))]
     with torch.no_grad(), run.accelerator.autocast():
         latents = [run.model.encode(pixels, add_noise=False).latent for pixels in batches]
-    record = decoder_step(run, batches, latents, generators, step, stop)
+    record, reconstructions = decoder_step(run, batches, latents, generators, step, stop)
     disc_names = ("disc_loss", "logits_real", "logits_fake", "accuracy", "disc_grad_norm", "lr_disc")
     record.update(dict.fromkeys(disc_names))
     if record["nonfinite"] is None:
@@ -388,7 +388,7 @@ def train_step(run: Run, batches: list, step: int, stop: bool = False) -> dict:
             updates = run.config.gan.updates_per_step
             for update in range(updates):
                 count = (step - run.disc_start) * updates + update  # the discriminator's own step counter
-                record.update(discriminator_step(run, batches, latents, generators, count))
+                record.update(discriminator_step(run, batches, latents, reconstructions, generators, count))
                 if record["nonfinite"] is not None:
                     break
     return record
@@ -410,8 +410,9 @@ def apply_update(run: Run, optimizer: Any, record: dict, terms: tuple, norm_name
     optimizer.zero_grad(set_to_none=True)
 
 
-def decoder_step(run: Run, batches: list, latents: list, generators: list, step: int, stop: bool) -> dict:
-    """Update the decoder. Arguments as in `train_step`; latents are clean."""
+def decoder_step(run: Run, batches: list, latents: list, generators: list, step: int, stop: bool) -> tuple:
+    """Update the decoder. Arguments as in `train_step`; latents are clean. Returns the record and, where the
+    discriminator takes them, the reconstructions of each micro-batch, from noisy latents and before the update."""
     config, accelerator, model = run.config, run.accelerator, run.model
     lr = learning_rate(step, config.optimizer.lr, config.lr_schedule, run.steps_per_epoch)
     set_learning_rate(run.optimizer, lr)
@@ -455,13 +456,16 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
     record = {**dict(zip(vars(terms), values, strict=True)), "grad_norm": grad_norm, "lr": lr, "stop": asked > 0}
     watched = ("recon", "lpips", "gan") if accelerator.scaler else ("recon", "lpips", "gan", "adaptive_weight")
     apply_update(run, run.optimizer, record, watched, "grad_norm")
-    return record
+    return record, reconstructions
 
 
-def discriminator_step(run: Run, batches: list, latents: list, generators: list, count: int) -> dict:
-    """Update the discriminator on images and on reconstructions of clean latents with the updated decoder.
-    `count`: updates of the discriminator so far."""
+def discriminator_step(
+    run: Run, batches: list, latents: list, reconstructions: list, generators: list, count: int
+) -> dict:
+    """Update the discriminator on images and on reconstructions of clean latents with the updated decoder, or on the
+    given `reconstructions` (gan.disc_input). `count`: updates of the discriminator so far."""
     config, accelerator, model = run.config, run.accelerator, run.model
+    reconstructions = []
     lr = learning_rate(count, config.gan.optimizer.lr, config.gan.lr_schedule, run.steps_per_epoch)
     set_learning_rate(run.disc_optimizer, lr)
     accelerator.unwrap_model(run.discriminator).train()
@@ -470,7 +474,9 @@ def discriminator_step(run: Run, batches: list, latents: list, generators: list,
     for i, (pixels, latent, generator) in enumerate(zip(batches, latents, generators, strict=True)):
         with no_sync_except_last(run, run.discriminator, i, len(batches)):
             with torch.no_grad(), accelerator.autocast():
-                fake = run.augment(to_discriminator_range(model.decode(latent).sample.float()), generator)
+                fresh = config.gan.disc_input == "fresh"
+                fake = model.decode(latent).sample if fresh else reconstructions[i]
+                fake = run.augment(to_discriminator_range(fake.float()), generator)
                 real = run.augment(2 * pixels - 1, generator)
             fake_logits, real_logits = run.discriminator(fake, real)
             loss = loss_function(real_logits.float(), fake_logits.float())
@@ -480,6 +486,8 @@ def discriminator_step(run: Run, batches: list, latents: list, generators: list,
     accelerator.unscale_gradients(run.disc_optimizer)
     heads = accelerator.unwrap_model(run.discriminator).heads
     grad_norm = nn.utils.get_total_norm([p.grad for p in heads.parameters()])
+            if config.gan.disc_input == "reuse":
+                reconstructions.append(out.sample.detach())
     names = ("disc_loss", "logits_real", "logits_fake", "accuracy", "disc_grad_norm")
     values = mean_over_processes(run, [*(sums / len(batches)), grad_norm])
     record = dict(zip(names, values, strict=True))

@@ -397,6 +397,23 @@ def build_heads(images, settings):
     return tiny_run(images, Accelerator(cpu=True), **settings).discriminator.heads.named_parameters()
 
 
+def test_discriminator_input(images):
+    """Without noise, and with a decoder that stands still, old and new reconstructions are the same; otherwise not."""
+    pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    settings = {"gan.update_start_step": "0", "gan.start_step": "0", "model.noise_tau": "0"}
+    losses, decoded = {}, {}
+    for lr in ("1.0e-20", "1.0e-2"):
+        for source in ("fresh", "reuse"):
+            run = tiny_run(images, Accelerator(cpu=True), **settings, **{"optimizer.lr": lr, "gan.disc_input": source})
+            calls = []
+            run.model.decoder.register_forward_hook(lambda *args, calls=calls: calls.append(1))
+            records, _ = take_steps(run, pixels, 2, steps=2)
+            losses[lr, source], decoded[source] = [record["disc_loss"] for record in records], len(calls)
+    assert losses["1.0e-20", "fresh"] == pytest.approx(losses["1.0e-20", "reuse"], rel=1e-6)
+    assert losses["1.0e-2", "fresh"] != pytest.approx(losses["1.0e-2", "reuse"], rel=1e-4)
+    assert decoded == {"fresh": 8, "reuse": 4}  # two steps of two micro-batches
+
+
 def test_noise_depends_on_step_rank_and_micro_batch(images):
     run = tiny_run(images, Accelerator(cpu=True))
     draws = [torch.rand(4, generator=train_rae.step_generator(run, *key)) for key in ((0, 0), (0, 0), (0, 1), (1, 0))]
