@@ -131,6 +131,11 @@ class TrainConfig:
     cpu_threads: Optional[int] = None
     """Threads of each process on a CPU; none: the machine's cores shared out among its processes. (accelerate launch
     leaves one thread.)"""
+    compile: bool = False
+    """Whether torch.compile makes faster code of decoder, discriminator and LPIPS at the first steps (minutes);
+    evaluation stays as it is."""
+    tf32: bool = False
+    """Whether a GPU may round the factors of float32 products and convolutions to TF32: faster, about 3 digits."""
     clip_grad_norm: Optional[float] = None
     """Largest L2 norm of the decoder's gradient; none: not clipped."""
     max_nonfinite_steps: int = 0
@@ -213,14 +218,14 @@ class GANConfig:
     """Discriminator updates for each decoder update."""
     loss: Literal["hinge", "vanilla"] = "hinge"
     """The discriminator's loss."""
+    disc_input: Literal["fresh", "reuse"] = "fresh"
+    """The discriminator learns from new reconstructions of clean latents by the updated decoder, as published
+    ("fresh"), or from those of the decoder's own step, of noisy latents: one decoder pass less ("reuse")."""
     max_adaptive_weight: float = 1e4
     """Upper bound of the adaptive weight."""
     backbone: str = "facebook/dino-vits8"
     """Frozen ViT: Hub id, folder, or a .pth/.safetensors file with timm's names (dino_vit_small_patch8_224.pth)."""
     weights: Literal["pretrained", "random"] = "pretrained"
-    disc_input: Literal["fresh", "reuse"] = "fresh"
-    """The discriminator learns from new reconstructions of clean latents by the updated decoder, as published
-    ("fresh"), or from those of the decoder's own step, of noisy latents: one decoder pass less ("reuse")."""
     """"random" builds an untrained backbone from `backbone_config`: only for tests and demonstrations."""
     backbone_config: dict[str, Any] = field(default_factory=dict)
     """Fields of transformers' ViTConfig, for random weights only."""
@@ -566,6 +571,7 @@ RESUMABLE_KEYS = (
     "hub.",
     "logging.",
     "model.gradient_checkpointing",
+    "train.compile",
     "train.cpu_threads",
     "train.epochs",
     "train.gradient_accumulation_steps",

@@ -259,9 +259,15 @@ class DinoDiscriminator(nn.Module):
         self.backbone.eval()
         return self
 
-    def _judge(self, features: list) -> torch.Tensor:
-        logits = [head(x).squeeze(1) for head, x in zip(self.heads, features, strict=True)]  # (B, N) each
-        return torch.cat(logits, dim=1)  # (B, heads * N)
+    def judge(self, *batches: list) -> list:
+        """Feature maps of one or two batches, in their order, to logits (B, heads * N) each. One call for both, because
+        the spectral norms' vectors change between them: two calls of a compiled function would keep the same buffers
+        for one backward pass."""
+        logits = []
+        for features in batches:
+            maps = [head(x).squeeze(1) for head, x in zip(self.heads, features, strict=True)]  # (B, N) each
+            logits.append(torch.cat(maps, dim=1))  # (B, heads * N)
+        return logits
 
     def forward(self, fake: torch.Tensor, real: Optional[torch.Tensor] = None):
         """Images (B, 3, H, W) in [-1, 1] to logits (B, heads * N); with `real` a pair (fake logits, real logits).
@@ -270,11 +276,10 @@ class DinoDiscriminator(nn.Module):
         norms still take a power iteration for each of the two, fake first, as published.
         """
         if real is None:
-            return self._judge(self.backbone(fake))
+            return self.judge(self.backbone(fake))[0]
         with torch.no_grad():  # the images are data here: only the heads learn
             features = self.backbone(torch.cat([fake, real]))
-        fake_logits = self._judge([x[: len(fake)] for x in features])
-        return fake_logits, self._judge([x[len(fake) :] for x in features])
+        return tuple(self.judge([x[: len(fake)] for x in features], [x[len(fake) :] for x in features]))
 
 
 # --------------------------------------------------------------------------------------------------------------------

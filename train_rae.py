@@ -150,12 +150,25 @@ def build_accelerator(config: Config) -> Accelerator:
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
         )
         check_precision(accelerator)
+    set_tf32(config.train.tf32, accelerator)
     share_cores(accelerator, config.train.cpu_threads)
     missing = set(config.logging.report_to) - {str(tracker) for tracker in accelerator.log_with}
     if missing:
         raise ConfigError(f"logging.report_to: the package of tracker '{sorted(missing)[0]}' is not installed")
     config.train.mixed_precision = accelerator.mixed_precision  # what the launcher decided is a part of the run
     return accelerator
+
+
+def set_tf32(allowed: bool, accelerator: Accelerator) -> None:
+    """Let float32 products and convolutions use TF32, or not: torch's own default is the one for convolutions alone.
+    Raises ConfigError where there is none."""
+    on_gpu = accelerator.device.type == "cuda"
+    if allowed and not on_gpu:
+        raise ConfigError(
+            f"train.tf32: expected false, TF32 is a GPU's and this process computes on {accelerator.device}"
+        )
+    if on_gpu:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
 def micro_batch_size(config: Config, num_processes: int) -> int:
@@ -275,6 +288,20 @@ def build_discriminator(config: Config) -> DinoDiscriminator:
         return DinoDiscriminator(vit, gan.key_depths, gan.kernel_size, gan.norm, gan.norm_eps, gan.spectral_norm)
 
 
+def compile_networks(
+    decoder: nn.Module, discriminator: Optional[DinoDiscriminator], lpips: Optional[nn.Module]
+) -> None:
+    """Compile what a step spends its time in, in place, so that names of weights stay as they are. Blocks one by one:
+    they share one compiled function, and processes exchange gradients while the backward pass goes on. A graph break is
+    an error; every shape and mode of use has a graph of its own."""
+    parts = [*decoder.decoder_layers, *([] if lpips is None else [lpips])]
+    if discriminator is not None:
+        parts += discriminator.backbone.blocks
+        discriminator.judge = torch.compile(discriminator.judge, fullgraph=True, dynamic=False)
+    for part in parts:
+        part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
+
+
 def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, steps_per_epoch: int) -> Run:
     """Build all networks and optimizers and prepare them for the devices at hand."""
 
@@ -304,6 +331,12 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
     return Run(
         config=config,
         accelerator=accelerator,
+    if config.train.compile:
+        compile_networks(
+            accelerator.unwrap_model(rae).decoder,
+            None if discriminator is None else accelerator.unwrap_model(discriminator),
+            lpips,
+        )
         rae=rae,
         discriminator=discriminator,
         optimizer=optimizer,
@@ -430,6 +463,7 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
     for i, (pixels, latent, generator) in enumerate(zip(batches, latents, generators, strict=True)):
         with no_sync_except_last(run, run.rae, i, len(batches)):
             noisy = model.add_noise(latent, generator)
+    reconstructions = []
             out = run.rae(latent=noisy, return_last_layer=True)
             with accelerator.autocast():
                 gradient, terms = generator_gradient(
@@ -448,6 +482,8 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
             sums += torch.stack([t.float() for t in vars(terms).values()])
     accelerator.unscale_gradients(run.optimizer)
     parameters = [p for p in model.decoder.parameters() if p.requires_grad]
+            if config.gan.disc_input == "reuse":
+                reconstructions.append(out.sample.detach())
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if config.train.clip_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, config.train.clip_grad_norm, grad_norm)
@@ -465,7 +501,6 @@ def discriminator_step(
     """Update the discriminator on images and on reconstructions of clean latents with the updated decoder, or on the
     given `reconstructions` (gan.disc_input). `count`: updates of the discriminator so far."""
     config, accelerator, model = run.config, run.accelerator, run.model
-    reconstructions = []
     lr = learning_rate(count, config.gan.optimizer.lr, config.gan.lr_schedule, run.steps_per_epoch)
     set_learning_rate(run.disc_optimizer, lr)
     accelerator.unwrap_model(run.discriminator).train()
@@ -486,8 +521,6 @@ def discriminator_step(
     accelerator.unscale_gradients(run.disc_optimizer)
     heads = accelerator.unwrap_model(run.discriminator).heads
     grad_norm = nn.utils.get_total_norm([p.grad for p in heads.parameters()])
-            if config.gan.disc_input == "reuse":
-                reconstructions.append(out.sample.detach())
     names = ("disc_loss", "logits_real", "logits_fake", "accuracy", "disc_grad_norm")
     values = mean_over_processes(run, [*(sums / len(batches)), grad_norm])
     record = dict(zip(names, values, strict=True))
@@ -568,6 +601,7 @@ class Reporter:
     def evaluate(self) -> None:
         """Evaluate the averaged model, and the raw one if asked; the best averaged one goes to best/."""
         run, names = self.run, self.run.config.eval.metrics
+    @torch.compiler.set_stance("force_eager")  # evaluation has shapes of its own: no graphs for them
         saved = set(evenly_spread(self.chosen, run.config.eval.save_pairs))
         run.model.eval()
         for model in ("raw", "ema") if run.config.eval.raw else ("ema",):
@@ -599,6 +633,7 @@ class Reporter:
     def samples(self) -> None:
         """Write the sample grid of the averaged model, the curves and the strip; show the grid to the trackers."""
         run, path = self.run, self.run_dir / "samples" / f"step-{self.state.step:08d}.png"
+    @torch.compiler.set_stance("force_eager")
         if run.accelerator.is_main_process:
             run.model.eval()
             with run.ema.applied():

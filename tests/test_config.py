@@ -322,9 +322,9 @@ def test_a_run_folder_is_continued_with_its_own_settings_only(tmp_path):
     """The same config passes, and so does one that differs in a resumable key; any other key is an error that names
     the key, both values and the folder's file."""
     resumable = {
-        "data.num_workers", "data.max_unreadable", "model.gradient_checkpointing", "train.cpu_threads", "train.epochs",
-        "train.gradient_accumulation_steps", "train.keep_last", "train.max_nonfinite_steps", "train.max_steps",
-        "train.output_dir", "train.save_every_steps", "train.save_every_epochs",
+        "data.num_workers", "data.max_unreadable", "model.gradient_checkpointing", "train.compile", "train.cpu_threads",
+        "train.epochs", "train.gradient_accumulation_steps", "train.keep_last", "train.max_nonfinite_steps",
+        "train.max_steps", "train.output_dir", "train.save_every_steps", "train.save_every_epochs",
     }  # fmt: skip
     config = parse_config([])
     saved = tmp_path / "config.yaml"

@@ -525,6 +525,7 @@ def fails(capsys, monkeypatch, images, settings) -> str:
         ({"logging.report_to": "[comet_ml]"}, ["logging.report_to", "comet_ml"]),
         ({"logging.report_to": "[tensorbord]"}, ["logging.report_to", "tensorbord", "tensorboard"]),
         ({"train.mixed_precision": "fp16"}, ["train.mixed_precision", "fp16 needs a GPU"]),
+        ({"train.tf32": "true"}, ["train.tf32", "cpu"]),
     ],
 )  # fmt: skip
 def test_bad_input(settings, words, images, tmp_path, capsys, monkeypatch):
