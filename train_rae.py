@@ -315,7 +315,10 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
     gan, perceptual = config.gan, config.perceptual
     needs_lpips = perceptual.weight > 0 or "lpips" in config.eval.metrics
     with blame("perceptual.vgg_path"):
-        lpips = build_lpips(perceptual.weights, perceptual.vgg_path).to(accelerator.device) if needs_lpips else None
+        lpips = build_lpips(perceptual.weights, perceptual.vgg_path) if needs_lpips else None
+    if lpips is not None:
+        on_gpu = accelerator.device.type == "cuda"  # its convolutions in half precision want channels-last tensors
+        lpips.to(accelerator.device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
     discriminator = build_discriminator(config) if gan.weight > 0 else None
     rae = build_rae(config, rae_config)
     frozen = {"model.encoder": weights_digest(rae, ("decoder.",))}
@@ -328,15 +331,15 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
     if discriminator is not None:
         disc_optimizer = adamw(discriminator.parameters(), gan.optimizer)
         discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
-    return Run(
-        config=config,
-        accelerator=accelerator,
     if config.train.compile:
         compile_networks(
             accelerator.unwrap_model(rae).decoder,
             None if discriminator is None else accelerator.unwrap_model(discriminator),
             lpips,
         )
+    return Run(
+        config=config,
+        accelerator=accelerator,
         rae=rae,
         discriminator=discriminator,
         optimizer=optimizer,
@@ -460,10 +463,10 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
     scale_loss = (lambda loss: loss) if accelerator.scaler is None else accelerator.scaler.scale
     model.train()
     sums = torch.zeros(5, device=accelerator.device)
+    reconstructions = []
     for i, (pixels, latent, generator) in enumerate(zip(batches, latents, generators, strict=True)):
         with no_sync_except_last(run, run.rae, i, len(batches)):
             noisy = model.add_noise(latent, generator)
-    reconstructions = []
             out = run.rae(latent=noisy, return_last_layer=True)
             with accelerator.autocast():
                 gradient, terms = generator_gradient(
@@ -479,11 +482,11 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
                     scale_loss,
                 )
             out.patches.backward(gradient / len(batches))
+            if config.gan.disc_input == "reuse":
+                reconstructions.append(out.sample.detach())
             sums += torch.stack([t.float() for t in vars(terms).values()])
     accelerator.unscale_gradients(run.optimizer)
     parameters = [p for p in model.decoder.parameters() if p.requires_grad]
-            if config.gan.disc_input == "reuse":
-                reconstructions.append(out.sample.detach())
     grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
     if config.train.clip_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, config.train.clip_grad_norm, grad_norm)
@@ -598,10 +601,10 @@ class Reporter:
         values = {k: v for k, v in record.items() if k not in ("stop", "nonfinite")}
         self.write("train", {**values, "images_per_second": round(images_per_second, 3)})
 
+    @torch.compiler.set_stance("force_eager")  # evaluation has shapes of its own: no graphs for them
     def evaluate(self) -> None:
         """Evaluate the averaged model, and the raw one if asked; the best averaged one goes to best/."""
         run, names = self.run, self.run.config.eval.metrics
-    @torch.compiler.set_stance("force_eager")  # evaluation has shapes of its own: no graphs for them
         saved = set(evenly_spread(self.chosen, run.config.eval.save_pairs))
         run.model.eval()
         for model in ("raw", "ema") if run.config.eval.raw else ("ema",):
@@ -630,10 +633,10 @@ class Reporter:
             self.state.best = value
             self.export("best")
 
+    @torch.compiler.set_stance("force_eager")
     def samples(self) -> None:
         """Write the sample grid of the averaged model, the curves and the strip; show the grid to the trackers."""
         run, path = self.run, self.run_dir / "samples" / f"step-{self.state.step:08d}.png"
-    @torch.compiler.set_stance("force_eager")
         if run.accelerator.is_main_process:
             run.model.eval()
             with run.ema.applied():
