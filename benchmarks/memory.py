@@ -1,0 +1,173 @@
+"""Peak memory of a training step, calculated: the real step on tensors that have shapes but no values.
+
+    python benchmarks/memory.py                               (all presets, bf16, about 15 minutes on a CPU, 8 GB)
+    python benchmarks/memory.py --presets dinov2_b_vitb --mixed_precision no --batch_sizes 1 2
+
+Every tensor that the second step of the GAN phase holds at a time is counted: weights, gradients, optimizer states,
+the moving average, activations, and what is in between. A GPU also holds the CUDA context, its libraries' workspaces
+and gaps between blocks: the largest batches leave 1 GiB and 5% of the card for them. Memory grows linearly with the
+batch; batches that were not calculated are read off the line through the last two. `--json FILE` writes the numbers for
+machines.
+"""
+
+import argparse
+import json
+import sys
+import weakref
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from train_step import ROOT, benchmark_config
+
+sys.path.insert(0, str(ROOT))
+
+import train_rae  # noqa: E402
+from runtime import run_main  # noqa: E402
+
+CARDS = {"24 GB": 23.5, "48 GB": 47.4, "80 GB": 79.2, "141 GB": 139.8}  # GiB that the driver shows
+ASIDE_GIB, ASIDE_SHARE = 1.0, 0.05
+PRESETS = ("dinov2_b_vitb", "dinov2_s", "dinov2_b", "dinov2_l", "mae_b", "siglip2_b", "dinov3_l_k7", "dinov3_l_k23",
+           "siglip_so400m_378", "dinov2_b_512")  # fmt: skip
+
+
+class LiveMemory(TorchDispatchMode):
+    """Counts the bytes of all storages that operations return, from then until they are freed."""
+
+    def __init__(self):
+        super().__init__()
+        self.known = set()
+        self.live = self.peak = 0  # bytes
+
+    def add(self, tensor: torch.Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes()
+        if key not in self.known:
+            self.known.add(key)
+            self.live += size
+            self.peak = max(self.peak, self.live)
+            weakref.finalize(storage, self._free, key, size)
+
+    def _free(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.live -= size
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor):
+                self.add(leaf)
+        return result
+
+
+def drop_values(run: train_rae.Run, mode: FakeTensorMode) -> list:
+    """Replace all tensors of a run by ones without values, and return them."""
+    replaced = {}
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        if tensor not in replaced:
+            empty = mode.from_tensor(tensor.detach())
+            is_parameter = isinstance(tensor, nn.Parameter)
+            replaced[tensor] = nn.Parameter(empty, tensor.requires_grad) if is_parameter else empty
+        return replaced[tensor]
+
+    for network in (run.model, run.discriminator, run.perceptual):
+        for module in network.modules():
+            for name, tensor in (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)):
+                setattr(module, name, fake(tensor))
+    for optimizer in (run.optimizer, run.disc_optimizer):
+        for group in optimizer.param_groups:
+            group["params"] = [fake(p) for p in group["params"]]
+    run.ema.shadow = {name: fake(tensor) for name, tensor in run.ema.shadow.items()}
+    return list(replaced.values())
+
+
+class Calculation:
+    """Steps of a run without values.
+
+    Attributes:
+        reads: how often the last step read values back to the host. Nothing else can: a tensor without values raises
+            an error when one is read.
+    """
+
+    def __init__(self, config: train_rae.Config):
+        accelerator = train_rae.build_accelerator(config)
+        self.run = train_rae.build_run(config, accelerator, train_rae.build_rae_config(config), steps_per_epoch=1)
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.tensors = drop_values(self.run, self.mode)
+        self.reads = 0
+
+    def _no_values(self, run: train_rae.Run, values: list) -> list:
+        self.reads += 1
+        return [1.0] * len(values)
+
+    def peak(self, batch_size: int, checkpointing: bool = False) -> tuple:
+        """Bytes that tensors hold (at the most, between steps) when a step takes `batch_size` images in one piece."""
+        model = self.run.model
+        model.gradient_checkpointing_enable() if checkpointing else model.gradient_checkpointing_disable()
+        memory, size = LiveMemory(), self.run.config.model.image_size
+        for optimizer in (self.run.optimizer, self.run.disc_optimizer):
+            optimizer.state.clear()
+        with self.mode, memory, patch.object(train_rae, "mean_over_processes", self._no_values):
+            for tensor in self.tensors:
+                memory.add(tensor)
+            pixels = torch.empty(batch_size, 3, size, size)
+            for step in range(2):  # optimizer states are there from the second on
+                self.reads, between, memory.peak = 0, memory.live, memory.live
+                train_rae.train_step(self.run, [pixels], step)
+        return memory.peak, between
+
+
+def preset_rows(preset: str, mixed_precision: str, batch_sizes: list, settings: list) -> list:
+    """The preset without and with gradient checkpointing: peaks in GiB, and the largest batch for each of CARDS."""
+    calculation = Calculation(benchmark_config(preset, 1, mixed_precision, settings))
+    rows = []
+    for checkpointing in (False, True):
+        peaks = {}
+        for batch_size in batch_sizes:
+            peak, between = calculation.peak(batch_size, checkpointing)
+            peaks[batch_size] = peak / 2**30
+        (small, low), (big, high) = list(peaks.items())[-2:]
+        slope = (high - low) / (big - small)  # GiB an image
+        largest = {}
+        for card, capacity in CARDS.items():
+            usable = (capacity - ASIDE_GIB) * (1 - ASIDE_SHARE)
+            largest[card] = max(0, int(small + (usable - low) / slope))
+        rows.append({"preset": preset, "gradient_checkpointing": checkpointing, "between_steps_gib": between / 2**30,
+                     "peak_gib": peaks, "gib_per_image": slope, "largest_batch": largest,
+                     "host_reads": calculation.reads})  # fmt: skip
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--presets", nargs="+", default=PRESETS, help="files in configs/, without .yaml")
+    parser.add_argument("--mixed_precision", default="bf16", choices=["no", "bf16"])
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 16], help="at least two, ascending")
+    parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
+    args, settings = parser.parse_known_args()
+    if len(args.batch_sizes) < 2 or args.batch_sizes != sorted(set(args.batch_sizes)):
+        parser.error(f"--batch_sizes: expected at least two, ascending, got {args.batch_sizes}")
+    heads = (*(f"batch {size}" for size in args.batch_sizes), "an image", *CARDS)
+    print("GiB; largest batch for each card")
+    print(f"{'preset':<20}{'checkpointing':>14}{'between':>9}" + "".join(f"{head:>10}" for head in heads))
+    rows = []
+    for preset in args.presets:
+        for row in preset_rows(preset, args.mixed_precision, args.batch_sizes, settings):
+            rows.append(row)
+            numbers = (row["between_steps_gib"], *row["peak_gib"].values(), row["gib_per_image"])
+            line = f"{row['preset']:<20}{'on' if row['gradient_checkpointing'] else 'off':>14}{numbers[0]:>9.2f}"
+            line += "".join(f"{number:>10.2f}" for number in numbers[1:])
+            print(line + "".join(f"{size:>10}" for size in row["largest_batch"].values()), flush=True)
+    print(f"values are read back to the host {rows[-1]['host_reads']} times in a step")
+    if args.json:
+        Path(args.json).write_text(json.dumps({**vars(args), "torch": torch.__version__, "rows": rows}, indent=1))
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,193 @@
+"""Compiled training, and the benchmarks of a training step through the functions that they run, tiny. On a CPU."""
+
+import importlib
+import json
+import sys
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from conftest import ROOT, TINY, checkpoint_state, flags, read_metrics, run_command
+
+import train_rae
+from modeling_rae import RAEModel
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+sys.path.insert(0, str(ROOT / "benchmarks"))
+memory, train_step = (importlib.import_module(name) for name in ("memory", "train_step"))
+
+SMALL = {key: TINY[key] for key in TINY if key.startswith("model.")} | {"train.cpu_threads": "1"}
+# another family: several blocks averaged, the last block not built, no CLS token, grids of other sizes
+SIGLIP = {
+    "model.encoder": "siglip_vision_model",
+    "model.encoder_config": json.dumps(
+        {"hidden_size": 24, "num_hidden_layers": 4, "num_attention_heads": 2, "intermediate_size": 40, "patch_size": 8,
+         "image_size": 32}
+    ),
+    "model.encoder_layers": "[0, 2]",
+    "model.decoder_patch_size": "8",
+    "gan.kernel_size": "3",
+    "gan.disc_input": "reuse",
+}  # fmt: skip
+
+
+def tiny_config(batch_size=2, **settings):
+    AcceleratorState._reset_state()
+    return train_step.benchmark_config("digits_tiny", batch_size, "no", flags({**SMALL, **settings}))
+
+
+# ---------------------------------------------------------------------------------------------------- the step's time
+
+
+def test_published_step_is_the_same_step():
+    """Every variant gives this repository's losses, with each improvement alone too; FLOPs are those that torch counts;
+    the table shows what was measured. `measure` itself ends with an error where losses or FLOPs differ."""
+    result = train_step.measure(tiny_config(), 1, baseline=True, levers=True)
+    published = ["published loop", *(f"published loop with {lever}" for lever in train_step.LEVERS)]
+    assert list(result["steps"]) == [
+        "this repository", "this repository with gan.disc_input reuse", *published
+    ]  # fmt: skip
+    assert result["differences"].keys() == {"this repository", *published}
+    assert max(result["differences"].values()) < 1e-4
+    assert sum(result["flops_per_image"].values()) == pytest.approx(result["flops_counted_by_torch"], rel=1e-3)
+    assert result["parts"].keys() >= result["flops_per_image"].keys()
+    text = train_step.table(result)
+    assert all(name in text for name in (*result["parts"], *result["steps"]))
+
+
+def test_a_different_step_is_noticed():
+    """Other losses than this repository's end the benchmark."""
+    accelerator = train_rae.build_accelerator(config := tiny_config())
+    run = train_rae.build_run(config, accelerator, train_rae.build_rae_config(config), 1)
+    pixels = torch.rand(2, 3, 32, 32)
+    variants = train_step.step_variants(run, pixels, baseline=True, levers=False)
+    assert train_step.check_equal(run, variants, (1e-4, 1e-2)).keys() == variants.keys()
+    variants["published loop"].take.args[0].add_(0.01)  # its images
+    variants["this repository"].take = lambda step, other=pixels - 0.01: train_rae.train_step(run, [other], step)
+    with pytest.raises(SystemExit, match="losses differ"):
+        train_step.check_equal(run, variants, (1e-4, 1e-2))
+
+
+def test_flops_of_another_architecture():
+    accelerator = train_rae.build_accelerator(config := tiny_config(**SIGLIP))
+    run = train_rae.build_run(config, accelerator, train_rae.build_rae_config(config), 1)
+    counted = train_step.counted_flops(run, torch.rand(2, 3, 32, 32)) / 2
+    assert sum(train_step.count_flops(run).values()) == pytest.approx(counted, rel=1e-3)
+
+
+def test_published_flops():
+    """The MACs that the RAE paper gives for its decoders are those of the linear layers: 22.2 and 106.7 G."""
+    for sizes, macs in (((768, 3072, 12), 22.2e9), ((1152, 4096, 28), 106.7e9)):
+        linear, _ = train_step.transformer_flops(257, *sizes)
+        ends = 256 * 768 * sizes[0] + 257 * sizes[0] * 768  # the first and the last Linear
+        assert linear / 2 + ends == pytest.approx(macs, rel=5e-3)
+
+
+@pytest.mark.parametrize("preset", memory.PRESETS)
+def test_every_preset_has_its_sizes(preset):
+    """The benchmarks know every preset's encoder: it is random, and its grid is the preset's."""
+    config = train_step.benchmark_config(preset, 2, "no")
+    assert config.model.encoder_weights == config.gan.weights == config.perceptual.weights == "random"
+    assert train_rae.build_rae_config(config).image_size == config.model.image_size
+
+
+# ------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_calculated_memory_is_that_of_a_real_step():
+    """Tensors without values take the same memory as real ones, to the byte; weights and states by hand; and nothing is
+    read back to the host but one record for each network."""
+    calculation = memory.Calculation(config := tiny_config(8))
+    peak, between = calculation.peak(8)
+    assert calculation.reads == 2
+    checkpointed, _ = calculation.peak(8, checkpointing=True)
+    assert between < checkpointed < peak
+
+    accelerator = train_rae.build_accelerator(config)
+    run = train_rae.build_run(config, accelerator, train_rae.build_rae_config(config), 1)
+    real = memory.LiveMemory()
+    with real:
+        tensors = [t for n in (run.model, run.discriminator, run.perceptual) for t in (*n.parameters(), *n.buffers())]
+        for tensor in (*tensors, *run.ema.shadow.values()):
+            real.add(tensor)
+        pixels = torch.rand(8, 3, 32, 32)
+        for step in range(2):
+            real.peak, held = real.live, real.live
+            train_rae.train_step(run, [pixels], step)
+    assert peak == pytest.approx(real.peak, rel=1e-3)
+    assert between == pytest.approx(held, rel=1e-3)
+    weights = sum(t.nbytes for t in tensors)
+    trained = [p for p in (*run.model.decoder.parameters(), *run.discriminator.parameters()) if p.requires_grad]
+    states = 2 * sum(p.nbytes for p in trained) + sum(t.nbytes for t in run.ema.shadow.values())
+    assert between == pytest.approx(weights + states + pixels.nbytes, rel=1e-2)
+
+
+def test_memory_command(tmp_path):
+    done = run_command(
+        "benchmarks/memory.py", "--presets", "digits_tiny", "--mixed_precision", "no", "--batch_sizes", 4, 8, 16,
+        "--json", tmp_path / "memory.json", *flags(SMALL),
+    )  # fmt: skip
+    off, on = json.loads((tmp_path / "memory.json").read_text())["rows"]
+    assert done.stdout.count("digits_tiny") == 2 and not off["gradient_checkpointing"] and on["gradient_checkpointing"]
+    low, middle, high = off["peak_gib"].values()
+    assert high - middle == pytest.approx(2 * (middle - low), rel=0.02)
+    usable = (memory.CARDS["24 GB"] - 1) * 0.95
+    assert low + (off["largest_batch"]["24 GB"] - 4) * off["gib_per_image"] == pytest.approx(usable, rel=0.01)
+
+
+# -------------------------------------------------------------------------------------------------------- compilation
+
+
+def test_compiled_run(images, tmp_path, monkeypatch):
+    """train.compile: no graph break (it would be an error), no new graph after the first step, evaluations in between;
+    losses, checkpoints and exported weights are those of a run without."""
+    settings = {**TINY, "data.path": images, "train.max_steps": 4, "eval.every_steps": 2, "perceptual.start_step": 0,
+                "gan.start_step": 0, "gan.update_start_step": 0}  # fmt: skip
+    graphs = []
+    take = train_rae.train_step
+
+    def counting(*args):
+        record = take(*args)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+        return record
+
+    monkeypatch.setattr(train_rae, "train_step", counting)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for compiled in ("false", "true"):
+        AcceleratorState._reset_state()
+        run = {**settings, "train.compile": compiled, "train.output_dir": tmp_path / compiled}
+        monkeypatch.setattr(sys, "argv", ["train_rae.py", *flags(run)])
+        # inductor's partition of the graphs without its code, which takes minutes
+        with torch.compiler.set_stance(force_backend="aot_eager_decomp_partition"):
+            train_rae.main()
+    # decoder's blocks with and without gradient, the backbone's likewise, LPIPS, the heads for decoder and own pass
+    assert graphs == [0, 0, 0, 0, 7, 7, 7, 7]
+    assert not torch._dynamo.utils.counters["graph_break"]
+    plain, compiled = (read_metrics(tmp_path / name) for name in ("false", "true"))
+    assert [line["kind"] for line in plain] == [line["kind"] for line in compiled]
+    for a, b in zip(plain, compiled, strict=True):
+        tolerance = 1e-4 if a["step"] < 2 else 2e-2  # rounding of gradients near zero becomes Adam's sign
+        numbers = {name: value for name, value in a.items() if isinstance(value, float)}
+        assert numbers and {name: b[name] for name in numbers} == pytest.approx(numbers, rel=tolerance, abs=tolerance)
+    parts = [checkpoint_state(tmp_path / name) for name in ("false", "true")]
+    for part in ("decoder", "ema", "discriminator"):
+        assert parts[0][part].keys() == parts[1][part].keys()
+        for name, tensor in parts[0][part].items():
+            torch.testing.assert_close(parts[1][part][name], tensor, rtol=1e-2, atol=1e-3, msg=f"{part} {name}")
+    exported = RAEModel.from_pretrained(tmp_path / "true" / "final")
+    assert all(torch.equal(p, parts[1]["ema"][name]) for name, p in exported.decoder.named_parameters())
+
+
+def test_compiled_run_continues_without(images, tmp_path, monkeypatch):
+    """A compiled run, with checkpointing, without LPIPS and GAN, goes on uncompiled from its checkpoint."""
+    settings = {**TINY, "data.path": images, "perceptual.weight": 0, "eval.metrics": "[psnr]", "gan.weight": 0,
+                "train.output_dir": tmp_path / "run"}  # fmt: skip
+    changes = {"train.max_steps": 2, "train.compile": "true", "model.gradient_checkpointing": "true"}
+    for change in (changes, {"train.max_steps": 3}):
+        AcceleratorState._reset_state()
+        monkeypatch.setattr(sys, "argv", ["train_rae.py", *flags({**settings, **change})])
+        with torch.compiler.set_stance(force_backend="aot_eager_decomp_partition"):
+            train_rae.main()
+    steps = [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
+    assert steps == [1, 2, 3]
