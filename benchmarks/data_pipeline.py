@@ -5,8 +5,9 @@
 The files are 500 x 375 JPEGs cut from scikit-learn's two sample photographs. Baseline: ImageFolder with Resize(384),
 RandomCrop(256) and ToTensor. Resize interpolates bilinearly by default, which is cheaper than the bicubic filter that
 training asks for, and ToTensor converts to float, which training leaves to the device: the table has the baseline with
-and without each. First one process with one thread, all pipelines in turn in each round, then DataLoaders with two
-workers; the medians of the rounds are compared. `--json FILE` writes them for machines.
+and without each. First one process with one thread, all pipelines in turn in each round, by the processor's time; then
+DataLoaders with two workers, by the clock. The medians of the rounds are compared. `--json FILE` writes them for
+machines.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def baseline(folder: Path, interpolation: InterpolationMode, to_tensor: Callable
 
 
 def single_process(folder: Path, rounds: int) -> dict:
-    """{pipeline: images per second of each round}, in this process with one thread."""
+    """{pipeline: images per second of one core, of each round}, in this process with one thread."""
     images = TrainImages(scan_folder(str(folder), ["photographs"]), IMAGE_SIZE, RESIZE_SIZE)
     bilinear, bicubic = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
     folders = {
@@ -73,10 +74,10 @@ def single_process(folder: Path, rounds: int) -> dict:
     rates = {name: [] for name in pipelines}
     for _ in range(rounds):
         for name, load in pipelines.items():
-            start = time.perf_counter()
+            start = time.process_time()  # without what others on the machine take
             for i in range(len(images)):
                 load(i)
-            rates[name].append(len(images) / (time.perf_counter() - start))
+            rates[name].append(len(images) / (time.process_time() - start))
     return rates
 
 
