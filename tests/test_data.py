@@ -216,7 +216,7 @@ def test_center_crop_is_adms_to_the_last_bit():
 @pytest.mark.parametrize("width,height", [(40, 30), (31, 77), (200, 9), (16, 16), (7, 5)])
 def test_crops_have_the_size_asked_for(width, height):
     assert data.center_crop(picture(width, height), 16).size == (16, 16)
-    assert data.random_crop(picture(width, height), 16, 24, 0).size == (16, 16)
+    assert data.random_crop(picture(width, height), 16, 24, 0).shape == (3, 16, 16)
 
 
 def resized_then_cropped(image, size, resize_size, seed):
@@ -237,18 +237,20 @@ def resized_then_cropped(image, size, resize_size, seed):
     upright=booleans(),
     size=integers(1, 64),
     extra=integers(0, 40),
+    near=booleans(),
     kind=sampled_from(["picture", "noise", "black and white"]),
     seed=integers(0, 2**32),
 )
-def test_random_crop_is_the_resized_image_cropped(short, ratio, upright, size, extra, kind, seed):
-    """Enlarged and reduced, to all sizes, with the sharpest edges that there are: at most one level apart."""
+def test_random_crop_is_the_resized_image_cropped(short, ratio, upright, size, extra, near, kind, seed):
+    """Enlarged, reduced and hardly resized, with the sharpest edges that there are: at most one level apart."""
+    resize_size = max(size, short + extra % 5 - 2) if near else size + extra
     width, height = (short, int(short * ratio)) if upright else (int(short * ratio), short)
     image = picture(width, height, seed)
     if kind != "picture":
         values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
         image = Image.fromarray(values if kind == "noise" else np.where(values < 128, 0, 255).astype(np.uint8))
-    found = np.asarray(data.random_crop(image, size, size + extra, seed)).astype(int)
-    assert np.abs(found - resized_then_cropped(image, size, size + extra, seed)).max() <= 1
+    found = data.random_crop(image, size, resize_size, seed).permute(1, 2, 0).numpy().astype(int)
+    assert np.abs(found - resized_then_cropped(image, size, resize_size, seed)).max() <= 1
 
 
 @pytest.mark.parametrize("width,height", [(500, 375), (375, 500), (500, 333), (334, 500), (1203, 800), (500, 1200)])
@@ -265,16 +267,14 @@ def test_random_crop_of_photographs_at_full_size(tmp_path, width, height):
         expected = resized_then_cropped(upright, 256, 384, (9, data.CROP_STREAM, 5, number))
         found = images[5, number]["pixels"].permute(1, 2, 0).numpy().astype(int)
         assert np.abs(found - expected).max() <= 1
-        if {width, height} == {500, 375}:
-            assert np.array_equal(found, expected)
 
 
 def test_random_crop_reaches_every_position_and_takes_a_generator():
     ramp = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).convert("RGB")
-    corners = [data.random_crop(ramp, 2, 4, seed).getpixel((0, 0))[0] for seed in range(200)]
+    corners = [int(data.random_crop(ramp, 2, 4, seed)[0, 0, 0]) for seed in range(200)]
     assert set(corners) == {0, 1, 2, 4, 5, 6, 8, 9, 10}
     one, other = np.random.default_rng(3), np.random.default_rng(3)
-    assert data.random_crop(ramp, 2, 4, one) == data.random_crop(ramp, 2, 4, other)
+    assert torch.equal(data.random_crop(ramp, 2, 4, one), data.random_crop(ramp, 2, 4, other))
 
 
 def test_resize_size():
