@@ -568,7 +568,7 @@ def _listing(path, classes):
         files += _walk(os.path.join(path, name), f"{name}/" if name else "", stamps)
         counts.append(len(files) - sum(counts))
     listing = (*join_paths(files), np.array(counts))
-    settled = None not in stamps.values() and max(map(max, stamps.values())) < started - SETTLED * 1e9
+    settled = all(stamp is not None and stamp[2] < started - SETTLED * 1e9 for stamp in stamps.values())
     if len(files) >= INDEXED_FROM and settled:
         _write_listing(cache, key, stamps, listing)
     return listing
