@@ -11,8 +11,8 @@ help:
 	@echo "make test       run all tests (about 7 minutes on 2 cores)"
 	@echo "make lint       ruff check and format check"
 	@echo "make cross-version  model folders between the oldest and the newest supported transformers (5 minutes)"
-	@echo "make data-pipeline  images per second of decoding, resize and crop, next to torchvision's (2 minutes)"
-	@echo "make start-up   launch to first step with 1.3 million image files (3 minutes)"
+	@echo "make data-pipeline  images per second of decoding, resize and crop, next to torchvision's (1 minute)"
+	@echo "make start-up   launch to first step with 1.3 million image files (1 minute)"
 	@echo "make real-size  two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)"
 
 setup: .venv/installed

@@ -1,6 +1,6 @@
 """Images per second of the training pipeline: JPEG decoding, resize and crop, next to torchvision's ImageFolder.
 
-    python benchmarks/data_pipeline.py                                              (make data-pipeline; 2 minutes)
+    python benchmarks/data_pipeline.py                                              (make data-pipeline; 1 minute)
 
 The files are 500 x 375 JPEGs cut from scikit-learn's two sample photographs. Baseline: ImageFolder with Resize(384),
 RandomCrop(256) and ToTensor. Resize interpolates bilinearly by default, which is cheaper than the bicubic filter that

@@ -1,6 +1,6 @@
 """Time from the launch of train_rae.py to its first step, with 1.3 million image files in 1,000 class folders.
 
-    python benchmarks/start_up.py                                                    (make start-up; 3 minutes)
+    python benchmarks/start_up.py                                                    (make start-up; 1 minute)
 
 The files are links to one small image for each class, in a temporary folder (`--folder`: where), so they take no space;
 the model is a tiny one. The list of files is not cached the first time and is the second. Also prints the time of
