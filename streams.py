@@ -54,7 +54,6 @@ MAX_WAIT = 60  # seconds between two attempts at a shard
 READ_AHEAD = 2**20  # bytes of a parquet column that are read at a time
 ROWS = 16  # of a parquet file that are unpacked at a time
 FOOTER_THREADS = 16
-MAX_EMPTY_PASSES = 100
 
 
 class UnreadableShard(Exception):
@@ -199,8 +198,8 @@ def open_shard(shard):
     return system.open(path, "rb")
 
 
-def read_parquet(shard, column, start, stop):
-    """(row, name, undecoded image) of the rows from `start` on, up to `stop`. Row groups before `start` aren't read."""
+def read_parquet(shard, column, start):
+    """(row, name, undecoded image) of the rows from `start` on. Row groups before that are not read."""
     with open_shard(shard) as file:
         table = pq.ParquetFile(file, buffer_size=READ_AHEAD)  # of a large row group only this much is in memory
         row = 0
@@ -212,8 +211,6 @@ def read_parquet(shard, column, start, stop):
             for batch in table.iter_batches(ROWS, [group], [column], use_threads=False):
                 values = batch.column(column)
                 for i in range(max(0, start - row), len(values)):
-                    if row + i == stop:
-                        return
                     yield row + i, f"{shard_name(shard)}[{row + i}]", values[i].as_py()
                 row += len(values)
 
@@ -251,13 +248,13 @@ def read_shard(shard, column, start, stop, step, retries):
     failures = 0
     while True:
         try:
-            rows = read_parquet(shard, column, start, stop) if is_parquet(shard) else read_tar(shard, column, start)
-            for row, name, value in rows:
-                if stop is not None and row >= stop:
-                    return
+            read = read_parquet if is_parquet(shard) else read_tar
+            for row, name, value in read(shard, column, start):
                 if row == start:
                     start, failures = row + step, 0
                     yield row, (name, value)
+                    if stop is not None and start >= stop:
+                        return
             return
         except DataError:
             raise
@@ -481,9 +478,9 @@ class LaneSource:
 
     def __init__(self, stream, source, lane, size, retries, state=None):
         self.stream, self.source, self.lane, self.size, self.retries = stream, source, lane, size, retries
-        begin = {"position": [0, 0, None], "window": 0, "given": 0, "skipped": {}}
+        begin = {"position": [0, 0, 0, None], "window": 0, "given": 0, "skipped": {}}
         state = begin if state is None else state
-        self.position = state["position"]  # pass, place in its share, row (None: the first) of the window's begin
+        self.position = state["position"]  # of the window's begin: pass, shift, place in its share, row (None: first)
         self.window, self.given = state["window"], state["given"]
         self.skipped = {int(shard): value for shard, value in state["skipped"].items()}  # {shard: [row, reason]}
         self.reader = self._read(*self.position)
@@ -506,7 +503,7 @@ class LaneSource:
     def restart(self, number):
         """Go to the begin of pass `number`, and leave what remains of the one before for another time."""
         if not (self.next and self.position[0] < number == self.next[0][0][0]):  # else it is read ahead already
-            self.reader = self._read(number, 0, None)
+            self.reader = self._read(number, 0, 0, None)
             self.next, self.closed = [], False
         self.left, self.opened = [], True
 
@@ -529,27 +526,28 @@ class LaneSource:
         del self.left[len(self.left) - self.given :]  # given before the stop
         self.next, self.closed = [], False
 
-    def _read(self, number, place, row):
-        """(position, image) from a position on, without end; None at the end of each pass."""
-        empty = 0
+    def _read(self, number, shift, place, row):
+        """(position, image) from a position on, without end; None at the end of each pass.
+
+        A pass that gives nothing is followed by that of the next lane's share: a lane must not stand still as long as
+        there are images, though they come twice then. Raises DataError when there are none at all.
+        """
         while True:
-            found = False
-            for i, part in enumerate(self.stream.share(self.source, self.lane, number)):
-                if i < place:
-                    continue
-                for read, image in self._read_part(*part, row):
+            found = place > 0 or row is not None
+            share = self.stream.share(self.source, (self.lane + shift) % self.stream.lanes, number)
+            for i in range(place, len(share)):
+                for read, image in self._read_part(*share[i], row):
                     found = True
-                    yield [number, i, read], image
+                    yield [number, shift, i, read], image
                 row = None
             yield None
-            number, place = number + 1, 0
-            empty = 0 if found else empty + 1
-            if empty == (MAX_EMPTY_PASSES if self.stream.by_epoch else 2):  # the first may be the rest of one
-                reasons = [reason for _, reason in self.skipped.values()]
+            number, shift, place = (number + 1, 0, 0) if found else (number, shift + 1, 0)
+            if shift == self.stream.lanes:
                 shards = self.stream.sources[self.source].shards
+                reasons = [f"; {reason}" for _, reason in self.skipped.values()]
                 raise DataError(
-                    f"data.path: lane {self.lane} of {self.stream.lanes} finds no images in its part of {len(shards)} "
-                    f"shards, the first {shard_name(shards[0])}" + "".join(f"; {reason}" for reason in reasons[-1:])
+                    f"data.path: none of {len(shards)} shards gives an image, the first is {shard_name(shards[0])}"
+                    + "".join(reasons[-1:])
                 )
 
     def _read_part(self, shard, start, stop, step, row):

@@ -1,14 +1,18 @@
-"""streams.py: shards into lanes, lanes into steps, exactly once and exactly again after a stop. Tiny images, real files,
-real workers, and a web server on loopback."""
+"""streams.py: shards into lanes, lanes into steps, exactly once and exactly again after a stop. Tiny images, real
+files, real workers, and a web server on loopback."""
 
 import io
+import itertools
 import json
+import shutil
 import signal
 import subprocess
 import tarfile
+import threading
 import time
 from collections import Counter
 from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import datasets
@@ -19,13 +23,14 @@ import pytest
 import torch
 from conftest import PLAIN, ROOT, command, flags, read_metrics, run_command
 from PIL import Image
+from safetensors.torch import load_file
 
 import streams
-from config import DataConfig
+from config import DataConfig, config_yaml, parse_config
+from data import DataError
 from streams import StreamLoader, expand_braces, list_shards, load_stream_eval_images, open_stream
 
 SIZE = 8
-LAUNCH_TWO = ("--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
 
 
 def png(number, side=10):
@@ -98,7 +103,7 @@ def same_steps(a, b):
     return len(a) == len(b) and all(map(torch.equal, a, b))
 
 
-# Which shards -----------------------------------------------------------------------------------------------------------
+# Which shards ---------------------------------------------------------------------------------------------------------
 
 
 def test_names_of_shards(tmp_path):
@@ -141,7 +146,7 @@ def test_evaluation_images_from_elsewhere(tmp_path, images):
     assert len(load_stream_eval_images(replace(cfg, eval_split="train"), 5)) == 5
 
 
-# Exactly once -----------------------------------------------------------------------------------------------------------
+# Exactly once ---------------------------------------------------------------------------------------------------------
 
 UNEVEN = [7, 1, 0, 30, 13, 2, 18]  # 71 rows, 8 steps of 8 and 7 rows over
 
@@ -204,7 +209,7 @@ def test_only_the_buffer_is_held(tmp_path):
         assert len(source.left) + len(source.next) <= 10
 
 
-# Independence ----------------------------------------------------------------------------------------------------------
+# Independence ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_tar])
@@ -238,7 +243,7 @@ def test_mixture(tmp_path):
     assert same_steps(pixels, again)
 
 
-# Stop and go on --------------------------------------------------------------------------------------------------------
+# Stop and go on -------------------------------------------------------------------------------------------------------
 
 
 def cases(tmp_path):
@@ -246,12 +251,17 @@ def cases(tmp_path):
     write_shards(tmp_path / "tar", [9, 14, 5, 8, 6], write_tar, first=100)
     whole = (tmp_path / "tar/train-001.tar").read_bytes()
     (tmp_path / "tar/train-001.tar").write_bytes(whole[: len(whole) // 2])
-    few = write_shards(tmp_path / "few", [13, 15], write_tar, first=200)
-    assert few
+    write_shards(tmp_path / "few", [13, 15], write_tar, first=200)
+    write_shards(tmp_path / "gone", [9, 9, 9, 9], write_tar)
+    (tmp_path / "gone/train-002.tar").write_bytes(b"no tar" * 500)
+    write_shards(tmp_path / "damaged", [16, 16, 16, 16], write_parquet)
+    damage(tmp_path / "damaged/train-002.parquet", length=400)
     mixture = {f"{tmp_path}/{name}/*": weight for name, weight in (("parquet", 1.0), ("tar", 2.0), ("few", 0.5))}
     return {
         "epochs": settings(tmp_path / "parquet"),
         "broken": settings(f"{tmp_path}/tar/*", steps_per_epoch=4),
+        "a lane without any": settings(f"{tmp_path}/gone/*", steps_per_epoch=4),
+        "epochs of damaged files": settings(tmp_path / "damaged"),
         "few shards": settings(f"{tmp_path}/few/*", steps_per_epoch=4, shuffle_buffer=3),
         "no buffer": settings(f"{tmp_path}/parquet/*", steps_per_epoch=3, shuffle_buffer=1),
         "mixture": settings("", mixture=mixture, steps_per_epoch=4, shuffle_buffer=9),
@@ -280,27 +290,17 @@ def test_states_are_small(tmp_path):
     assert len(json.dumps(large[-1])) < len(json.dumps(small[-1])) + 20 < 600
 
 
-def train_settings(run_dir, **changed):
-    return {**PLAIN, "train.output_dir": run_dir, "data.streaming": "true", "data.shuffle_buffer": "5", "eval.num_samples": 4,
-            "data.stream_lanes": "4", "train.save_every_steps": "2", "train.keep_last": 9, **changed}  # fmt: skip
-
-
 def final_state(run_dir):
-    """Every byte of the newest checkpoint's tensors and states."""
-    [folder] = sorted((run_dir / "checkpoints").glob("step-*"))[-1:]
-    return folder.name, {
-        str(file.relative_to(folder)): load(file) for file in sorted(folder.rglob("*")) if file.is_file()
-    }
+    """Everything in the newest checkpoint but the random states, which are not used."""
+    folder = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
+    files = [file for file in sorted(folder.iterdir()) if "random_states" not in file.name]
+    return {file.name: load(file) for file in files}
 
 
 def load(file):
     if file.suffix == ".safetensors":
-        from safetensors.torch import load_file
-
         return load_file(file)
-    if file.suffix in (".json", ".txt"):
-        return file.read_text()
-    return None if "random_states" in file.name else torch.load(file, weights_only=True)
+    return json.loads(file.read_text()) if file.suffix == ".json" else torch.load(file, weights_only=True)
 
 
 def equal(a, b):
@@ -322,36 +322,340 @@ def shards(tmp_path_factory):
     return folder
 
 
+def wait_and_stop(settings, run_dir):
+    """Start training, stop it with SIGTERM after its first step."""
+    process = subprocess.Popen(command("train_rae.py", *flags(settings)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (run_dir / "metrics.jsonl").exists() or len(read_metrics(run_dir)) < 2:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "the same command continues" in output, output
+
+
+def forget_after(run_dir, step):
+    """The run folder as if the run had been killed after the checkpoint of `step`."""
+    for folder in (run_dir / "checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    shutil.rmtree(run_dir / "final")
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_train_stop_and_resume_is_exact(shards, tmp_path, processes):
-    """The real command line: one uninterrupted run, and one stopped after an odd number of steps by SIGTERM or at
-    max_steps and continued, with 0 and 2 workers: networks, moving average, optimizers, counters and metrics."""
-    launch = LAUNCH_TWO if processes == 2 else ()
-    paths = {
-        1: {"data.path": shards / "p"},
+    """The real command line: an uninterrupted run, and one that was stopped and continued with another number of
+    workers, of 0 and 2. Networks, moving average, optimizers, counters, places in the stream and metrics are equal."""
+    settings = {
+        1: {"data.path": shards / "p", "data.eval_split": "validation"},
         2: {"data.path": f"{shards}/t/{{000..002}}.tar", "data.eval_path": shards / "p", "data.steps_per_epoch": "3"},
-    }
-    base = train_settings("", **paths[processes])
-    run_command("train_rae.py", *flags({**base, "train.output_dir": tmp_path / "whole"}), launch=launch)
-    stopped = {**base, "train.output_dir": tmp_path / "stopped", "data.num_workers": "2"}
+    }[processes]
+    settings = {**PLAIN, **settings, "data.streaming": "true", "data.shuffle_buffer": "5", "data.stream_lanes": "4"}
+    settings |= {"eval.num_samples": "4", "train.save_every_steps": "2", "train.keep_last": "9"}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    launch = ("--multi_gpu", "--num_processes", "2", "--main_process_port", "0") if processes == 2 else ()
+    run_command("train_rae.py", *flags({**settings, "train.output_dir": whole}), launch=launch)
     if processes == 1:
-        process = subprocess.Popen(
-            command("train_rae.py", *flags(stopped)), cwd=ROOT, stdout=subprocess.PIPE, text=True
-        )
-        deadline = time.time() + 120
-        metrics = tmp_path / "stopped/metrics.jsonl"
-        while not metrics.exists() or len(read_metrics(tmp_path / "stopped")) < 2:
-            assert process.poll() is None and time.time() < deadline
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        process.communicate(timeout=120)
-        assert process.returncode == 0
+        wait_and_stop({**settings, "train.output_dir": stopped, "data.num_workers": "2"}, stopped)
     else:
-        run_command("train_rae.py", *flags({**stopped, "train.max_steps": "3"}), launch=launch)
-    run_command("train_rae.py", *flags({**stopped, "data.num_workers": str(2 - processes)}), launch=launch)
-    assert read_metrics(tmp_path / "stopped")[-1] == read_metrics(tmp_path / "whole")[-1]
-    lines = [
-        [line for line in read_metrics(tmp_path / name) if line["kind"] == "train"] for name in ("whole", "stopped")
-    ]
-    assert lines[0] == lines[1] and len(lines[0]) == 6
-    assert equal(final_state(tmp_path / "stopped"), final_state(tmp_path / "whole"))
+        shutil.copytree(whole, stopped)
+        forget_after(stopped, 2)
+    workers = str(2 * processes - 2)  # 1 process: 0, 2 and 0 again; 2 processes: 0 and 2
+    run_command(
+        "train_rae.py", *flags({**settings, "train.output_dir": stopped, "data.num_workers": workers}), launch=launch
+    )
+    assert read_metrics(stopped) == read_metrics(whole)
+    assert equal(final_state(stopped), final_state(whole))
+
+
+# What cannot be read --------------------------------------------------------------------------------------------------
+
+
+class Server(ThreadingHTTPServer):
+    """Files of a folder on loopback, in ranges. `failures[path]`: statuses of its next answers, "cut" half one."""
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.failures = folder, {}
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        file = self.server.folder / path.lstrip("/")
+        content = file.read_bytes() if file.is_file() else b""
+        failures = self.server.failures.get(path, [])
+        status = 200 if file.is_file() else 404
+        if failures and self.command == "GET":
+            status = failures.pop(0)
+        if status not in (200, "cut"):
+            self.send_error(status)
+            return
+        first, last = 0, len(content) - 1
+        if "Range" in self.headers:
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            last = min(last, len(content) - 1)
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(last + 1 - first))
+        if "Range" in self.headers:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.end_headers()
+        if self.command == "GET":
+            part = content[first : last + 1]
+            self.wfile.write(part[: len(part) // 2] if status == "cut" else part)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Seconds of the pauses that were asked for and not made."""
+    asked = []
+    monkeypatch.setattr(streams.time, "sleep", asked.append)
+    return asked
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_tar])
+def test_shards_of_a_web_server(tmp_path, write):
+    """The same as from disk, with workers, from a range of URLs with a query and from a list."""
+    write_shards(tmp_path, [12, 5, 20, 9], write)
+    suffix = "parquet" if write is write_parquet else "tar"
+    local = settings(f"{tmp_path}/*.{suffix}", steps_per_epoch=4)
+    whole, _ = steps(local, 8)
+    (tmp_path / "list.txt").write_text("".join(f"{tmp_path}/train-00{i}.{suffix}\n" for i in range(4)))
+    with Server(tmp_path) as server:
+        url = f"{server.url}/train-{{000..003}}.{suffix}?signature=1"
+        assert same_steps(whole, steps(replace(local, path=url, num_workers=2), 8, world_size=2)[0])
+        assert same_steps(whole, steps(replace(local, path=f"{server.url}/list.txt"), 8)[0])
+        if write is write_parquet:
+            assert open_(replace(local, path=url, steps_per_epoch=None)).num_images == 46
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_tar])
+@pytest.mark.parametrize("failure", [503, "cut"])
+def test_a_server_that_fails_twice(tmp_path, pauses, write, failure):
+    """Tried again after pauses, at the place where it broke: nothing is lost and nothing comes twice."""
+    write_shards(tmp_path, [40, 25], write)
+    suffix = "parquet" if write is write_parquet else "tar"
+    local = settings(f"{tmp_path}/*.{suffix}", steps_per_epoch=4, shard_retries=2)
+    whole, _ = steps(local, 20)
+    with Server(tmp_path) as server:
+        cfg = replace(local, path=f"{server.url}/train-{{000..001}}.{suffix}")
+        stream = open_(cfg)
+        loader = iter(StreamLoader(stream, cfg, SIZE, 0, 1, 1))
+        again = [next(loader)["pixels"] for _ in range(3)]
+        server.failures[f"/train-000.{suffix}"] = [failure] * 2
+        server.failures[f"/train-001.{suffix}"] = [failure] * 2
+        again += [next(loader)["pixels"] for _ in range(17)]
+        assert same_steps(whole, again) and set(pauses) <= {1, 4}
+        assert not any(server.failures.values()) and pauses
+
+
+def test_a_missing_shard_is_skipped(tmp_path, caplog):
+    """Of a server and on disk: said once, though several lanes look for it."""
+    ids = write_shards(tmp_path, [10, 10], write_tar)
+    with Server(tmp_path) as server:
+        for place in (server.url, tmp_path):
+            caplog.clear()
+            cfg = settings(f"{place}/train-{{000..002}}.tar", steps_per_epoch=4, max_unreadable_shards=1)
+            pixels, after = steps(cfg, 20)
+            assert set(numbers(torch.cat(pixels))) == set(ids)
+            assert (
+                caplog.text.count("unreadable shard 1 (at most 1)") == 1
+                and "train-002.tar: FileNotFound" in caplog.text
+            )
+            with pytest.raises(DataError, match="data.max_unreadable_shards: 1 shards cannot be read.*train-002.tar"):
+                steps(replace(cfg, max_unreadable_shards=0), 20)
+
+
+def damage(path, start=0.5, length=200):
+    content = bytearray(path.read_bytes())
+    first = int(len(content) * start)
+    content[first : first + length] = b"\xa5" * length
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("how", ["cut", "damaged header", "no tar", "empty"])
+def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, caplog, pauses, how):
+    """Then tried again, skipped and said; all other images go on to come."""
+    ids = write_shards(tmp_path, [10, 10, 10, 10], write_tar)
+    tar = tmp_path / "train-001.tar"
+    whole = tar.read_bytes()
+    headers = [m.offset for m in tarfile.open(tar).getmembers()]
+    if how == "cut":
+        tar.write_bytes(whole[: headers[8] + 700])
+    elif how == "damaged header":
+        tar.write_bytes(whole[: headers[8]] + b"\xa5" * 512 + whole[headers[8] + 512 :])
+    else:
+        tar.write_bytes(b"" if how == "empty" else b"\xa5" * 5000)
+    lost = set(range(14, 20) if how in ("cut", "damaged header") else range(10, 20))
+    cfg = settings(f"{tmp_path}/*.tar", steps_per_epoch=4, shard_retries=2, shuffle_buffer=3, stream_lanes=2)
+    pixels, after = steps(cfg, 16)
+    assert set(numbers(torch.cat(pixels))) == set(ids) - lost
+    assert caplog.text.count("unreadable shard") == 1
+    assert f"skipped from image {4 if len(lost) == 6 else 0} on" in caplog.text
+    assert pauses == [1, 4]  # of the lane that has it, once: later passes know
+    again, after_again = steps(cfg, 6, states=after[9])
+    assert same_steps(again, pixels[10:]) and after_again == after[10:]
+
+
+def test_damaged_parquet_files(tmp_path, caplog, pauses):
+    """One without a footer counts as empty; one with damaged pages is read up to them."""
+    ids = write_shards(tmp_path, [16, 16, 16, 16], write_parquet)
+    (tmp_path / "train-000.parquet").write_bytes(b"no parquet file")
+    damage(tmp_path / "train-002.parquet", length=400)
+    cfg = settings(tmp_path, shard_retries=1, max_unreadable_shards=2)
+    stream = open_(cfg)
+    assert stream.num_images == 48 and stream.steps_per_epoch == 6 and pauses == [1]
+    pixels, _ = steps(cfg, 30)
+    seen = set(numbers(torch.cat(pixels)))
+    assert set(ids[16:32] + ids[48:]) <= seen and not seen & set(ids[:16]) and 4 <= len(seen & set(ids[32:48])) < 16
+    assert "train-000.parquet: ArrowInvalid" in caplog.text and "train-002.parquet: OSError" in caplog.text
+    with pytest.raises(DataError, match="data.max_unreadable_shards: 2 shards cannot be read, expected at most 1"):
+        steps(replace(cfg, max_unreadable_shards=1), 30)
+    with pytest.raises(DataError, match="data.max_unreadable_shards: 1 shards cannot be read.*train-000.parquet"):
+        open_(replace(cfg, max_unreadable_shards=0))
+
+
+def test_nothing_left_to_read_is_an_error(tmp_path):
+    """Not an endless search. As long as there are images, a lane whose own shards are gone reads those of others."""
+    ids = write_shards(tmp_path, [10, 10, 10, 10], write_tar)
+    cfg = settings(f"{tmp_path}/*.tar", steps_per_epoch=4, shuffle_buffer=2)
+    stream = open_(cfg)
+    for i in (0, 2, 3):
+        (tmp_path / f"train-00{i}.tar").unlink()
+    loader = iter(StreamLoader(stream, cfg, SIZE, 0, 1, 1))
+    assert set(numbers(torch.cat([next(loader)["pixels"] for _ in range(10)]))) == set(ids[10:20])
+    (tmp_path / "train-001.tar").unlink()
+    with pytest.raises(DataError, match=r"data.path: none of 4 shards gives an image.*train-00\d.tar: FileNotFound"):
+        next(iter(StreamLoader(stream, cfg, SIZE, 0, 1, 1)))
+    write_shards(tmp_path, [10, 10, 10, 10], write_tar)
+    other = replace(stream, sources=[replace(stream.sources[0], column="jpg")])
+    with pytest.raises(DataError, match=r"data.path: none of 4 shards gives an image, the first is .*train-000.tar$"):
+        next(iter(StreamLoader(other, cfg, SIZE, 0, 1, 1)))
+
+
+def test_unreadable_images_are_replaced_and_bounded(tmp_path):
+    """By the next of the lane; an epoch still has its size."""
+    ids = write_shards(tmp_path, [20, 20], write_parquet, broken=(3, 21))
+    cfg = settings(tmp_path, stream_lanes=2)
+    stream = open_(cfg, batch=9 * 2)
+    batches = list(itertools.islice(StreamLoader(stream, cfg, SIZE, 0, 1, 3), 6))
+    assert [name for batch in batches for name in batch["unreadable"]] and len(batches[0]["pixels"]) == 6
+    for step in (batches[:3], batches[3:]):
+        seen = numbers(torch.cat([batch["pixels"] for batch in step]))
+        assert len(set(seen)) == 18 and not {3, 21} & set(seen) and set(seen) <= set(ids)
+    (tmp_path / "train-001.parquet").unlink()
+    write_parquet(tmp_path / "train-000.parquet", ids[:20], broken=ids)
+    with pytest.raises(DataError, match="data.max_unreadable: 3 images in a row cannot be read, expected at most 2"):
+        steps(replace(cfg, max_unreadable=2), 1)
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_settings_are_one_line(tmp_path):
+    write_shards(tmp_path / "p", [10, 10], write_parquet)
+    write_shards(tmp_path / "t", [10, 10], write_tar)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "images/1.png")
+    datasets.Dataset.from_dict({"image": [1]}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "list.txt").write_text("a.zip\n")
+    with tarfile.open(tmp_path / "twice.tar", "w") as archive:
+        for name in ("a.jpg", "a.mask.png"):
+            archive.addfile(tarfile.TarInfo(name))
+    good, tar = settings(tmp_path / "p"), {"path": f"{tmp_path}/t/*.tar", "steps_per_epoch": 2}
+    two = {f"{tmp_path}/t/*.tar": 1.0, f"{tmp_path}/p": 1.0}
+    for changed, words in (
+        ({"path": f"{tmp_path}/nothing"}, "data.path: .*/nothing is no folder, glob or URL"),
+        ({"path": f"{tmp_path}/nothing*.tar"}, "data.path: .* names no shards"),
+        ({"path": f"{tmp_path}/x.tar", "steps_per_epoch": 1}, "none of the first 1 shards gives an image.*x.tar: File"),
+        ({"path": f"{tmp_path}/images"}, "data.path: .*images is made of files like 1.png; expected .parquet or tar"),
+        ({"path": f"{tmp_path}/saved"}, "data.path: .* is a saved data set"),
+        ({"path": f"{tmp_path}/list.txt"}, "data.path: a.zip is no shard"),
+        ({"path": f"{tmp_path}/none.txt"}, "data.path: list .*none.txt cannot be read"),
+        ({"path": f"{tmp_path}/{{t,t}}/*.tar"}, "data.path: .* names .*train-000.tar twice"),
+        ({"path": f"{tmp_path}/*/train-000.*"}, "data.path: expected either parquet files or tar shards"),
+        ({"path": f"{tmp_path}/twice.tar", "steps_per_epoch": 1}, "data.image_column: sample a of .*twice.tar"),
+        ({**tar, "steps_per_epoch": None}, "data.steps_per_epoch: needed, because the number of images in"),
+        ({**tar, "image_column": "webp"}, "data.path: none of the first 2 shards gives an image; .* no images in it"),
+        ({**tar, "config_name": "a"}, "data.config_name: 'a' is for Hub data sets"),
+        ({"train_split": "other"}, "data.path: there is no split 'other' in .*, it has train"),
+        ({"image_column": "label"}, "data.image_column: column 'label'"),
+        ({"holdout_fraction": 0.1}, "data.holdout_fraction: 0.1, but a stream holds no images out"),
+        ({"stream_lanes": 3}, "data.stream_lanes: 3 .* is no divisor of the global batch of 8"),
+        ({"stream_lanes": 1}, "data.stream_lanes: 1 is not a multiple of 2 processes"),
+        ({"num_workers": 3}, "data.num_workers: 3 workers do not share 2 lanes of a process evenly"),
+        ({"mixture": {**two, f"{tmp_path}/x.tar": 1.0}}, "data.mixture: none of the first 1 shards gives an image"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=words) as raised:
+            open_(replace(good, **changed), world_size=2)
+        assert "\n" not in str(raised.value)
+    with pytest.raises(DataError, match="data.path: 20 training images are fewer than one global batch of 24"):
+        open_(good, batch=24)
+    (tmp_path / "text").mkdir()
+    for changed, num_samples, words in (
+        ({}, None, "eval.num_samples: needed, because evaluation images of .* are held in memory"),
+        ({}, 4, "data.eval_split: there is no split 'validation'"),
+        (tar, 4, "data.eval_path: needed, because .* has no split level"),
+        ({"eval_path": f"{tmp_path}/nothing"}, 4, "data.eval_path: .*nothing is no folder"),
+        ({"eval_path": f"{tmp_path}/nothing.tar"}, 4, "data.eval_path: none of .*nothing.tar: FileNotFoundError"),
+        ({"eval_path": f"{tmp_path}/text"}, 4, "data.eval_path: .*text holds no image files"),
+        ({"eval_path": f"{tmp_path}/saved"}, 4, "data.image_column: column|data.image_column: no image column"),
+    ):
+        with pytest.raises(DataError, match=words):
+            load_stream_eval_images(replace(good, **changed), num_samples)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data.eval_path", "x"], "data.eval_path: expected nothing unless data.streaming is true, got 'x'"),
+        (["--data.shuffle_buffer", "5"], "data.shuffle_buffer: expected nothing unless data.streaming is true, got 5"),
+        (["--data.mixture", '{"a": 1, "b": 2}'], "data.mixture: expected nothing unless data.streaming is true"),
+        (["--data.streaming", "--data.mixture", '{"a": 1}'], "data.mixture: expected several sources"),
+        (["--data.streaming", "--data.mixture", '{"a": 1, "b": 0}'], "data.mixture: expected a positive weight for b"),
+        (["--data.streaming", "--data.mixture", '{"a": 1, "b/c.tar": 2}'], "data.steps_per_epoch: expected a value"),
+        (["--data.streaming", "--data.shard_retries", "-1"], "data.shard_retries: expected a number of at least 0"),
+        (["--data.streaming", "--data.stream_lanes", "0"], "data.stream_lanes: expected a positive number"),
+    ],
+)
+def test_bad_flags_are_one_line(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_a_mixture_survives_the_run_folder(tmp_path):
+    """Names with dots, braces and colons, from a flag and back from the resolved config."""
+    mixture = {"https://host/a-{000..127}.tar": 0.5, "user/name": 2.0}
+    arguments = ["--data.streaming", "--data.mixture", json.dumps(mixture), "--data.eval_path", "x"]
+    config = parse_config([*arguments, "--data.steps_per_epoch", "10"])
+    assert config.data.mixture == mixture
+    (tmp_path / "config.yaml").write_text(config_yaml(config))
+    assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_other_shards_are_another_run(tmp_path):
+    write_shards(tmp_path / "a", [10, 10], write_tar)
+    cfg = settings(f"{tmp_path}/a/*.tar", steps_per_epoch=2)
+    before = open_(cfg).fingerprint()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert open_(replace(cfg, path=f"{tmp_path}/b/*.tar")).fingerprint() == before
+    write_shards(tmp_path / "a", [10, 10, 1], write_tar)
+    assert open_(cfg).fingerprint() != before
