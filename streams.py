@@ -76,6 +76,11 @@ def is_shard(path):
     return shard_name(path).endswith((".parquet", ".tar", ".tar.gz", ".tgz"))
 
 
+def is_saved(path):
+    """Whether `path` is a folder that `datasets` saved."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in SAVED_DATASET_FILES)
+
+
 def shard_name(shard):
     """The shard's path or URL without a query, which may hold a signature."""
     return shard.split("?")[0] if "://" in shard else shard
@@ -141,7 +146,7 @@ def list_splits(path, config_name, setting):
     import datasets
     from datasets.exceptions import DatasetsError
 
-    if os.path.isdir(path) and any(os.path.isfile(os.path.join(path, name)) for name in SAVED_DATASET_FILES):
+    if is_saved(path):
         raise DataError(
             f"{setting}: {path} is a saved data set, which is mapped from disk; data.streaming is not for it"
         )
@@ -243,7 +248,7 @@ def read_shard(shard, column, start, stop, step, retries):
     """(row, (name, undecoded image)) of the rows start, start + step, ... below `stop` (None: to the end).
 
     After an error it goes on at the row where it broke, `retries` times in a row, with growing pauses. Raises
-    UnreadableShard then, at once for a file that isn't there, and DataError for a setting that cannot be used.
+    UnreadableShard then; at once for a file that isn't there, and where read_tar raises DataError.
     """
     failures = 0
     while True:
@@ -256,15 +261,13 @@ def read_shard(shard, column, start, stop, step, retries):
                     if stop is not None and start >= stop:
                         return
             return
-        except DataError:
-            raise
         except Exception as error:  # file systems and formats raise almost anything; see data.max_unreadable_shards
             _wait_or_give_up(failures, retries, start, error)
             failures += 1
 
 
 def _wait_or_give_up(failures, retries, row, error):
-    if failures >= retries or isinstance(error, FileNotFoundError):
+    if failures >= retries or isinstance(error, (FileNotFoundError, DataError)):
         raise UnreadableShard(row, error) from error
     time.sleep(min(4**failures, MAX_WAIT))
 
@@ -316,6 +319,8 @@ def open_source(shards, cfg, setting, weight=1.0):
                     return Source(shards, None, column, weight)
                 unreadable.append(f"{shard_name(shard)}: no images in it")
             except UnreadableShard as error:
+                if isinstance(error.__cause__, DataError):
+                    raise error.__cause__ from None
                 unreadable.append(f"{shard_name(shard)}: {error.reason}")
         raise DataError(f"{setting}: none of the first {len(unreadable)} shards gives an image; {unreadable[-1]}")
 
@@ -433,15 +438,13 @@ def _open_stream(cfg, global_batch_size, seed):
         sources.append(open_source(shards, cfg, setting, weight / sum(weights.values())))
     steps = cfg.steps_per_epoch
     stream = Stream(sources, cfg.stream_lanes, global_batch_size, steps, steps is None, seed)
-    for source in sources:
-        if source.lengths is not None and sum(source.lengths) < global_batch_size:
-            raise DataError(
-                f"{setting}: {sum(source.lengths)} training images are fewer than one global batch of "
-                f"{global_batch_size}"
-            )
     if steps is None:
         if stream.num_images is None:
             raise DataError(f"data.steps_per_epoch: needed, because the number of images in {cfg.path} is not known")
+        if stream.num_images < global_batch_size:
+            raise DataError(
+                f"data.path: {stream.num_images} training images are fewer than one global batch of {global_batch_size}"
+            )
         stream.steps_per_epoch = stream.num_images // global_batch_size
     return stream
 
@@ -698,9 +701,11 @@ def load_stream_eval_images(cfg, num_samples):
     """
     path, setting = (cfg.path, "data.eval_split") if cfg.eval_path is None else (cfg.eval_path, "data.eval_path")
     path = os.path.expanduser(path)
-    if cfg.eval_path is not None and os.path.isdir(path) and not _has_shards(path):
+    saved = is_saved(path)
+    if cfg.eval_path is not None and os.path.isdir(path) and (saved or not _has_shards(path)):
+        column = cfg.image_column if saved else None  # image files have none
         try:
-            return load_eval_images(replace(cfg, path=path, config_name=None), seed=0)
+            return load_eval_images(replace(cfg, path=path, config_name=None, image_column=column), seed=0)
         except DataError as error:
             raise DataError(str(error).replace("data.path", "data.eval_path")) from error
     if cfg.eval_path is None and names_shards(path) and cfg.eval_split != cfg.train_split:
@@ -724,6 +729,4 @@ def load_stream_eval_images(cfg, num_samples):
 
 
 def _has_shards(folder):
-    if any(os.path.isfile(os.path.join(folder, name)) for name in SAVED_DATASET_FILES):
-        return False
     return any(is_shard(name) for _, _, names in os.walk(folder) for name in names)

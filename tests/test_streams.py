@@ -118,6 +118,21 @@ def test_names_of_shards(tmp_path):
     assert list_shards(str(listed), "data.path") == ["https://host/0.tar?key=1", "https://host/1.tar?key=1", a, b]
 
 
+def test_shards_of_a_hub_data_set(tmp_path, monkeypatch):
+    """`datasets` says which files a data set has; a commit in their names does not make it another one."""
+    write_shards(tmp_path / "a@0123456789012345678901234567890123456789", [10, 10], write_parquet)
+    shutil.copytree(tmp_path / "a@0123456789012345678901234567890123456789", tmp_path / "a@" / ("8" * 40))
+    fingerprints, asked = [], []
+    for folder in sorted(tmp_path.glob("a@*")):
+        files = {datasets.Split.TRAIN: [str(path) for path in sorted(folder.rglob("*.parquet"))]}
+        builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, b=builder, **k: asked.append((a, k)) or b)
+        stream = open_(settings("user/name", config_name="small"))
+        assert asked.pop() == (("user/name",), {"name": "small"}) and stream.num_images == 20
+        fingerprints.append(stream.fingerprint())
+    assert fingerprints[0] == fingerprints[1]
+
+
 def test_splits_of_a_folder(tmp_path):
     """Shards of a folder belong to splits as `datasets` finds them; evaluation images are held."""
     write_parquet(tmp_path / "data/train-00000-of-00002.parquet", range(9))
@@ -138,7 +153,12 @@ def test_splits_of_a_folder(tmp_path):
 def test_evaluation_images_from_elsewhere(tmp_path, images):
     write_shards(tmp_path, [10, 10], write_tar)
     cfg = settings(f"{tmp_path}/train-{{000..001}}.tar", steps_per_epoch=2)
-    assert len(load_stream_eval_images(replace(cfg, eval_path=str(images)), None)) == 8
+    assert len(load_stream_eval_images(replace(cfg, eval_path=str(images), image_column="png"), None)) == 8
+    column = [{"bytes": png(5), "path": None}] * 3
+    saved = datasets.Dataset.from_dict({"a": column, "b": column}).cast_column("a", datasets.Image())
+    saved.cast_column("b", datasets.Image()).save_to_disk(tmp_path / "saved")
+    elsewhere = replace(cfg, eval_path=f"{tmp_path}/saved", image_column="b")
+    assert len(load_stream_eval_images(elsewhere, None)) == 3
     held = load_stream_eval_images(replace(cfg, eval_path=cfg.path), 4)
     assert [held.name(i).rpartition("/")[2] for i in range(4)] == [
         "train-000.tar:000000.png", "train-000.tar:000001.png", "train-001.tar:000010.png", "train-001.tar:000011.png",
@@ -488,7 +508,7 @@ def damage(path, start=0.5, length=200):
     path.write_bytes(bytes(content))
 
 
-@pytest.mark.parametrize("how", ["cut", "damaged header", "no tar", "empty"])
+@pytest.mark.parametrize("how", ["cut", "damaged header", "no tar", "empty", "two images"])
 def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, caplog, pauses, how):
     """Then tried again, skipped and said; all other images go on to come."""
     ids = write_shards(tmp_path, [10, 10, 10, 10], write_tar)
@@ -499,15 +519,18 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, caplog, pauses, how):
         tar.write_bytes(whole[: headers[8] + 700])
     elif how == "damaged header":
         tar.write_bytes(whole[: headers[8]] + b"\xa5" * 512 + whole[headers[8] + 512 :])
+    elif how == "two images":  # of sample 14
+        tar.write_bytes(whole[: headers[9]] + whole[headers[8] : headers[9]] + whole[headers[9] :])
     else:
         tar.write_bytes(b"" if how == "empty" else b"\xa5" * 5000)
-    lost = set(range(14, 20) if how in ("cut", "damaged header") else range(10, 20))
+    first = {"cut": 4, "damaged header": 4, "two images": 5}.get(how, 0)
+    lost = set(range(10 + first, 20))
     cfg = settings(f"{tmp_path}/*.tar", steps_per_epoch=4, shard_retries=2, shuffle_buffer=3, stream_lanes=2)
     pixels, after = steps(cfg, 16)
     assert set(numbers(torch.cat(pixels))) == set(ids) - lost
     assert caplog.text.count("unreadable shard") == 1
-    assert f"skipped from image {4 if len(lost) == 6 else 0} on" in caplog.text
-    assert pauses == [1, 4]  # of the lane that has it, once: later passes know
+    assert f"skipped from image {first} on" in caplog.text
+    assert pauses == ([] if how == "two images" else [1, 4])  # the lane that has it, once: later passes know
     again, after_again = steps(cfg, 6, states=after[9])
     assert same_steps(again, pixels[10:]) and after_again == after[10:]
 
@@ -581,6 +604,7 @@ def test_bad_settings_are_one_line(tmp_path):
     two = {f"{tmp_path}/t/*.tar": 1.0, f"{tmp_path}/p": 1.0}
     for changed, words in (
         ({"path": f"{tmp_path}/nothing"}, "data.path: .*/nothing is no folder, glob or URL"),
+        ({"path": "user/name"}, "data.path: user/name is .* nor a Hub data set that can be reached"),
         ({"path": f"{tmp_path}/nothing*.tar"}, "data.path: .* names no shards"),
         ({"path": f"{tmp_path}/x.tar", "steps_per_epoch": 1}, "none of the first 1 shards gives an image.*x.tar: File"),
         ({"path": f"{tmp_path}/images"}, "data.path: .*images is made of files like 1.png; expected .parquet or tar"),
@@ -604,6 +628,11 @@ def test_bad_settings_are_one_line(tmp_path):
         with pytest.raises(DataError, match=words) as raised:
             open_(replace(good, **changed), world_size=2)
         assert "\n" not in str(raised.value)
+    done = run_command(
+        "train_rae.py", "--data.streaming", "--data.path", tmp_path / "saved", "--train.output_dir", tmp_path / "run",
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: data.path: ") and done.stderr.count("\n") == 1
     with pytest.raises(DataError, match="data.path: 20 training images are fewer than one global batch of 24"):
         open_(good, batch=24)
     (tmp_path / "text").mkdir()
