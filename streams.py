@@ -414,6 +414,7 @@ def open_stream(cfg, global_batch_size, seed, accelerator):
 
     Raises DataError for anything missing or contradictory, on all processes.
     """
+    check_lanes(cfg, global_batch_size, accelerator.num_processes)
     outcome = [None]
     if accelerator.is_main_process:
         try:
@@ -423,7 +424,6 @@ def open_stream(cfg, global_batch_size, seed, accelerator):
     broadcast_object_list(outcome)
     if isinstance(outcome[0], DataError):
         raise outcome[0]
-    check_lanes(outcome[0], cfg.num_workers, accelerator.num_processes)
     return outcome[0]
 
 
@@ -449,19 +449,19 @@ def _open_stream(cfg, global_batch_size, seed):
     return stream
 
 
-def check_lanes(stream, num_workers, world_size):
+def check_lanes(cfg, global_batch_size, world_size):
     """Raise DataError unless lanes divide the global batch, and processes and their workers the lanes."""
-    lanes = stream.lanes
-    if stream.global_batch_size % lanes:
+    lanes, workers = cfg.stream_lanes, cfg.num_workers
+    if global_batch_size % lanes:
         raise DataError(
             f"data.stream_lanes: {lanes} (none: processes x workers) is no divisor of the global batch of "
-            f"{stream.global_batch_size}"
+            f"{global_batch_size}"
         )
     if lanes % world_size:
         raise DataError(f"data.stream_lanes: {lanes} is not a multiple of {world_size} processes")
-    if num_workers and lanes // world_size % num_workers:
+    if workers and lanes // world_size % workers:
         raise DataError(
-            f"data.num_workers: {num_workers} workers do not share {lanes // world_size} lanes of a process evenly "
+            f"data.num_workers: {workers} workers do not share {lanes // world_size} lanes of a process evenly "
             f"(data.stream_lanes {lanes} / {world_size} processes)"
         )
 
