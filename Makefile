@@ -12,6 +12,7 @@ help:
 	@echo "make lint       ruff check and format check"
 	@echo "make cross-version  model folders between the oldest and the newest supported transformers (5 minutes)"
 	@echo "make real-size  two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)"
+	@echo "make streaming  memory while a million images are streamed (1.2 GB disk, 15 minutes)"
 
 setup: .venv/installed
 
@@ -37,6 +38,9 @@ lint: setup
 real-size: setup
 	$(BIN)/python benchmarks/real_size.py
 
+streaming: setup
+	$(BIN)/python benchmarks/streaming.py
+
 # the oldest transformers of requirements.txt, on the other packages of .venv
 .venv-oldest/installed: .venv/installed
 	$(BIN)/python -m venv --without-pip .venv-oldest
@@ -48,4 +52,4 @@ real-size: setup
 cross-version: setup .venv-oldest/installed
 	$(BIN)/python tests/cross_version.py .venv-oldest/bin/python
 
-.PHONY: help setup demo test lint real-size cross-version
+.PHONY: help setup demo test lint real-size streaming cross-version

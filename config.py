@@ -110,6 +110,29 @@ class DataConfig(ImagesConfig):
     """Folder of images, of class folders or of split folders, a `datasets` folder, or a Hub data set id."""
     resize_size: Optional[int] = None
     """Shorter side in pixels before the random crop; none: 384 for 256 px images, else 1.5 times the image size."""
+    streaming: bool = False
+    """Whether training images are streamed from parquet files or tar shards (WebDataset) and never kept on disk. `path`
+    is then a folder or Hub data set of shards, a shard, a glob, a range such as `train-{0000..0127}.tar`, each a local
+    path or a URL, or a .txt file that lists such ones, one a line. See streams.py."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Several sources to stream from, {path as above: weight}, instead of `path`: each image is of a source drawn by
+    weight. Needs `steps_per_epoch` and `eval_path`."""
+    eval_path: Optional[str] = None
+    """Where the evaluation images of a streaming run come from: a folder of images, a saved data set, or shards, whose
+    first eval.num_samples images are held in memory; none: `eval_split` of `path`."""
+    steps_per_epoch: Optional[int] = None
+    """Steps that count as one epoch of a stream. Needed where the number of images is not known beforehand (tar shards,
+    a mixture); none: images / global batch."""
+    shuffle_buffer: int = 1000
+    """Undecoded images that each lane of a stream holds, and mixes, in memory."""
+    stream_lanes: Optional[int] = None
+    """Independent readers, over all processes, that a stream is split into; a multiple of processes x workers and a
+    divisor of the global batch. The order of the images depends on it, so a continued run keeps it. None: processes x
+    workers of the run's first start."""
+    shard_retries: int = 3
+    """Repetitions of opening or reading a shard that failed, after 1, 4, 16, then 60 seconds."""
+    max_unreadable_shards: int = 10
+    """Distinct shards of a stream, or rests of them, that a process skips before the run stops."""
 
 
 @dataclass
@@ -443,7 +466,8 @@ RULES = (
         "train.global_batch_size train.gradient_accumulation_steps train.cpu_threads train.clip_grad_norm "
         "train.save_every_steps train.save_every_epochs train.keep_last gan.updates_per_step gan.max_adaptive_weight "
         "eval.every_steps eval.every_epochs eval.num_samples eval.batch_size logging.every_steps hub.every_steps "
-        "logging.samples_every_steps logging.num_samples data.resize_size model.encoder_input_size model.image_size "
+        "logging.samples_every_steps logging.num_samples data.resize_size data.steps_per_epoch data.shuffle_buffer "
+        "data.stream_lanes model.encoder_input_size model.image_size "
         "model.decoder_hidden_size model.decoder_num_hidden_layers model.decoder_num_attention_heads "
         "model.decoder_intermediate_size model.decoder_patch_size gan.kernel_size",
         lambda value: value > 0,
@@ -454,7 +478,7 @@ RULES = (
         "lr_schedule.warmup_epochs lr_schedule.warmup_steps lr_schedule.decay_end_epoch lr_schedule.decay_end_step "
         "gan.lr_schedule.warmup_epochs gan.lr_schedule.warmup_steps gan.lr_schedule.decay_end_epoch "
         "gan.lr_schedule.decay_end_step model.noise_tau data.num_workers data.max_unreadable train.max_nonfinite_steps "
-        "eval.save_pairs model.encoder_prefix_tokens hub.retries "
+        "eval.save_pairs model.encoder_prefix_tokens hub.retries data.shard_retries data.max_unreadable_shards "
         "perceptual.weight perceptual.start_epoch perceptual.start_step gan.weight gan.start_epoch gan.start_step "
         "gan.update_start_epoch gan.update_start_step",
         lambda value: value >= 0,
@@ -511,6 +535,18 @@ def check_config(config: Config) -> None:
         *((f"hub.{name}", config.hub.push, "hub.push is true") for name in ("repo_id", "every_steps", "private")),
     ):
         require(used or not settings[key], key, f"nothing unless {needed}", settings[key])
+    data, default = config.data, DataConfig()
+    for name in ("mixture", "eval_path", "steps_per_epoch", "shuffle_buffer", "stream_lanes", "shard_retries",
+                 "max_unreadable_shards"):  # fmt: skip
+        value = getattr(data, name)
+        used = data.streaming or value == getattr(default, name)
+        require(used, f"data.{name}", "nothing unless data.streaming is true", value)
+    for path, weight in data.mixture.items():
+        require(0 < weight < math.inf, "data.mixture", f"a positive weight for {path}", weight)
+    if data.mixture:
+        require(len(data.mixture) > 1, "data.mixture", "several sources, or data.path for one", data.mixture)
+        for name in ("steps_per_epoch", "eval_path"):
+            require(getattr(data, name), f"data.{name}", "a value, which a data.mixture needs", None)
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
@@ -559,6 +595,7 @@ ConfigDumper.add_representer(str, _quote_numbers)
 RESUMABLE_KEYS = (
     "data.num_workers",
     "data.max_unreadable",
+    "data.shard_retries",
     "eval.",
     "hub.",
     "logging.",
@@ -575,7 +612,8 @@ RESUMABLE_KEYS = (
 
 
 def check_same_config(config: Config, saved: Path) -> None:
-    """Raise ConfigError when `saved`, the config.yaml of a run folder, is of another run than `config`."""
+    """Raise ConfigError when `saved`, the config.yaml of a run folder, is of another run than `config`. The number of
+    lanes, where `config` leaves it open, becomes what the run began with."""
 
     try:
         text = yaml.safe_load(saved.read_text())
@@ -583,7 +621,10 @@ def check_same_config(config: Config, saved: Path) -> None:
         text = None
     if not isinstance(text, dict):
         raise ConfigError(f"{saved} is damaged, expected the settings of a run; choose another train.output_dir")
-    old, new = flat(text), flat(config_dict(config))
+    old = flat(text)
+    if config.data.stream_lanes is None:
+        config.data.stream_lanes = old.get("data.stream_lanes")
+    new = flat(config_dict(config))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(RESUMABLE_KEYS):
             raise ConfigError(

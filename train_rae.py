@@ -24,7 +24,7 @@ from typing import Any, Optional, TextIO
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -88,6 +88,7 @@ from runtime import (
     seeded_generator,
     share_cores,
 )
+from streams import StreamLoader, load_stream_eval_images, open_stream
 
 logger = logging.getLogger(__name__)
 
@@ -126,11 +127,12 @@ class RunState:
     """What a checkpoint holds beside networks and optimizers. Plain values."""
 
     step: int = 0
-    num_images: int = 0  # of the training split
+    num_images: Optional[int] = 0  # of the training split; None where a stream's number is not known
     frozen: dict = field(default_factory=dict)  # Run.frozen
     best: Optional[float] = None
     best_of: str = ""  # what `best` is comparable with: metric and number of images
     nonfinite_in_a_row: int = 0
+    stream: Optional[dict] = None  # of a streaming run: fingerprint of the shards, states of all lanes
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -692,6 +694,14 @@ def take_run_folder(config: Config, run_dir: Path) -> TextIO:
     return lock
 
 
+def open_streams(config: Config, accelerator: Accelerator) -> tuple:
+    """(Stream of training images, evaluation images). Settles the number of lanes, which the run folder then keeps."""
+    if config.data.stream_lanes is None:
+        config.data.stream_lanes = accelerator.num_processes * max(1, config.data.num_workers)
+    stream = open_stream(config.data, config.train.global_batch_size, config.train.seed, accelerator)
+    return stream, load_stream_eval_images(config.data, config.eval.num_samples)
+
+
 def checkpoint_parts(run: Run, state: RunState) -> dict:
     """All that changes while a run goes on."""
     parts = {
@@ -838,6 +848,8 @@ def train(
         elif config.hub.every_steps and due(config.hub.every_steps):
             reporter.push(publisher)
         if record["stop"] or due(config.train.save_every_steps, config.train.save_every_epochs):
+            if state.stream is not None:
+                state.stream["lanes"] = gather_object([loader.states[lane] for lane in sorted(loader.states)])
             parts = checkpoint_parts(run, state)
             save_checkpoint(accelerator, run_dir, state.step, parts, config.train.keep_last)
         clock += time.perf_counter() - pause  # images per second are those of training
@@ -860,18 +872,23 @@ def main() -> None:
     rae_config = build_rae_config(config)
     check_hub(config, rae_config)
     training_resize_size(config.model.image_size, config.data.resize_size)
-    train_images, eval_images = load_splits(config.data, config.train.seed)
-    batches = TrainBatches(
-        len(train_images),
-        config.train.global_batch_size,
-        micro_batch,
-        accelerator.process_index,
-        accelerator.num_processes,
-        config.train.seed,
-        start_step=0,
-        total_steps=0,
-    )
-    total_steps = config.train.max_steps or max(1, round(config.train.epochs * batches.steps_per_epoch))
+    if config.data.streaming:
+        stream, eval_images = open_streams(config, accelerator)
+        num_images, steps_per_epoch = stream.num_images, stream.steps_per_epoch
+    else:
+        train_images, eval_images = load_splits(config.data, config.train.seed)
+        batches = TrainBatches(
+            len(train_images),
+            config.train.global_batch_size,
+            micro_batch,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.train.seed,
+            start_step=0,
+            total_steps=0,
+        )
+        num_images, steps_per_epoch = len(train_images), batches.steps_per_epoch
+    total_steps = config.train.max_steps or max(1, round(config.train.epochs * steps_per_epoch))
     saved = checkpoints(run_dir)
     if saved and checkpoint_step(saved[-1]) >= total_steps and (run_dir / "final").exists():
         if accelerator.is_main_process:
@@ -886,33 +903,51 @@ def main() -> None:
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
 
     # networks, and the state of an earlier part of this run
-    run = build_run(config, accelerator, rae_config, batches.steps_per_epoch)
+    run = build_run(config, accelerator, rae_config, steps_per_epoch)
     lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
     accelerator.wait_for_everyone()
-    state = RunState(num_images=len(train_images), frozen=run.frozen)
+    state = RunState(num_images=num_images, frozen=run.frozen)
+    if config.data.streaming:
+        state.stream = {"shards": stream.fingerprint(), "lanes": None}
     checkpoint = find_checkpoint(accelerator, run_dir)
     if checkpoint is not None:
         load_checkpoint(run, state, checkpoint)
         tell(run, f"continuing from {checkpoint}")
-        if state.num_images != len(train_images):
+        if state.num_images != num_images:
             raise ConfigError(
-                f"data.path: {config.data.path} has {len(train_images)} training images, {run_dir} began with "
+                f"data.path: {config.data.path} has {num_images} training images, {run_dir} began with "
                 f"{state.num_images}; choose another train.output_dir, with model.init_from {run_dir}/best"
             )
-    batches.start_step, batches.total_steps = state.step, total_steps
-    loader = train_loader(
-        train_images,
-        batches,
-        config.model.image_size,
-        config.data.resize_size,
-        config.data.max_unreadable,
-        config.data.num_workers,
-    )
+        if config.data.streaming and state.stream["shards"] != stream.fingerprint():
+            raise ConfigError(
+                f"data.path: the shards are not those that {run_dir} began with; choose another train.output_dir, "
+                f"with model.init_from {run_dir}/best"
+            )
+    if config.data.streaming:
+        loader = StreamLoader(
+            stream,
+            config.data,
+            config.model.image_size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.train.gradient_accumulation_steps,
+            state.stream["lanes"],
+        )
+    else:
+        batches.start_step, batches.total_steps = state.step, total_steps
+        loader = train_loader(
+            train_images,
+            batches,
+            config.model.image_size,
+            config.data.resize_size,
+            config.data.max_unreadable,
+            config.data.num_workers,
+        )
     unreadable = UnreadableLog(config.data.max_unreadable)
     reporter = Reporter(run, state, run_dir, eval_images, unreadable, distances)
     reporter.file.forget_after(-1 if checkpoint is None else state.step)
     start_trackers(config, accelerator, run_dir, state.step)
-    tell(run, describe(run, len(train_images), len(eval_images), micro_batch, total_steps))
+    tell(run, describe(run, num_images, len(eval_images), micro_batch, total_steps))
 
     if state.step < total_steps and accelerator.is_main_process:
         shutil.rmtree(run_dir / "final", ignore_errors=True)  # of this run when it was shorter
@@ -930,7 +965,7 @@ def main() -> None:
         lock.close()
 
 
-def describe(run: Run, num_train: int, num_eval: int, micro_batch: int, total_steps: int) -> str:
+def describe(run: Run, num_train: Optional[int], num_eval: int, micro_batch: int, total_steps: int) -> str:
     """What is about to happen, in a few lines."""
     c, a = run.config, run.accelerator
     decoder = sum(p.numel() for p in run.model.decoder.parameters()) / 1e6
@@ -941,8 +976,8 @@ def describe(run: Run, num_train: int, num_eval: int, micro_batch: int, total_st
     return "\n".join(
         [
             f"encoder {c.model.encoder} {encoder:.1f}M frozen, decoder {decoder:.1f}M, {c.model.image_size} px",
-            f"{num_train} training and {num_eval} evaluation images, {run.steps_per_epoch} steps an epoch, "
-            f"{total_steps} steps; {', '.join(starts)}",
+            f"{'streamed' if num_train is None else num_train} training and {num_eval} evaluation images, "
+            f"{run.steps_per_epoch} steps an epoch, {total_steps} steps; {', '.join(starts)}",
             f"batch {c.train.global_batch_size} = {a.num_processes} processes x {micro_batch} images x "
             f"{c.train.gradient_accumulation_steps} accumulated, precision {a.mixed_precision}, {a.device.type}",
         ]
