@@ -11,6 +11,8 @@ help:
 	@echo "make test       run all tests (about 7 minutes on 2 cores)"
 	@echo "make lint       ruff check and format check"
 	@echo "make cross-version  model folders between the oldest and the newest supported transformers (5 minutes)"
+	@echo "make data-pipeline  images per second of decoding, resize and crop, next to torchvision's (2 minutes)"
+	@echo "make start-up   launch to first step with 1.3 million image files (3 minutes)"
 	@echo "make real-size  two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)"
 	@echo "make streaming  memory while a million images are streamed (1.2 GB disk, 15 minutes)"
 
@@ -38,6 +40,12 @@ lint: setup
 real-size: setup
 	$(BIN)/python benchmarks/real_size.py
 
+data-pipeline: setup
+	$(BIN)/python benchmarks/data_pipeline.py
+
+start-up: setup
+	$(BIN)/python benchmarks/start_up.py
+
 streaming: setup
 	$(BIN)/python benchmarks/streaming.py
 
@@ -52,4 +60,4 @@ streaming: setup
 cross-version: setup .venv-oldest/installed
 	$(BIN)/python tests/cross_version.py .venv-oldest/bin/python
 
-.PHONY: help setup demo test lint real-size streaming cross-version
+.PHONY: help setup demo test lint data-pipeline start-up real-size streaming cross-version

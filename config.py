@@ -18,7 +18,7 @@ from typing import Any, Literal, Optional, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from runtime import ConfigError, fail
+from errors import ConfigError, fail
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 

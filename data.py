@@ -14,15 +14,22 @@ All randomness is a function of (seed, epoch, index): neither the number of work
 import functools
 import hashlib
 import io
+import json
 import logging
+import math
 import os
 import re
 import signal
 import struct
+import tempfile
 import threading
+import time
+import zipfile
+import zlib
 
 import numpy as np
 import torch
+from huggingface_hub.constants import HF_HOME
 from PIL import Image
 
 logger = logging.getLogger(__name__)
@@ -36,6 +43,12 @@ LABEL_COLUMNS = ("label", "labels", "fine_label")
 SAVED_DATASET_FILES = ("dataset_dict.json", "state.json", "dataset_info.json")  # of `datasets`' save_to_disk
 MAX_ASPECT_RATIO = 100  # a resized shorter side would make the longer one, and the memory for it, huge
 WHOLE = None  # key of data that has no split level
+INDEX_CACHE = os.path.join(HF_HOME, "rae_indexes")  # lists of the files in large folders
+INDEXED_FROM = 10_000  # files: to list fewer takes no time that counts
+INDEX_FORMAT = 1  # to be raised when other files are listed, or in another way
+SETTLED = 2.0  # seconds since a folder's last change: two changes within a clock tick leave the same time behind
+# what becomes of reading a damaged .npz file
+DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 # The second word of every seed keeps the random streams apart: NumPy pads (1, 2) with zeros, so it equals (1, 2, 0).
 HOLDOUT_STREAM, ORDER_STREAM, CROP_STREAM = 0, 1, 2
@@ -122,17 +135,45 @@ def center_crop(image, size):
 def random_crop(image, size, resize_size, generator):
     """The training transform: shorter side to resize_size (bicubic, antialiased), random size x size window, no flip.
 
-    Equals torchvision's Resize(resize_size, BICUBIC) on PIL images followed by a crop, uniform over all positions.
-    `generator` is a NumPy Generator, or a seed (an int or a sequence of ints) for one.
+    Torchvision's Resize(resize_size, BICUBIC) on PIL images followed by a crop, uniform over all positions, except that
+    only the window is computed: a pixel differs by at most 1/255 from that. `generator` is a NumPy Generator, or a seed
+    (an int or a sequence of ints) for one.
     """
     generator = np.random.default_rng(generator)
     short, long = min(image.size), max(image.size)
     new_long = int(resize_size * long / short)
     new_size = (resize_size, new_long) if image.width <= image.height else (new_long, resize_size)
-    image = image.resize(new_size, Image.Resampling.BICUBIC)
-    top = int(generator.integers(image.height - size + 1))
-    left = int(generator.integers(image.width - size + 1))
-    return image.crop((left, top, left + size, top + size))
+    top = int(generator.integers(new_size[1] - size + 1))
+    left = int(generator.integers(new_size[0] - size + 1))
+    if image.height > 2 * image.width:  # Pillow 13 resizes the rows of such an image first, which gives other pixels
+        return image.resize(new_size, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size))
+    return _resize_window(image, new_size, left, top, size)
+
+
+def _resize_window(image, new_size, left, top, size):
+    """The size x size window at (left, top) of the image resized to new_size: columns, then rows, as Pillow does it.
+
+    Pillow takes a region's borders as float32. Rounded ones would change some pixels of the first pass by one level,
+    and the second could make two of it: so the first pass is over columns between borders that float32 holds exactly.
+    """
+    x_scale, y_scale = image.width / new_size[0], image.height / new_size[1]
+    step = new_size[0] // math.gcd(new_size[0], image.width)
+    step //= step & -step  # every step-th column's border is a whole number of halves, quarters, ...
+    start, end = left // step * step, -(-(left + size) // step) * step
+    first_column, last_column = _span_read(start, end, x_scale, image.width)
+    first_row, last_row = _span_read(top, top + size, y_scale, image.height)
+    image = image.crop((first_column, first_row, last_column, last_row))
+    box = (start * x_scale - first_column, 0, end * x_scale - first_column, image.height)
+    image = image.resize((end - start, image.height), Image.Resampling.BICUBIC, box)
+    image = image.crop((left - start, 0, left - start + size, image.height))
+    box = (0, top * y_scale - first_row, size, (top + size) * y_scale - first_row)
+    return image.resize((size, size), Image.Resampling.BICUBIC, box)
+
+
+def _span_read(start, end, scale, length):
+    """The span of pixels, out of `length`, that resized pixels start to end are made of; for columns and rows alike."""
+    support = 2 * max(scale, 1)  # of the bicubic filter, widened where it reduces
+    return max(0, math.floor(start * scale - support)), min(length, math.ceil(end * scale + support))
 
 
 def training_resize_size(image_size, resize_size=None):
@@ -148,7 +189,7 @@ def training_resize_size(image_size, resize_size=None):
 
 def to_tensor(image):
     """An RGB PIL image as a uint8 tensor (3, H, W)."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()  # (H, W, 3) -> (3, H, W)
+    return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))  # twice as fast as a permutation
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -159,8 +200,8 @@ class ImageSource:
     """A numbered list of images. Subclasses give `__len__`, `name`, `label`, `class_names`, `fingerprint` and `_open`.
 
     `name(i)` is the file's path or 'split[i]'. `label(i)` is the class index, or None; it never decodes the image.
-    `class_names` is the list that label indexes, or None. `fingerprint()` changes when images are added, removed,
-    renamed or replaced: a key for what was computed from them.
+    `class_names` is the list that label indexes, or None. `fingerprint(indices)` changes when images are added,
+    removed, renamed or replaced, of those with the given indices or of all: a key for what was computed from them.
     """
 
     class_names = None
@@ -179,41 +220,51 @@ class ImageSource:
 class FileSource(ImageSource):
     """Image files below a folder.
 
-    `files` are paths relative to root, `labels` class indices or None. The paths are kept as one byte string:
-    1.3 million of them take about 60 MB, which forked workers share (reference counts would copy a list of str).
+    `paths` and `ends` are the files' paths relative to root as `join_paths` gives them, `labels` class indices or None.
+    One byte string: 1.3 million paths take about 60 MB, which forked workers share (reference counts would copy a list
+    of str).
     """
 
-    def __init__(self, root, files, labels=None, class_names=None):
-        encoded = [os.fsencode(file) for file in files]
+    def __init__(self, root, paths, ends, labels=None, class_names=None):
         self.root = root
-        self._bytes = b"".join(encoded)
-        self._ends = np.cumsum([len(file) for file in encoded], dtype=np.int64)
+        self._bytes = paths
+        self._ends = ends
         self._labels = None if labels is None else np.asarray(labels, dtype=np.int32)
         self.class_names = class_names
 
     def __len__(self):
         return len(self._ends)
 
+    def _path(self, i):
+        """Of image i below root, as bytes."""
+        return self._bytes[self._ends[i - 1] if i else 0 : self._ends[i]]
+
     def name(self, i):
-        start = self._ends[i - 1] if i else 0
-        return os.path.join(self.root, os.fsdecode(self._bytes[start : self._ends[i]]))
+        return os.path.join(self.root, os.fsdecode(self._path(i)))
 
     def label(self, i):
         return None if self._labels is None else int(self._labels[i])
 
-    def fingerprint(self):
+    def fingerprint(self, indices=None):
         """From the files' paths below root, sizes and times of change: their content is not read."""
-        digest = hashlib.sha256(self._bytes)
-        for i in range(len(self)):
+        digest = hashlib.sha256()
+        for i in range(len(self)) if indices is None else indices:
+            digest.update(self._path(i) + b"\0")
             try:
                 status = os.stat(self.name(i))
             except OSError:
                 continue  # gone since: it will be named as unreadable
-            digest.update(struct.pack("<qqq", i, status.st_size, status.st_mtime_ns))
+            digest.update(struct.pack("<qq", status.st_size, status.st_mtime_ns))
         return digest.hexdigest()
 
     def _open(self, i):
         return self.name(i)
+
+
+def join_paths(files):
+    """Paths as one byte string, and where in it each ends, int64 (N,)."""
+    encoded = [os.fsencode(file) for file in files]
+    return b"".join(encoded), np.cumsum([len(file) for file in encoded], dtype=np.int64)
 
 
 class ColumnSource(ImageSource):
@@ -269,13 +320,17 @@ class ColumnSource(ImageSource):
             names = getattr(feature, "names", None)
         return np.array([-1 if value is None else value for value in values], dtype=np.int64), names
 
-    def fingerprint(self):
+    def fingerprint(self, indices=None):
         """That of `datasets`, which follows from the data's origin and all that was done to it, with sizes and times of
         the files that hold the rows, and of those that a column of paths names."""
         digest = hashlib.sha256(f"{self._dataset._fingerprint} {self.split} {self._column}".encode())
+        rows = self._dataset
+        if indices is not None:
+            digest.update(np.asarray(indices, dtype=np.int64).tobytes())
+            rows = rows.select(indices)
         files = [file["filename"] for file in self._dataset.cache_files]
-        if _dtype(self._dataset.features[self._column]).endswith("string"):
-            files += self._dataset[self._column]
+        if _dtype(rows.features[self._column]).endswith("string"):
+            files += rows[self._column]
         for file in files:
             if file is not None and os.path.isfile(file):
                 status = os.stat(file)
@@ -343,8 +398,8 @@ class SubsetSource(ImageSource):
     def load(self, i):
         return self._source.load(int(self._indices[i]))
 
-    def fingerprint(self):
-        return hashlib.sha256(self._source.fingerprint().encode() + self._indices.tobytes()).hexdigest()
+    def fingerprint(self, indices=None):
+        return self._source.fingerprint(self._indices if indices is None else self._indices[indices])
 
     @property
     def class_names(self):
@@ -514,16 +569,76 @@ def scan_folder(path, classes=(), class_names=()):
     ImageFolder does); without classes there are no labels.
     """
     class_names = list(class_names or classes)
-    if not classes:
-        files, labels = list(_walk(path)), None
-    else:
-        files, labels = [], []
-        for name in classes:
-            files += [os.path.join(name, file) for file in _walk(os.path.join(path, name))]
-            labels += [class_names.index(name)] * (len(files) - len(labels))
-    if not files:
+    paths, ends, counts = _listing(path, classes)
+    if not paths:
         raise DataError(f"data.path: {path} holds no image files; expected {', '.join(IMAGE_EXTENSIONS)}")
-    return FileSource(path, files, labels, class_names or None)
+    labels = np.repeat([class_names.index(name) for name in classes], counts) if classes else None
+    return FileSource(path, paths, ends, labels, class_names or None)
+
+
+def _listing(path, classes):
+    """(paths, ends, counts): all images below `path` as `join_paths` gives them, and the number in each class folder.
+
+    The list of a large folder is kept in INDEX_CACHE: to list 1.3 million files on a network drive takes minutes. It is
+    good for as long as no folder has changed, which any file or folder that is added, removed or renamed does to the
+    folder around it. Processes write it beside its place and rename it.
+    """
+    place = os.path.abspath(path)
+    key = json.dumps([INDEX_FORMAT, IMAGE_EXTENSIONS, place, *classes])
+    cache = os.path.join(INDEX_CACHE, hashlib.sha256(os.fsencode(place)).hexdigest()[:32] + ".npz")
+    listing = _read_listing(cache, key, path)
+    if listing is not None:
+        return listing
+    started = time.time_ns()
+    stamps, files, counts = {}, [], []
+    for name in classes or [""]:
+        files += _walk(os.path.join(path, name), f"{name}/" if name else "", stamps)
+        counts.append(len(files) - sum(counts))
+    listing = (*join_paths(files), np.array(counts))
+    settled = None not in stamps.values() and max(map(max, stamps.values())) < started - SETTLED * 1e9
+    if len(files) >= INDEXED_FROM and settled:
+        _write_listing(cache, key, stamps, listing)
+    return listing
+
+
+def _stamp(folder):
+    """Inode and times of change (ns) of a folder, or None where there is none. The times tell when its list of files
+    last changed, also where a program has put the modification time back."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _read_listing(cache, key, path):
+    """What `_write_listing` has put there, or None where there is nothing or a folder has changed since."""
+    if not os.path.exists(cache):
+        return None
+    try:
+        with np.load(cache) as arrays:
+            stamps = json.loads(str(arrays["stamps"]))
+            if str(arrays["key"]) != key or any(
+                _stamp(os.path.join(path, folder)) != tuple(stamp) for folder, stamp in stamps.items()
+            ):
+                return None
+            return arrays["paths"].tobytes(), arrays["ends"], arrays["counts"]
+    except DAMAGED as error:
+        logger.warning("%s is damaged (%s), %s is listed again", cache, error, path)
+        return None
+
+
+def _write_listing(cache, key, stamps, listing):
+    paths, ends, counts = listing
+    try:
+        os.makedirs(INDEX_CACHE, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=INDEX_CACHE) as folder:
+            beside = os.path.join(folder, "index.npz")
+            paths = np.frombuffer(paths, np.uint8)
+            np.savez(beside, key=key, stamps=json.dumps(stamps), paths=paths, ends=ends, counts=counts)
+            os.replace(beside, cache)
+    except OSError as error:
+        logger.warning("the list of files is not kept for the next start: %s", error)
 
 
 def _entries(path):
@@ -556,13 +671,17 @@ def _is_loop(entry, path):
     return os.path.commonpath([target, here]) == target
 
 
-def _walk(path, prefix=""):
-    """Paths of all images below `path`, relative to it: a folder's files before its folders, each sorted."""
+def _walk(path, prefix, stamps):
+    """Paths of all images below `path`, each with `prefix` before it: a folder's files before its folders, each sorted.
+
+    `stamps` gets {prefix of the folder: its stamp} of all folders.
+    """
+    stamps[prefix] = _stamp(path)  # before it is listed: a change meanwhile shows the next time
     files, folders = _list_folder(path)
     for name in files:
         yield prefix + name
     for name in folders:
-        yield from _walk(os.path.join(path, name), f"{prefix}{name}/")
+        yield from _walk(os.path.join(path, name), f"{prefix}{name}/", stamps)
 
 
 def _has_images(path):

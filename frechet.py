@@ -28,16 +28,12 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from cleanfid.downloads_helper import inception_url
-from cleanfid.fid import frechet_distance
-from cleanfid.inception_torchscript import InceptionV3W
-from cleanfid.resize import build_resizer
 from huggingface_hub.constants import HF_HOME
 from PIL import Image
-from scipy.linalg.lapack import dpstrf
 from torch import nn
 
 from autoencoders import latents_digest
-from data import ImageSource
+from data import DAMAGED, ImageSource
 from moments import Moments
 from runtime import ConfigError, RunError, cores_of_process
 
@@ -46,8 +42,6 @@ logger = logging.getLogger(__name__)
 INCEPTION_WIDTH = 2048
 FID_MODES = {"rfid": "legacy_tensorflow", "rfid_clean": "clean"}
 DEFAULT_CACHE = Path(HF_HOME) / "rae_references"
-# what becomes of reading a damaged .npz file
-DAMAGED = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
 @dataclass
@@ -89,6 +83,8 @@ def distance(moments: Moments, metric: FrechetMetric, accelerator: Accelerator) 
     """Frechet distance of merged moments to the metric's reference, computed once and told to all processes."""
     result = [None]
     if accelerator.is_main_process:
+        from cleanfid.fid import frechet_distance  # slow to import
+
         ours, theirs = reference_of(moments, metric.name), metric.reference
         few = any(side.count is not None and side.count <= metric.width for side in (ours, theirs))
         compute = frechet_distance_of_few if few else frechet_distance
@@ -102,6 +98,7 @@ def frechet_distance_of_few(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarr
     The matrix root in clean-fid's frechet_distance is not defined for such a singular product: it takes half a minute
     and may end in an imaginary number. With C = R R^T, tr sqrt(C1 C2) is the sum of the singular values of R1^T R2.
     """
+    from scipy.linalg.lapack import dpstrf  # slow to import
 
     def root(covariance: np.ndarray) -> np.ndarray:
         factor, pivots, rank, _ = dpstrf(covariance, lower=1)  # Cholesky with pivoting, which stops at the rank
@@ -142,6 +139,8 @@ def inception_file(path: Optional[str], key: str) -> Path:
 
 def load_inception(path: Optional[str], key: str, device: torch.device) -> tuple:
     """(network on `device`, sha256 of its file). Raises ConfigError for a file of another kind."""
+    from cleanfid.inception_torchscript import InceptionV3W  # slow to import
+
     file = inception_file(path, key)
     wanted = f"expected the TorchScript network {Path(inception_url).name}"
     # clean-fid's class takes a folder and knows one file name
@@ -165,6 +164,8 @@ def inception_metrics(names: list, path: Optional[str], key: str, accelerator: A
     """A FrechetMetric for each of `names`, see FID_MODES; one network serves them all. Raises as `load_inception`."""
     if not names:
         return []
+    from cleanfid.resize import build_resizer  # slow to import
+
     with accelerator.local_main_process_first():  # one download
         network, digest = load_inception(path, key, accelerator.device)
     clean_resize = build_resizer("clean")

@@ -33,8 +33,6 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from huggingface_hub.constants import HF_HOME
-from matplotlib.colors import PowerNorm
-from matplotlib.figure import Figure
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
@@ -745,6 +743,9 @@ def most_confused(confusion: torch.Tensor, classes: list, count: int = SHOWN_CLA
 def draw_confusion(confusion: torch.Tensor, classes: list, title: str, path: Path) -> None:
     """The confusion matrix as a picture: with names and counts for few classes; for many, a pixel or more for each pair
     of classes beside the list of the most frequent mistakes."""
+    from matplotlib.colors import PowerNorm  # slow to import
+    from matplotlib.figure import Figure
+
     share = confusion / confusion.sum(1, keepdim=True).clamp_min(1)  # of each true class
     few = len(classes) <= ANNOTATED_CLASSES
     side = max(4.0, 0.45 * len(classes)) + 2 if few else 12.0

@@ -10,12 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
-import lpips
 import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
-from torchvision.models import VGG16_Weights
 
 from checkpointing import read_tensors
 
@@ -69,6 +67,8 @@ def random_vgg16_state() -> dict:
 
 def _pretrained_vgg16_file(setting: str) -> Path:
     """torchvision's VGG16 in torch.hub's folder, downloaded when it is not there."""
+    from torchvision.models import VGG16_Weights
+
     url = VGG16_Weights.IMAGENET1K_V1.url
     file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
     if not file.exists():
@@ -99,6 +99,8 @@ def build_lpips(
         OSError: the weights cannot be had; the message names file and setting.
         ValueError: the file holds something else.
     """
+    import lpips  # slow to import
+
     if weights == "random":
         file, state = None, random_vgg16_state()
     else:

@@ -12,7 +12,6 @@ from typing import Optional
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
 
 from data import DataError
 from frechet import FrechetMetric, distance, reference_of, write_cache
@@ -40,6 +39,9 @@ def image_metrics(images: torch.Tensor, reconstructions: torch.Tensor, names: Se
 
     psnr: dB, peak 1, at most PSNR_CAP. ssim: 11 x 11 Gaussian window of sigma 1.5. lpips: `perceptual` on [-1, 1].
     """
+    # a second to import: not for --help
+    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
+
     values = {}
     if "psnr" in names:
         psnr = peak_signal_noise_ratio(reconstructions, images, 1.0, reduction="none", dim=(1, 2, 3))

@@ -2,14 +2,10 @@
 
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
-
-matplotlib.use("Agg")  # no display on a training machine
-import matplotlib.pyplot as plt  # noqa: E402
 
 MIN_TILE = 96  # pixels: smaller images are enlarged by a whole factor, so that a grid can be looked at
 PADDING = 4  # pixels between the images of a grid
@@ -84,6 +80,8 @@ def save_pairs(
 
 def plot_curves(lines: list, path: Path) -> None:
     """Draw the lines of a metrics.jsonl: loss terms, GAN balance and evaluation metrics over steps."""
+    from matplotlib.figure import Figure  # slow to import
+
     train = [line for line in lines if line["kind"] == "train"]
     evals = [line for line in lines if line["kind"] == "eval" and line["model"] == "ema"]
     panels = [
@@ -99,7 +97,8 @@ def plot_curves(lines: list, path: Path) -> None:
     ]
     panels = [panel for panel in panels if any(line.get(name) is not None for name in panel[2] for line in panel[1])]
     rows = max(1, -(-len(panels) // 4))
-    figure, axes = plt.subplots(rows, 4, figsize=(18, 3.5 * rows), layout="constrained", squeeze=False)
+    figure = Figure(figsize=(18, 3.5 * rows), layout="constrained")
+    axes = figure.subplots(rows, 4, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (title, source, names) in zip(axes.flat, panels, strict=False):
@@ -114,4 +113,3 @@ def plot_curves(lines: list, path: Path) -> None:
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
     figure.savefig(path, dpi=80)
-    plt.close(figure)

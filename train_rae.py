@@ -7,11 +7,18 @@ The method is that of arXiv 2510.11690. `--config configs/digits_tiny.yaml` trai
 minutes on two CPU cores and ends above 20 dB PSNR on held-out digits; configs/ has the published settings.
 """
 
+# ruff: noqa: E402
+import sys
+
+from config import parse_config
+
+if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv):
+    parse_config()  # prints the help and ends the process: the imports below take seconds
+
 import logging
 import math
 import os
 import shutil
-import sys
 import time
 import uuid
 from collections.abc import Iterator
@@ -54,7 +61,6 @@ from config import (
     check_same_config,
     config_dict,
     config_yaml,
-    parse_config,
 )
 from data import (
     DataError,

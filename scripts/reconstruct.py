@@ -53,6 +53,7 @@ from data import (
     center_crop,
     collate,
     evenly_spread,
+    join_paths,
     scan_folder,
 )
 from metrics import image_metrics, to_8bit
@@ -146,7 +147,7 @@ def find_inputs(places: tuple) -> tuple[ImageSource, list]:
             found = {place: os.path.basename(place)}
         for file, name in found.items():
             names.setdefault(os.path.abspath(file), os.path.splitext(name)[0])
-    return FileSource("", names), distinct(list(names.values()))
+    return FileSource("", *join_paths(names)), distinct(list(names.values()))
 
 
 def distinct(names: list) -> list:

@@ -3,10 +3,13 @@
 import ast
 import copy
 import dataclasses
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from conftest import ROOT
 
 import config as config_module
 from config import Config, ConfigError, check_same_config, config_dict, config_yaml, join_lists, parse_config
@@ -389,3 +392,17 @@ def test_lists_on_the_command_line():
     assert join_lists(Config, argv) == ["--logging.report_to", '["[1].png","3"]', "--gan.weight", "0.5"]
     with pytest.raises(ConfigError, match="--eval.metrics: expected it once"):
         join_lists(Config, ["--eval.metrics", "psnr", "--eval.metrics", "ssim"])
+
+
+def test_help_does_without_the_slow_imports():
+    code = """
+import runpy, sys
+sys.argv = ["train_rae.py", "--help"]
+try:
+    runpy.run_path("train_rae.py", run_name="__main__")
+except SystemExit as done:
+    assert done.code in (0, None)
+print("slow:", sorted({"torch", "transformers", "accelerate"} & set(sys.modules)))
+"""
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "--gan.weight" in shown and shown.endswith("slow: []\n")

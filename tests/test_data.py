@@ -2,12 +2,15 @@
 
 import io
 import logging
+import multiprocessing
 import os
 import pathlib
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 import types
 
 import datasets
@@ -15,7 +18,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-from PIL import Image
+from hypothesis import given, settings
+from hypothesis.strategies import booleans, floats, integers, sampled_from
+from PIL import Image, ImageOps
+from sklearn.datasets import load_sample_images
 
 import data
 
@@ -168,8 +174,6 @@ def test_animation_gives_its_first_frame():
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
 def test_exif_orientation_is_applied(file_format):
-    from PIL import ImageOps
-
     for orientation in range(1, 9):
         exif = Image.Exif()
         exif[274] = orientation
@@ -215,14 +219,54 @@ def test_crops_have_the_size_asked_for(width, height):
     assert data.random_crop(picture(width, height), 16, 24, 0).size == (16, 16)
 
 
-@pytest.mark.parametrize("width,height", [(401, 303), (303, 401), (50, 50), (20, 31)])
-def test_random_crop_resizes_as_torchvision_does(width, height):
-    image = picture(width, height)
-    resize = torchvision.transforms.Resize(48, torchvision.transforms.InterpolationMode.BICUBIC, antialias=True)
-    resized = np.asarray(resize(image))
-    crop = np.asarray(data.random_crop(image, 32, 48, 5))
-    windows = np.lib.stride_tricks.sliding_window_view(resized, (32, 32, 3))[:, :, 0]  # (rows, columns, 32, 32, 3)
-    assert (windows == crop).all(axis=(2, 3, 4)).any()
+def resized_then_cropped(image, size, resize_size, seed):
+    """What random_crop stands for, by torchvision and with the position that the seed draws."""
+    resize = torchvision.transforms.Resize(
+        resize_size, torchvision.transforms.InterpolationMode.BICUBIC, antialias=True
+    )
+    image = resize(image)
+    generator = np.random.default_rng(seed)
+    top, left = (int(generator.integers(length - size + 1)) for length in (image.height, image.width))
+    return np.asarray(image.crop((left, top, left + size, top + size))).astype(int)
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(
+    short=integers(1, 300),
+    ratio=floats(1, 4),
+    upright=booleans(),
+    size=integers(1, 64),
+    extra=integers(0, 40),
+    kind=sampled_from(["picture", "noise", "black and white"]),
+    seed=integers(0, 2**32),
+)
+def test_random_crop_is_the_resized_image_cropped(short, ratio, upright, size, extra, kind, seed):
+    """Enlarged and reduced, to all sizes, with the sharpest edges that there are: at most one level apart."""
+    width, height = (short, int(short * ratio)) if upright else (int(short * ratio), short)
+    image = picture(width, height, seed)
+    if kind != "picture":
+        values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+        image = Image.fromarray(values if kind == "noise" else np.where(values < 128, 0, 255).astype(np.uint8))
+    found = np.asarray(data.random_crop(image, size, size + extra, seed)).astype(int)
+    assert np.abs(found - resized_then_cropped(image, size, size + extra, seed)).max() <= 1
+
+
+@pytest.mark.parametrize("width,height", [(500, 375), (375, 500), (500, 333), (334, 500), (1203, 800), (500, 1200)])
+def test_random_crop_of_photographs_at_full_size(tmp_path, width, height):
+    """The same from JPEG files, turned ones too, as the loader gives them."""
+    photographs = [Image.fromarray(pixels) for pixels in load_sample_images().images]
+    for number, orientation in enumerate((1, 6, 3, 8)):
+        exif = Image.Exif()
+        exif[274] = orientation
+        photographs[number % 2].resize((width, height)).save(tmp_path / f"{number}.jpg", quality=95, exif=exif)
+    images = data.TrainImages(data.scan_folder(str(tmp_path)), 256, seed=9)
+    for number in range(4):
+        upright = ImageOps.exif_transpose(Image.open(tmp_path / f"{number}.jpg"))
+        expected = resized_then_cropped(upright, 256, 384, (9, data.CROP_STREAM, 5, number))
+        found = images[5, number]["pixels"].permute(1, 2, 0).numpy().astype(int)
+        assert np.abs(found - expected).max() <= 1
+        if {width, height} == {500, 375}:
+            assert np.array_equal(found, expected)
 
 
 def test_random_crop_reaches_every_position_and_takes_a_generator():
@@ -315,6 +359,128 @@ def test_names_that_are_not_utf8(tmp_path):
     save(tmp_path / "cat" / "grün.png")
     source = data.load_split(config(tmp_path), "train")
     assert {source.load(i).size for i in range(2)} == {(40, 30)}
+
+
+# Lists of large folders -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def walked(tmp_path, monkeypatch):
+    """Lists of all folders are kept; gives the folders that were listed."""
+    monkeypatch.setattr(data, "INDEX_CACHE", str(tmp_path / "home" / "indexes"))
+    monkeypatch.setattr(data, "INDEXED_FROM", 1)
+    monkeypatch.setattr(data, "SETTLED", 0.0)
+    folders, walk = [], data._walk
+
+    def recorded(path, prefix, stamps):
+        folders.append(os.path.basename(path))
+        return walk(path, prefix, stamps)
+
+    monkeypatch.setattr(data, "_walk", recorded)
+    return folders
+
+
+def content(path):
+    """All names and labels; a moment later than what was done to the folder before, so that its times tell."""
+    time.sleep(0.02)
+    source = data.load_split(config(path), "train")
+    return [(source.name(i), source.label(i)) for i in range(len(source))], source.class_names
+
+
+def replace_folder(root):
+    """Another folder with the same name and times in the place of root/dog, as unpacking an archive would leave it."""
+    times = [(path, os.stat(path)) for path in (root, root / "dog")]
+    shutil.rmtree(root / "dog")
+    save(root / "dog" / "other.png")
+    for path, status in times:
+        os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+CHANGES = {
+    "file added": lambda root: save(root / "dog" / "new.png"),
+    "file removed": lambda root: (root / "dog" / "1.png").unlink(),
+    "file renamed": lambda root: (root / "dog" / "1.png").rename(root / "dog" / "x.png"),
+    "file moved to another class": lambda root: (root / "dog" / "1.png").rename(root / "cat" / "x.png"),
+    "file added deep below": lambda root: save(root / "cat" / "a" / "b" / "new.png"),
+    "folder renamed deep below": lambda root: (root / "cat" / "a" / "b").rename(root / "cat" / "a" / "c"),
+    "folder removed deep below": lambda root: shutil.rmtree(root / "cat" / "a"),
+    "class added": lambda root: save(root / "bird" / "0.png"),
+    "class removed": lambda root: shutil.rmtree(root / "dog"),
+    "class renamed": lambda root: (root / "dog").rename(root / "wolf"),
+    "file beside the classes": lambda root: save(root / "0.png"),
+    "times put back": replace_folder,
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_list_of_files_is_kept_until_a_folder_changes(tmp_path, walked, monkeypatch, change):
+    root = class_tree(tmp_path / "images")
+    save(root / "cat" / "a" / "b" / "0.png")
+    os.rename(root / "dog" / "0.png", os.fsencode(root / "dog") + b"/\xff\n.png")
+    first = content(root)
+    assert len(first[0]) == 7 and walked[:2] == ["cat", "a"]
+    walked.clear()
+    assert content(root) == first and not walked
+    CHANGES[change](root)
+    found = content(root)
+    assert found != first and walked
+    assert content(root) == found
+    monkeypatch.setattr(data, "INDEX_CACHE", str(tmp_path / "other"))
+    assert content(root) == found
+
+
+def test_another_data_set_at_the_same_place_is_listed(tmp_path, walked):
+    first = content(class_tree(tmp_path / "images", count=2))
+    (tmp_path / "images").rename(tmp_path / "old")
+    class_tree(tmp_path / "images", count=4)
+    assert len(content(tmp_path / "images")[0]) == 8
+    assert len(content(tmp_path / "old")[0]) == len(first[0]) == 4
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "changed", "foreign"])
+def test_damaged_list_of_files_is_made_again(tmp_path, walked, caplog, damage):
+    root = class_tree(tmp_path / "images")
+    first = content(root)
+    [file] = (tmp_path / "home" / "indexes").iterdir()
+    whole = file.read_bytes()
+    position = whole.index(b"0.png")
+    file.write_bytes({
+        "empty": b"",
+        "truncated": whole[: len(whole) // 2],
+        "changed": whole[:position] + b"7" + whole[position + 1 :],
+        "foreign": encoded(picture()),
+    }[damage])  # fmt: skip
+    assert content(root) == first
+    assert [file.name in record.getMessage() for record in caplog.records] == [True]
+    walked.clear()
+    assert content(root) == first and not walked
+
+
+def test_list_of_files_without_a_place_for_it(tmp_path, walked, caplog):
+    root = class_tree(tmp_path / "images")
+    (tmp_path / "home").write_text("a file where the folder should be")
+    assert content(root) == content(root)
+    assert len(walked) == 4 and "not kept" in caplog.text
+
+
+def test_list_of_files_is_not_kept_of_few_or_while_they_change(tmp_path, walked, monkeypatch):
+    root = class_tree(tmp_path / "images")
+    monkeypatch.setattr(data, "SETTLED", 60.0)
+    content(root)
+    monkeypatch.setattr(data, "SETTLED", 0.0)
+    monkeypatch.setattr(data, "INDEXED_FROM", 7)
+    content(root)
+    assert not (tmp_path / "home").exists()
+
+
+def test_processes_that_list_a_folder_at_once(tmp_path, walked):
+    root = class_tree(tmp_path / "images", count=20)
+    with multiprocessing.get_context("fork").Pool(4) as pool:
+        found = pool.map(content, [root] * 8)
+    assert all(one == found[0] for one in found) and len(found[0][0]) == 40
+    assert len(list((tmp_path / "home" / "indexes").iterdir())) == 1
+    walked.clear()
+    assert content(root) == found[0] and not walked
 
 
 # `datasets` -----------------------------------------------------------------------------------------------------------
@@ -718,3 +884,19 @@ def test_fingerprint_follows_the_content(tmp_path):
 
     before, after = save(10), save(20)
     assert all(one != other for one, other in zip(before, after, strict=True))
+
+
+def test_fingerprint_of_a_part_looks_at_that_part_only(tmp_path):
+    class_tree(tmp_path / "files", count=3)
+    files = data.scan_folder(str(tmp_path / "files"))
+    part = data.SubsetSource(files, [1, 4])
+    before = part.fingerprint()
+    assert before != files.fingerprint() and before != data.SubsetSource(files, [1, 3]).fingerprint()
+    save(tmp_path / "files" / "cat" / "0.png", seed=99)
+    assert part.fingerprint() == before
+    assert data.SubsetSource(data.SubsetSource(files, [0, 1, 4]), [1, 2]).fingerprint() == before
+    save(tmp_path / "files" / "cat" / "1.png", seed=99)
+    assert part.fingerprint() != before
+    column = data.ColumnSource(rows(6), "train")
+    prints = [data.SubsetSource(column, indices).fingerprint() for indices in ([0, 1], [0, 2], [0, 1])]
+    assert prints[0] == prints[2] != prints[1] and column.fingerprint() not in prints

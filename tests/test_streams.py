@@ -21,9 +21,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import PLAIN, ROOT, command, flags, read_metrics, run_command
+from conftest import PLAIN, ROOT, checkpoint_state, command, flags, read_metrics, run_command, same
 from PIL import Image
-from safetensors.torch import load_file
 
 import streams
 from config import DataConfig, config_yaml, parse_config
@@ -310,27 +309,6 @@ def test_states_are_small(tmp_path):
     assert len(json.dumps(large[-1])) < len(json.dumps(small[-1])) + 20 < 600
 
 
-def final_state(run_dir):
-    """Everything in the newest checkpoint but the random states, which are not used."""
-    folder = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
-    files = [file for file in sorted(folder.iterdir()) if "random_states" not in file.name]
-    return {file.name: load(file) for file in files}
-
-
-def load(file):
-    if file.suffix == ".safetensors":
-        return load_file(file)
-    return json.loads(file.read_text()) if file.suffix == ".json" else torch.load(file, weights_only=True)
-
-
-def equal(a, b):
-    if isinstance(a, dict):
-        return a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
-    if isinstance(a, (list, tuple)):
-        return len(a) == len(b) and all(map(equal, a, b))
-    return torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
-
-
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
     """19 training images in three uneven parquet files, as many in tars, evaluation images beside them."""
@@ -385,7 +363,7 @@ def test_train_stop_and_resume_is_exact(shards, tmp_path, processes):
         "train_rae.py", *flags({**settings, "train.output_dir": stopped, "data.num_workers": workers}), launch=launch
     )
     assert read_metrics(stopped) == read_metrics(whole)
-    assert equal(final_state(stopped), final_state(whole))
+    assert same(checkpoint_state(stopped), checkpoint_state(whole))
 
 
 # What cannot be read --------------------------------------------------------------------------------------------------
