@@ -6,8 +6,10 @@ Later files win over earlier ones, flags over files. An unknown key or a wrong t
 Start points are given in epochs, as published, or in steps, which win where both are given.
 """
 
+import functools
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from runtime import ConfigError, fail
+from yaml_file import read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -347,12 +350,14 @@ def parse(
         default_config: YAML file that is read when the command line names none.
         check: called with the result; raises ConfigError for values that cannot be used.
     """
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=description)
-    parser.add_argument("--config", action="config", help="YAML file; repeatable, later ones win")
-    parser.add_class_arguments(schema, nested_key=None, as_group=False)
+    parser = build_parser(schema, prog, description)
     try:
         argv = join_lists(schema, sys.argv[1:] if argv is None else argv)
-        parsed = parser.parse_args(files_first(argv, default_config))
+        argv = files_first(argv, default_config)
+        for file in config_files(argv):
+            if os.path.isfile(file):  # the parser says what else it may be: a pipe, nothing
+                read_yaml(Path(file))
+        parsed = parser.parse_args(argv)
         check_groups(schema, parsed)
         parsed = parser.instantiate_classes(parsed)
         config = schema(**{item.name: getattr(parsed, item.name) for item in fields(schema)})
@@ -362,6 +367,15 @@ def parse(
     except (ArgumentError, ValueError, OSError) as error:
         fail(error)
     return config
+
+
+@functools.cache  # a tenth of a second, for those who read many configs
+def build_parser(schema: type, prog: str, description: str) -> ArgumentParser:
+    """The parser of YAML files and flags for the dataclass `schema`."""
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=description)
+    parser.add_argument("--config", action="config", help="YAML file; repeatable, later ones win")
+    parser.add_class_arguments(schema, nested_key=None, as_group=False)
+    return parser
 
 
 def parse_config(argv: Optional[list] = None) -> Config:
@@ -382,6 +396,12 @@ def files_first(argv: list, default_config: Optional[Path] = None) -> list:
     if not files and default_config is not None and not {"--help", "-h"} & set(flags):
         files = ["--config", str(default_config)]
     return [*files, *flags]
+
+
+def config_files(argv: list) -> list:
+    """The values of --config in a command line."""
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    return [word.partition("=")[2] or after for word, after in pairs if word.split("=")[0] == "--config"]
 
 
 def keys_where(schema: type, wanted: Callable[[Any], bool], prefix: str = "") -> set:
@@ -517,7 +537,7 @@ def flat(tree: dict, prefix: str = "") -> dict:
     """Nested settings as {"group.name": value}; the free-form `*_config` dictionaries stay whole."""
     leaves = {}
     for key, value in tree.items():
-        nested = isinstance(value, dict) and not key.endswith("_config")
+        nested = isinstance(value, dict) and not str(key).endswith("_config")
         leaves.update(flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
     return leaves
 
@@ -578,12 +598,9 @@ def check_same_config(config: Config, saved: Path) -> None:
     """Raise ConfigError when `saved`, the config.yaml of a run folder, is of another run than `config`."""
 
     try:
-        text = yaml.safe_load(saved.read_text())
-    except yaml.YAMLError:
-        text = None
-    if not isinstance(text, dict):
-        raise ConfigError(f"{saved} is damaged, expected the settings of a run; choose another train.output_dir")
-    old, new = flat(text), flat(config_dict(config))
+        old, new = flat(read_yaml(saved)), flat(config_dict(config))
+    except ConfigError as error:
+        raise ConfigError(f"{saved} is damaged, choose another train.output_dir ({error})") from error
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(RESUMABLE_KEYS):
             raise ConfigError(
