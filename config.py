@@ -447,13 +447,16 @@ def join_lists(schema: type, argv: list) -> list:
 
 
 def check_groups(schema: type, values: Any, prefix: str = "") -> None:
-    """Raise ConfigError where a YAML file gives something else than a mapping for a group of settings."""
+    """Raise ConfigError where a YAML file gives something else than a mapping for a group of settings, or nothing for a
+    setting that needs a value: the parser takes null for any type."""
     for item in fields(schema):
         group, value = item.default_factory, values.get(item.name)
         if is_dataclass(group):
             if not isinstance(value, Namespace):
                 raise ConfigError(f"{prefix}{item.name}: expected a mapping of settings, got {value!r}")
             check_groups(group, value, f"{prefix}{item.name}.")
+        else:
+            require(value is not None or type(None) in get_args(item.type), f"{prefix}{item.name}", "a value", value)
 
 
 # What every value must be, beyond its type: keys, condition, and the words for it. Values of None are left alone.

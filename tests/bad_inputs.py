@@ -14,6 +14,8 @@ Two kinds of damage cannot be seen and are "read": flipped bits in a JPEG's comp
 neither format has a checksum. (What is then not finite stops later, see test_weights_that_are_not_finite.)
 """
 
+import collections
+import copy
 import dataclasses
 import functools
 import gzip
@@ -22,20 +24,26 @@ import json
 import os
 import pickle
 import re
-import shutil
 import struct
 import sys
 import tempfile
 import typing
+import warnings
+import zipfile
 import zlib
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
+import safetensors.torch
 import torch
+import transformers
+import yaml
 from PIL import Image
+from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root
+from config import Config  # noqa: E402
 
 WIDTH, HEIGHT = 40, 30  # of the picture
 LOSSY = 4.0  # largest mean difference, in levels of 255, that a compressed picture may have
@@ -50,6 +58,7 @@ class Case:
     outcome: str
     content: Any = None
     words: tuple = ()  # of the error
+    settings: Optional[dict] = None  # of a config that is read: {key: value}
     pixels: Optional[np.ndarray] = None  # of an image that is read, (H, W, 3) uint8
     tolerance: float = 0.0  # mean difference from them, in levels of 255
 
@@ -216,7 +225,7 @@ def good_images() -> list:
         ("deflate.tif", "TIFF, deflate", encode("TIFF", compression="tiff_adobe_deflate"), photo, 0),
         ("jpeg.tif", "TIFF, JPEG", encode("TIFF", compression="jpeg", quality=95), photo, LOSSY),
         ("cmyk.tif", "CMYK TIFF", encode("TIFF", "CMYK"), photo, 1),
-        ("lab.tif", "CIE Lab TIFF", encode("TIFF", "LAB"), photo, LOSSY),
+        ("lab.tif", "CIE Lab TIFF", encode("TIFF", "LAB", icc_profile=b""), photo, LOSSY),
         ("grey16.tif", "16-bit grey TIFF", save(grey16(), "TIFF"), eight_bit(grey16(), 65535), 0),
         ("float.tif", "TIFF of floats in [0, 1]", save((grey16() / 65535).astype(np.float32), "TIFF"), eight_bit(grey16(), 65535), 1),
         ("pages.tif", "TIFF of several pages", animation("TIFF"), photo, 0),
@@ -325,3 +334,530 @@ def bad_images() -> list:
 
 def postscript() -> bytes:
     return b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\n0 0 40 30 rectfill\nshowpage\n%%EOF\n"
+
+
+def image_cases() -> list:
+    cases = [Case(f"images/{f}", what, "read", c, pixels=p, tolerance=t) for f, what, c, p, t in good_images()]
+    cases += [Case(f"images/{file}", what, "skipped", content) for file, what, content in bad_images()]
+    cases += [
+        Case("images/pipe.png", "a named pipe, which nobody writes to", "skipped"),
+        Case("images/zero.png", "a link to a device that has no end", "skipped"),
+        Case("images/gone.png", "a link to nothing", "skipped"),
+        Case("images/notes.txt", "a text file", "ignored", b"notes\n"),
+        Case("images/.hidden.png", "a hidden file", "ignored", b""),
+        Case("images/photo.heic", "an image of a kind that is not taken", "ignored", b"....ftypheic"),
+        Case("images/none", "a file without extension", "ignored", encode("PNG")),
+        Case("images/folder.png", "a folder with an image's name and nothing in it", "ignored"),
+    ]
+    return cases
+
+
+def write_special(path: Path) -> None:
+    """What bytes alone do not make."""
+    if path.name == "pipe.png":
+        os.mkfifo(path)
+    elif path.name == "folder.png":
+        path.mkdir()
+    else:
+        path.symlink_to({"zero.png": "/dev/zero", "gone.png": "nowhere"}[path.name])
+
+
+# Configs --------------------------------------------------------------------------------------------------------------
+
+
+def settings_of(schema: type, prefix: str = "") -> dict:
+    """{key: type} of every setting of a config's dataclass, and {key: dataclass} of every group."""
+    found = {}
+    for item in dataclasses.fields(schema):
+        is_group = dataclasses.is_dataclass(item.default_factory)
+        found[prefix + item.name] = item.default_factory if is_group else item.type
+        if is_group:
+            found.update(settings_of(item.default_factory, f"{prefix}{item.name}."))
+    return found
+
+
+def wrong_values(kind: Any) -> dict:
+    """{name: value} of what no setting of a type takes."""
+    plain = {part for part in (kind, *typing.get_args(kind)) if part in (int, float, bool, str)}
+    several = any(typing.get_origin(part) in (tuple, dict) for part in (kind, *typing.get_args(kind)))
+    wrong = {"list": [[]]} if several else {}
+    if several or str not in plain:
+        wrong["word"] = "words"
+    if several or not plain & {int, float}:
+        wrong["number"] = 5
+    if plain & {int, bool} and not several:
+        wrong["fraction"] = 1.5
+    if several or bool not in plain:
+        wrong["switch"] = True
+    if typing.get_origin(kind) is not dict:
+        wrong["mapping"] = {"a": 1}
+    if float in plain and not several:
+        wrong["nan"] = float("nan")
+    if type(None) not in typing.get_args(kind):
+        wrong["null"] = None
+    return wrong
+
+
+def nested(key: str, value: Any) -> str:
+    """YAML in which the setting has the value."""
+    for name in reversed(key.split(".")):
+        value = {name: value}
+    return yaml.safe_dump(value)
+
+
+def laughs(depth: int) -> str:
+    """Aliases of aliases, which unfold to 9 ** depth values."""
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, depth)]
+    return "\n".join(lines)
+
+
+def config_cases() -> list:
+    cases = []
+    for key, kind in settings_of(Config).items():
+        is_group = dataclasses.is_dataclass(kind)
+        wrong = {"word": "words", "number": 5, "list": ["a"], "null": None} if is_group else wrong_values(kind)
+        for name, value in wrong.items():
+            what = f"{key} is {value!r}"
+            cases.append(Case(f"configs/{key}_{name}.yaml", what, "error", nested(key, value).encode(), (key,)))
+        if is_group:
+            unknown, words = f"{key}.no_such_setting", (key.split(".")[0], "no_such_setting")
+            cases.append(Case(f"configs/{unknown}.yaml", "an unknown key", "error", nested(unknown, 1).encode(), words))
+    good = "train: {seed: 4}\n"
+    texts = {
+        "no_such_group": ("an unknown group", "no_such_group: {weight: 1}", "no_such_group"),
+        "no_such_setting": ("an unknown setting beside the groups", "seed: 1", "seed"),
+        "setting_of_another_group": ("a setting in the wrong group", "train: {lr: 1}", "'lr'"),
+        "empty": ("nothing", "", "found nothing"),
+        "blank": ("blank lines", " \n\n", "found nothing"),
+        "comment": ("a comment alone", "# train: {seed: 1}\n", "found nothing"),
+        "null": ("null", "null", "found nothing"),
+        "list": ("a list", "- train\n", "found a list"),
+        "number": ("a number", "5", "found a int"),
+        "words": ("words", "just words", "found a str"),
+        "page": ("a web page", "<!DOCTYPE html>\n<html><body>404: not found</body></html>", "YAML"),
+        "python": ("Python", "seed = 1\nepochs = 3\n", "found a str"),
+        "toml": ("TOML", "[train]\nseed = 1\n", "line 2"),
+        "latin1": ("text in Latin-1", "train: {output_dir: r\xe9sum\xe9}".encode("latin-1"), "utf-8"),
+        "utf16": ("text in UTF-16", good.encode("utf-16"), "utf-8"),
+        "image": ("an image", encode("PNG"), "utf-8"),
+        "zeros": ("zero bytes", bytes(1000), "#x0000"),
+        "control": ("a control character", "train: {output_dir: a\x07}", "#x0007"),
+        "tab": ("a tab as indentation", "train:\n\tseed: 1\n", "line 2"),
+        "indentation": ("wrong indentation", "train:\n  seed: 1\n epochs: 2\n", "line 3"),
+        "cut_mapping": ("a mapping cut off", "train: {seed: 1", "line 1"),
+        "cut_text": ("a text cut off", 'train: {output_dir: "runs', "line 1"),
+        "colons": ("a colon too many", "train: {seed: 1}: x", "line 1"),
+        "no_anchor": ("an alias without an anchor", "train: {seed: *s}", "undefined alias"),
+        "anchor_twice": ("an anchor given twice", "data: {path: &a x, train_split: &a y}", "duplicate anchor"),
+        "anchor_type": ("an alias of another type", "optimizer: {lr: &a 0.5}\ntrain: {seed: *a}", "train.seed"),
+        "anchor_unknown": ("an anchor under an unknown key", "x: &o {lr: 0.5}\noptimizer: *o\n", "x"),
+        "anchor_empty": ("an anchor without a name", "train: &\n  seed: 1\n", "line 1"),
+        "anchor_alone": ("an anchor of nothing", "train: &t\n", "train"),
+        "loop": ("an alias within its own anchor", "model: &m {encoder_config: {x: *m}}", "*m within its own anchor"),
+        "loop_of_all": ("a file that contains itself", "&all {train: *all}", "*all within its own anchor"),
+        "merge_number": ("a merge of a number", "train: {<<: 5}", "line 1"),
+        "merge_list": ("a merge of numbers", "train: {<<: [1, 2]}", "line 1"),
+        "merge_nothing": ("a merge without an anchor", "gan: {optimizer: {<<: *o}}", "undefined alias"),
+        "merge_unknown": ("a merge of unknown keys", "data: &d {path: x}\ntrain: {<<: *d}", "'path'"),
+        "laughs": ("aliases that unfold to a billion values", laughs(10), "more than 100000"),
+        "laughs_within": ("the same in a setting", f"model: {{encoder_config: {{{', '.join(laughs(10).splitlines())}}}}}", "more than 100000"),
+        "deep_lists": ("100,000 lists in each other", "[" * 100_000, "50 deep"),
+        "deep_mappings": ("1000 mappings in each other", "gan: " + "{a: " * 1000 + "1" + "}" * 1000, "50 deep"),
+        "setting_twice": ("a setting given twice", "train: {seed: 1, seed: 2}", "'seed' given twice"),
+        "group_twice": ("a group given twice", "train: {seed: 1}\ngan: {weight: 1}\ntrain: {epochs: 3}", "'train' given twice"),
+        "two_documents": ("two documents", good + "---\n" + good, "single document"),
+        "version": ("YAML of a coming version", "%YAML 9.9\n---\n" + good, "line 1"),
+        "run_code": ("a call of a function", "train: {output_dir: !!python/object/apply:os.mkdir [SPRUNG]}", "os.mkdir"),
+        "name_code": ("the name of a function", "train: {output_dir: !!python/name:os.mkdir }", "os.mkdir"),
+        "tag": ("an unknown tag", "train: {seed: !seed 1}", "!seed"),
+        "class_path": ("the path of a class", "gan: {class_path: os.mkdir, init_args: {path: SPRUNG}}", "os.mkdir"),
+        "binary": ("bytes for a text", "train: {output_dir: !!binary aGVsbG8=}", "train.output_dir"),
+        "number_key": ("a number for a key", "train: {1: 2}", "1"),
+        "no_key": ("null for a key", "null: 2", "None"),
+        "list_key": ("a list for a key", "? [a, b]\n: 1\n", "unhashable key"),
+        "huge_number": ("a number of 5000 digits", f"train: {{seed: {'9' * 5000}}}", "4300 digits"),
+        "infinite": ("a number too large for a float", "optimizer: {lr: 1.0e999}", "optimizer.lr"),
+    }  # fmt: skip
+    for name, (what, text, words) in texts.items():
+        content = text if isinstance(text, bytes) else text.encode()
+        cases.append(Case(f"configs/{name}.yaml", what, "error", content, (words,)))
+    read = {
+        "byte_order_mark": ("text with a byte order mark", "\ufeff" + good, {"train.seed": 4}),
+        "windows": ("lines that end as on Windows", "train:\r\n  seed: 4\r\n", {"train.seed": 4}),
+        "json": ("JSON", '{"train": {"seed": 4}}', {"train.seed": 4}),
+        "quoted": ("a number in quotes", "train: {seed: '4'}", {"train.seed": 4}),
+        "exponent": ("a number that PyYAML alone takes for text", "optimizer: {lr: 1e-3}", {"optimizer.lr": 1e-3}),
+        "date": ("a date for a text", "train: {output_dir: 2024-01-01}", {"train.output_dir": "2024-01-01"}),
+        "merge": (
+            "a group merged into another",
+            "optimizer: &o {lr: 0.5, eps: 0.1}\ngan: {optimizer: {<<: *o, eps: 0.2}}",
+            {"optimizer.eps": 0.1, "gan.optimizer.lr": 0.5, "gan.optimizer.eps": 0.2},
+        ),
+    }
+    for name, (what, text, settings) in read.items():
+        cases.append(Case(f"configs/{name}.yaml", what, "read", text.encode(), settings=settings))
+    return cases
+
+
+# Weight files and model folders ---------------------------------------------------------------------------------------
+
+
+class Trap:
+    """What creates a file where it is unpickled by a reader that runs what a pickle asks for: a folder `SPRUNG` in the
+    working directory."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("SPRUNG",))
+
+
+HOSTILE_CODE = b"import os\n\nos.mkdir('SPRUNG')\n"  # of a .py file
+
+
+def torch_file(held: Any, **options: Any) -> bytes:
+    stream = io.BytesIO()
+    torch.save(held, stream, **options)
+    return stream.getvalue()
+
+
+def trap_files() -> dict:
+    """{name: content} of files that run code in a careless reader."""
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:  # torch.save's format by hand
+        archive.writestr(zipfile.ZipInfo("archive/data.pkl"), pickle.dumps({"x": Trap()}, 2))
+        archive.writestr(zipfile.ZipInfo("archive/version"), "3\n")
+    with warnings.catch_warnings():  # both are deprecated
+        warnings.simplefilter("ignore", FutureWarning)
+        torch.jit.save(torch.jit.script(torch.nn.Identity()), scripted := io.BytesIO())
+    return {
+        "trap_torch": torch_file({"mean": torch.ones(2), "x": Trap()}),
+        "trap_torch_alone": torch_file(Trap()),
+        "trap_old_torch": torch_file({"x": Trap()}, _use_new_zipfile_serialization=False),
+        "trap_zip": packed.getvalue(),
+        "trap_pickle": pickle.dumps({"x": Trap()}),
+        "trap_pickle_0": pickle.dumps(Trap(), 0),
+        "script": scripted.getvalue(),
+    }
+
+
+def damaged_safetensors(content: bytes) -> dict:
+    """{name: content} of damage that shows in a safetensors file."""
+    (length,) = struct.unpack("<Q", content[:8])
+    header, data = json.loads(content[8 : 8 + length]), content[8 + length :]
+
+    def rebuilt(change: Any) -> bytes:
+        """With a changed header."""
+        changed = copy.deepcopy(header)
+        change(changed[max(name for name in changed if name != "__metadata__")])
+        text = json.dumps(changed).encode()
+        return struct.pack("<Q", len(text)) + text + data
+
+    damaged = {f"cut_{tenths}0": content[: len(content) * tenths // 10] for tenths in range(10)}
+    for place in (0, 3, 7, 8, 9, 20, length // 2, length):
+        flipped = bytearray(content)
+        flipped[place] ^= 1 << place % 8
+        damaged[f"flipped_{place}"] = bytes(flipped)
+    return damaged | {
+        "longer": content + bytes(100),
+        "zeros": bytes(len(content)),
+        "huge_header": struct.pack("<Q", 2**62) + content[8:],
+        "long_header": struct.pack("<Q", len(content)) + content[8:],
+        "no_json": content[:8] + b"x" * length + data,
+        "outside": rebuilt(lambda tensor: tensor["data_offsets"].__setitem__(1, 2**40)),
+        "backwards": rebuilt(lambda tensor: tensor["data_offsets"].reverse()),
+        "negative": rebuilt(lambda tensor: tensor["data_offsets"].__setitem__(0, -4)),
+        "other_shape": rebuilt(lambda tensor: tensor["shape"].append(2)),
+        "huge_shape": rebuilt(lambda tensor: tensor.__setitem__("shape", [2**40, 2**40])),
+        "other_type": rebuilt(lambda tensor: tensor.__setitem__("dtype", "F99")),
+    }
+
+
+@functools.cache
+def model_files() -> dict:
+    """{name: content} of a tiny RAE's folder."""
+    from conftest import tiny_rae  # of tests/
+
+    with tempfile.TemporaryDirectory() as folder:
+        tiny_rae(use_latent_stats=True).save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+
+
+def changed_config(**changes: Any) -> dict:
+    """A model folder whose config.json has other values; of `encoder_config` too, with `encoder_*` written as there."""
+    config = json.loads(model_files()["config.json"])
+    for name, value in changes.items():
+        part, name = (config["encoder_config"], name[2:]) if name.startswith("e_") else (config, name)
+        part[name] = value
+        if value is ...:
+            del part[name]
+    return model_files() | {"config.json": json.dumps(config).encode()}
+
+
+def changed_weights(change: Any) -> dict:
+    """A model folder after `change` of its tensors."""
+    tensors = safetensors.torch.load(model_files()["model.safetensors"])
+    change(tensors)
+    return model_files() | {"model.safetensors": safetensors.torch.save(tensors, {"format": "pt"})}
+
+
+def model_cases() -> list:
+    """Folders of RAEs. All are errors but those that hold more than is needed."""
+    good = model_files()
+    weights, config = good["model.safetensors"], good["config.json"]
+    without = {name: {n: c for n, c in good.items() if n != name} for name in good}
+    index = {"metadata": {}, "weight_map": {"decoder.decoder_pred.weight": "model-00001-of-00002.safetensors"}}
+    outside = {"metadata": {}, "weight_map": {"decoder.decoder_pred.weight": "../../other/model.safetensors"}}
+    name = "decoder.decoder_pred.weight"
+    cases = {
+        "empty": ("an empty folder", {}, "config.json"),
+        "no_config": ("no config.json", without["config.json"], "config.json"),
+        "no_weights": ("no weights", without["model.safetensors"], "model.safetensors"),
+        "config_empty": ("an empty config.json", good | {"config.json": b""}, "config.json"),
+        "config_cut": ("a config.json cut off", good | {"config.json": config[: len(config) // 2]}, "config.json"),
+        "config_words": ("words for a config.json", good | {"config.json": b"words"}, "config.json"),
+        "config_list": ("a list for a config.json", good | {"config.json": b"[1]"}, "config.json"),
+        "config_null": ("null for a config.json", good | {"config.json": b"null"}, "config.json"),
+        "config_latin1": ("a config.json in Latin-1", good | {"config.json": b'{"model_type": "ra\xe9"}'}, "config.json"),
+        "config_zeros": ("zero bytes for a config.json", good | {"config.json": bytes(500)}, "config.json"),
+        "config_deep": ("a config.json nested 100,000 deep", good | {"config.json": b"[" * 100_000}, "config.json"),
+        "weights_lack": ("a tensor is missing", changed_weights(lambda t: t.pop(name)), name),
+        "weights_extra": ("a tensor too many", changed_weights(lambda t: t.update(more=torch.ones(1))), "more"),
+        "weights_shape": ("a tensor of another shape", changed_weights(lambda t: t.update({name: t[name][:8]})), name),
+        "weights_scalar": ("a number for a matrix", changed_weights(lambda t: t.update({name: torch.tensor(1.0)})), name),
+        "weights_none": ("no tensors", changed_weights(lambda t: t.clear()), "model"),
+        "index_missing": ("an index of files that are missing", without["model.safetensors"] | {"model.safetensors.index.json": json.dumps(index).encode()}, "model"),
+        "index_outside": ("an index that leads out of the folder", without["model.safetensors"] | {"model.safetensors.index.json": json.dumps(outside).encode()}, "model"),
+        "index_words": ("words for an index", without["model.safetensors"] | {"model.safetensors.index.json": b"words"}, "model"),
+        "index_list": ("a list for an index", without["model.safetensors"] | {"model.safetensors.index.json": b"[]"}, "model"),
+        "bin_trap": ("a pickle that runs code for weights", without["model.safetensors"] | {"pytorch_model.bin": torch_file({name: Trap()})}, "model"),
+        "bin_old_trap": ("the same in the old format", without["model.safetensors"] | {"pytorch_model.bin": pickle.dumps(Trap())}, "model"),
+        "pt_trap": ("the same under another name", without["model.safetensors"] | {"model.pt": torch_file({name: Trap()})}, "model"),
+        "safetensors_trap": ("the same in model.safetensors", good | {"model.safetensors": pickle.dumps(Trap())}, "model.safetensors"),
+    }  # fmt: skip
+    for damage, content in damaged_safetensors(weights).items():
+        cases[f"weights_{damage}"] = (f"weights: {damage}", good | {"model.safetensors": content}, "model.safetensors")
+    settings = json.loads(config)
+    for key, value in settings.items():
+        if key.startswith(("encoder_", "decoder_", "image_")) or key in ("noise_tau", "scaling_factor", "model_type"):
+            for kind, wrong in (("word", "words"), ("list", [["x"]]), ("mapping", {"a": 1})):
+                if key not in ("encoder_id", "encoder_revision", "encoder_final_norm") or kind != "word":
+                    cases[f"{key}_{kind}"] = (f"{key} is {wrong!r}", changed_config(**{key: wrong}), key)
+    for key, wrong in (
+        ("model_type", "vit"), ("model_type", None), ("model_type", ...), ("encoder_config", ...), ("encoder_config", None),
+        ("e_model_type", "no_such_type"), ("e_model_type", "bert"), ("e_model_type", ...), ("e_model_type", 5), ("e_hidden_size", "wide"),
+        ("e_hidden_size", 32), ("e_hidden_size", -16), ("e_hidden_size", 10**12), ("e_hidden_size", None), ("e_patch_size", 0), ("e_patch_size", "x"), ("e_patch_size", []),
+        ("e_num_hidden_layers", -1), ("e_num_hidden_layers", 2), ("e_num_attention_heads", 3), ("e_num_attention_heads", 0),
+        ("e_image_size", 0), ("e_image_size", -3), ("e_hidden_act", "no_such_function"), ("e_layer_norm_eps", "x"), ("e_num_register_tokens", 9),
+        ("encoder_input_size", 0), ("encoder_input_size", -32), ("encoder_input_size", 30), ("encoder_input_size", 64), ("encoder_layers", [0, 5]), ("encoder_layers", []),
+        ("encoder_prefix_tokens", -1), ("encoder_prefix_tokens", 99), ("encoder_final_norm", "no_such_norm"), ("encoder_bundled", False),
+        ("image_mean", [0.5]), ("image_std", [0, 0, 0]), ("image_std", None), ("decoder_hidden_size", 0), ("decoder_hidden_size", 64), ("decoder_hidden_size", 10**12),
+        ("decoder_hidden_size", -32), ("decoder_hidden_size", None), ("decoder_num_hidden_layers", -1), ("decoder_num_hidden_layers", 2), ("decoder_num_hidden_layers", 0), ("decoder_num_attention_heads", 0),
+        ("decoder_num_attention_heads", 5), ("decoder_num_attention_heads", -2), ("decoder_intermediate_size", -1), ("decoder_intermediate_size", 65), ("decoder_patch_size", 0),
+        ("decoder_patch_size", 7), ("decoder_patch_size", 1.5), ("decoder_layer_norm_eps", -1.0), ("decoder_hidden_act", "no_such_function"), ("use_latent_stats", False), ("use_latent_stats", "maybe"),
+        ("scaling_factor", 0), ("scaling_factor", None), ("noise_tau", -1), ("dtype", "float7"), ("attn_implementation", "no_such_attention"), ("quantization_config", {"load_in_8bit": True}),
+    ):  # fmt: skip
+        given = "missing" if wrong is ... else re.sub(r"[^\w-]+", "_", str(wrong))
+        cases[f"{key}_is_{given}"] = (f"{key} is {given}", changed_config(**{key: wrong}), "")
+    tensor = weights.index(safetensors.torch.load(weights)[name].numpy().tobytes())
+    flipped = bytearray(weights)
+    flipped[tensor] ^= 1  # the last bit of a number
+    bad_encoder = {"encoder_config": json.loads(config)["encoder_config"] | {"auto_map": {"AutoModel": "hostile.Model"}}}
+    read = {
+        "flipped_weight": ("a flipped bit in a weight", good | {"model.safetensors": bytes(flipped)}),
+        "hostile_code": ("code that runs where it is trusted", good | {"modeling_rae.py": HOSTILE_CODE}),
+        "hostile_encoder": ("the same for its encoder", changed_config(**bad_encoder) | {"hostile.py": HOSTILE_CODE}),
+        "bin_beside": ("a pickle beside the weights", good | {"pytorch_model.bin": torch_file({name: Trap()})}),
+    }
+    return [
+        *(Case(f"models/{name}", what, "error", files, (words,)) for name, (what, files, words) in cases.items()),
+        *(Case(f"models/{name}", what, "read", files) for name, (what, files) in read.items()),
+    ]
+
+
+def statistics() -> dict:
+    """Latent statistics of the tiny RAE."""
+    return {"mean": torch.zeros(16, 4, 4), "var": torch.ones(16, 4, 4)}
+
+
+def file_cases() -> list:
+    """Files of latent statistics, which are no weights of a VGG16 or ViT either."""
+    stats = statistics()
+    safe, new = safetensors.torch.save(stats), torch_file(stats)
+    keys = {}  # the old format has addresses in memory for keys
+    old = re.sub(
+        rb"\d{9,}",
+        lambda found: str(keys.setdefault(found[0], len(keys))).encode().zfill(len(found[0])),
+        torch_file(stats, _use_new_zipfile_serialization=False),
+    )
+    wrong = {f"{name}.safetensors": content for name, content in damaged_safetensors(safe).items()}
+    for tenths in range(10):
+        wrong[f"cut_{tenths}0.pt"] = new[: len(new) * tenths // 10]
+        wrong[f"old_cut_{tenths}0.pt"] = old[: len(old) * tenths // 10]
+    for name, content in trap_files().items():
+        wrong |= {f"{name}.pt": content, f"{name}.safetensors": content}
+    wrong |= {"safetensors.pt": safe, "torch.safetensors": new, "image.pt": encode("PNG"), "words.pt": b"words"}
+    for name, held in {
+        "list": [1, 2],
+        "tensor": torch.ones(3),
+        "nothing": None,
+        "text": "words",
+        "no_tensors": {},
+        "nested": {"ema": stats},
+        "numbers": {"mean": 0.0, "var": 1.0},
+        "number_keys": {1: torch.ones(1)},
+        "integers": {name: value.long() for name, value in stats.items()},
+        "complex": {name: value.to(torch.complex64) for name, value in stats.items()},
+        "sparse": {name: value.to_sparse() for name, value in stats.items()},
+        "no_values": {name: value.to("meta") for name, value in stats.items()},
+        "not_finite": {**stats, "mean": stats["mean"] + float("nan")},
+        "negative": {**stats, "var": -stats["var"]},
+        "other_shape": {name: value[:8] for name, value in stats.items()},
+        "no_var": {"mean": stats["mean"]},
+        "arrays": {name: value.numpy() for name, value in stats.items()},
+        "module": torch.nn.Identity(),
+    }.items():
+        wrong[f"{name}.pt"] = torch_file(held)
+    flipped = bytearray(safe)
+    flipped[-2] ^= 1  # of the last number
+    read = {"good.safetensors": safe, "good.pt": new, "good_old.pt": old, "flipped_weight.safetensors": bytes(flipped)}
+    return [
+        *(Case(f"files/{name}", f"tensors: {name}", "error", content, (name,)) for name, content in wrong.items()),
+        *(Case(f"files/{name}", f"tensors: {name}", "read", content) for name, content in read.items()),
+    ]
+
+
+def reference_cases() -> list:
+    """.npz files for eval_rfid.py --reference, of features of width 4."""
+
+    def npz(**arrays: Any) -> bytes:
+        np.savez(stream := io.BytesIO(), **arrays)
+        return stream.getvalue()
+
+    mu, sigma, images = np.zeros(4), np.eye(4), np.zeros((5, 8, 8, 3), np.uint8)
+    good, pictures = npz(mu=mu, sigma=sigma), npz(arr_0=images)
+    wrong = {f"cut_{tenths}0": good[: len(good) * tenths // 10] for tenths in range(10)}
+    wrong |= {
+        "trap": npz(mu=np.array([Trap()]), sigma=sigma),
+        "trap_images": npz(arr_0=np.array([Trap()])),
+        "trap_pickle": pickle.dumps(Trap()),
+        "words": b"words",
+        "other_names": npz(mean=mu, cov=sigma),
+        "no_sigma": npz(mu=mu),
+        "width": npz(mu=mu[:3], sigma=sigma[:3, :3]),
+        "not_square": npz(mu=mu, sigma=sigma[:3]),
+        "not_finite": npz(mu=mu + np.nan, sigma=sigma),
+        "text": npz(mu=np.array(["a"] * 4), sigma=sigma),
+        "complex": npz(mu=mu + 1j, sigma=sigma),
+        "one_image": npz(arr_0=images[:1]),
+        "no_images": npz(arr_0=images[:0]),
+        "channels": npz(arr_0=images[..., :1]),
+        "floats": npz(arr_0=images / 255),
+        "flipped": pictures[:200] + bytes([pictures[200] ^ 1]) + pictures[201:],
+    }
+    return [
+        *(Case(f"references/{n}.npz", f"reference: {n}", "error", c, ("reference", n)) for n, c in wrong.items()),
+        *(Case(f"references/{n}.npz", f"reference: {n}", "read", c) for n, c in (("good", good), ("images", pictures))),
+    ]
+
+
+def metrics_cases() -> list:
+    """metrics.jsonl of a run."""
+    line = b'{"kind": "train", "step": 1, "loss": 0.5}\n'
+    wrong = {
+        "words": b"words\n",
+        "cut": line[:20] + b"\n" + line,
+        "zeros": line + bytes(30) + b"\n",
+        "latin1": line + b'{"kind": "\xe9", "step": 2}\n',
+        "list": b"[1, 2]\n",
+        "number": b"5\n",
+        "no_step": line + b'{"kind": "train"}\n',
+        "no_kind": line + b'{"step": 2}\n',
+        "text_step": line + b'{"kind": "train", "step": "2"}\n',
+        "blank": line + b"\n" + line,
+        "deep": b"[" * 100_000 + b"\n",
+    }
+    read = {"good": line, "nothing": b"", "cut_end": line + line[:20], "zeros_at_the_end": line + bytes(30)}
+    return [
+        *(Case(f"metrics/{n}.jsonl", f"metrics: {n}", "error", c, (f"{n}.jsonl", "line")) for n, c in wrong.items()),
+        *(Case(f"metrics/{n}.jsonl", f"metrics: {n}", "read", c) for n, c in read.items()),
+    ]
+
+
+def encoder_cases() -> list:
+    """Folders for model.encoder and gan.backbone that hold code, as code or as pickles. None of it may run."""
+    with tempfile.TemporaryDirectory() as folder:
+        torch.manual_seed(0)
+        sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+        config = transformers.ViTConfig(**sizes, image_size=32, patch_size=8)
+        transformers.ViTModel(config, add_pooling_layer=False).save_pretrained(folder)
+        transformers.ViTImageProcessor().save_pretrained(folder)
+        good = {file.name: file.read_bytes() for file in sorted(Path(folder).iterdir())}
+    settings = json.loads(good["config.json"])
+    processor = json.loads(good["preprocessor_config.json"])
+    code = {"hostile.py": HOSTILE_CODE}
+    auto_map = {"auto_map": {"AutoConfig": "hostile.Config", "AutoModel": "hostile.Model"}}
+    hostile_processor = processor | {"auto_map": {"AutoImageProcessor": "hostile.Processor"}}
+    no_weights = {name: content for name, content in good.items() if name != "model.safetensors"}
+
+    def as_json(held: dict) -> bytes:
+        return json.dumps(held).encode()
+
+    wrong = {
+        "unknown_type": good | code | {"config.json": as_json(settings | auto_map | {"model_type": "hostile"})},
+        "no_type": good | code | {"config.json": as_json(auto_map)},
+        "bin_trap": no_weights | {"pytorch_model.bin": torch_file({"x": Trap()})},
+        "old_bin_trap": no_weights | {"pytorch_model.bin": pickle.dumps(Trap())},
+        "safetensors_trap": good | {"model.safetensors": pickle.dumps(Trap())},
+        "no_weights": no_weights,
+    }
+    read = {
+        "known_type": good | code | {"config.json": as_json(settings | auto_map)},
+        "processor": good | code | {"preprocessor_config.json": as_json(hostile_processor)},
+        "bin_beside": good | {"pytorch_model.bin": torch_file({"x": Trap()})},
+    }
+    return [
+        *(Case(f"encoders/{name}", f"encoder: {name}", "error", files, (name,)) for name, files in wrong.items()),
+        *(Case(f"encoders/{name}", f"encoder: {name}", "read", files) for name, files in read.items()),
+    ]
+
+
+# The corpus -----------------------------------------------------------------------------------------------------------
+
+
+def corpus() -> list:
+    return [
+        *image_cases(),
+        *config_cases(),
+        *model_cases(),
+        *file_cases(),
+        *reference_cases(),
+        *metrics_cases(),
+        *encoder_cases(),
+    ]
+
+
+def write(cases: list, folder: Path) -> None:
+    """Write the cases below `folder`."""
+    for case in cases:
+        path = folder / case.file
+        files = case.content if isinstance(case.content, dict) else {".": case.content}
+        (path if isinstance(case.content, dict) else path.parent).mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            write_special(path) if content is None else (path / name).write_bytes(content)
+
+
+def main() -> None:
+    if len(sys.argv) != 2:
+        sys.exit("expected: python tests/bad_inputs.py FOLDER")
+    disable_progress_bar()
+    folder, cases = Path(sys.argv[1]), corpus()
+    folder.mkdir(parents=True)
+    write(cases, folder)
+    listed = [{name: getattr(case, name) for name in ("file", "what", "outcome", "words")} for case in cases]
+    (folder / "manifest.json").write_text(json.dumps(listed, indent=1) + "\n")
+    for outcome, number in collections.Counter(case.outcome for case in cases).items():
+        print(f"{outcome:<10}{number:>6}")
+
+
+if __name__ == "__main__":
+    main()
