@@ -32,6 +32,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from errors import ConfigError
+
 # what becomes of reading a damaged file
 DAMAGED = (SafetensorError, zipfile.BadZipFile, struct.error, RuntimeError, ValueError, EOFError, LookupError)
 
@@ -69,6 +71,10 @@ def read_tensors(path: Path, setting: str) -> dict:
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{setting}: '{name}' in {path} is a {type(value).__name__}, expected a tensor")
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise ValueError(
+                f"{setting}: '{name}' in {path} is sparse, nested or without values, expected a plain tensor"
+            )
     return tensors
 
 
@@ -85,10 +91,11 @@ def read_latent_stats(path: Path, rae_config: Any, setting: str) -> dict:
             raise ValueError(f"{setting}: '{name}' in {path} has shape {found}, the latents {expected}")
         if not stats[name].is_floating_point():
             raise ValueError(f"{setting}: '{name}' in {path} is {stats[name].dtype}, expected floating-point numbers")
-        if not stats[name].isfinite().all():
+        if not stats[name].double().isfinite().all():
             raise ValueError(f"{setting}: '{name}' in {path} has values that are not finite")
-    if stats["var"].min() < 0:
-        raise ValueError(f"{setting}: 'var' in {path} goes down to {stats['var'].min():.3g}, expected at least 0")
+    least = stats["var"].double().min()
+    if least < 0:
+        raise ValueError(f"{setting}: 'var' in {path} goes down to {least:.3g}, expected at least 0")
     return {"mean": stats["mean"], "var": stats["var"]}
 
 
@@ -301,11 +308,22 @@ class MetricsFile:
             beside.replace(self.path)
 
     def read(self) -> list:
-        """All whole lines; a last line cut off by a crash is left out."""
-        if not self.path.exists():
-            return []
-        text = self.path.read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        """All whole lines; a last line cut off by a crash is left out. Raises ConfigError, which says where, for a line
+        that `append` has not written."""
+        lines = []
+        for number, text in enumerate(self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else [], 1):
+            try:
+                line = json.loads(text)
+                known = isinstance(line["step"], int) and isinstance(line["kind"], str)
+            except (ValueError, TypeError, LookupError, RecursionError):
+                known = False
+            if not known:
+                raise ConfigError(
+                    f"{self.path} is damaged: line {number} is no JSON object with `kind` and `step`; without that "
+                    "line the run goes on"
+                )
+            lines.append(line)
+        return lines
 
     def append(self, line: dict) -> None:
         """Write one line; numbers that JSON does not know (inf, nan) become null."""

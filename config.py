@@ -6,8 +6,10 @@ Later files win over earlier ones, flags over files. An unknown key or a wrong t
 Start points are given in epochs, as published, or in steps, which win where both are given.
 """
 
+import functools
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from errors import ConfigError, fail
+from yaml_file import read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -370,12 +373,14 @@ def parse(
         default_config: YAML file that is read when the command line names none.
         check: called with the result; raises ConfigError for values that cannot be used.
     """
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=description)
-    parser.add_argument("--config", action="config", help="YAML file; repeatable, later ones win")
-    parser.add_class_arguments(schema, nested_key=None, as_group=False)
+    parser = build_parser(schema, prog, description)
     try:
         argv = join_lists(schema, sys.argv[1:] if argv is None else argv)
-        parsed = parser.parse_args(files_first(argv, default_config))
+        argv = files_first(argv, default_config)
+        for file in config_files(argv):
+            if os.path.isfile(file):  # the parser says what else it may be: a pipe, nothing
+                read_yaml(Path(file))
+        parsed = parser.parse_args(argv)
         check_groups(schema, parsed)
         parsed = parser.instantiate_classes(parsed)
         config = schema(**{item.name: getattr(parsed, item.name) for item in fields(schema)})
@@ -385,6 +390,15 @@ def parse(
     except (ArgumentError, ValueError, OSError) as error:
         fail(error)
     return config
+
+
+@functools.cache  # a tenth of a second, for those who read many configs
+def build_parser(schema: type, prog: str, description: str) -> ArgumentParser:
+    """The parser of YAML files and flags for the dataclass `schema`."""
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=description)
+    parser.add_argument("--config", action="config", help="YAML file; repeatable, later ones win")
+    parser.add_class_arguments(schema, nested_key=None, as_group=False)
+    return parser
 
 
 def parse_config(argv: Optional[list] = None) -> Config:
@@ -405,6 +419,12 @@ def files_first(argv: list, default_config: Optional[Path] = None) -> list:
     if not files and default_config is not None and not {"--help", "-h"} & set(flags):
         files = ["--config", str(default_config)]
     return [*files, *flags]
+
+
+def config_files(argv: list) -> list:
+    """The values of --config in a command line."""
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    return [word.partition("=")[2] or after for word, after in pairs if word.split("=")[0] == "--config"]
 
 
 def keys_where(schema: type, wanted: Callable[[Any], bool], prefix: str = "") -> set:
@@ -450,13 +470,16 @@ def join_lists(schema: type, argv: list) -> list:
 
 
 def check_groups(schema: type, values: Any, prefix: str = "") -> None:
-    """Raise ConfigError where a YAML file gives something else than a mapping for a group of settings."""
+    """Raise ConfigError where a YAML file gives something else than a mapping for a group of settings, or nothing for a
+    setting that needs a value: the parser takes null for any type."""
     for item in fields(schema):
         group, value = item.default_factory, values.get(item.name)
         if is_dataclass(group):
             if not isinstance(value, Namespace):
                 raise ConfigError(f"{prefix}{item.name}: expected a mapping of settings, got {value!r}")
             check_groups(group, value, f"{prefix}{item.name}.")
+        else:
+            require(value is not None or type(None) in get_args(item.type), f"{prefix}{item.name}", "a value", value)
 
 
 # What every value must be, beyond its type: keys, condition, and the words for it. Values of None are left alone.
@@ -553,7 +576,7 @@ def flat(tree: dict, prefix: str = "") -> dict:
     """Nested settings as {"group.name": value}; the free-form `*_config` dictionaries stay whole."""
     leaves = {}
     for key, value in tree.items():
-        nested = isinstance(value, dict) and not key.endswith("_config")
+        nested = isinstance(value, dict) and not str(key).endswith("_config")
         leaves.update(flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
     return leaves
 
@@ -616,12 +639,9 @@ def check_same_config(config: Config, saved: Path) -> None:
     lanes, where `config` leaves it open, becomes what the run began with."""
 
     try:
-        text = yaml.safe_load(saved.read_text())
-    except yaml.YAMLError:
-        text = None
-    if not isinstance(text, dict):
-        raise ConfigError(f"{saved} is damaged, expected the settings of a run; choose another train.output_dir")
-    old = flat(text)
+        old = flat(read_yaml(saved))
+    except ConfigError as error:
+        raise ConfigError(f"{saved} is damaged, choose another train.output_dir ({error})") from error
     if config.data.stream_lanes is None:
         config.data.stream_lanes = old.get("data.stream_lanes")
     new = flat(config_dict(config))

@@ -11,6 +11,7 @@ Nothing here needs launching. A run uses it like this:
 All randomness is a function of (seed, epoch, index): neither the number of workers or ranks nor a resume changes it.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -20,6 +21,7 @@ import math
 import os
 import re
 import signal
+import stat
 import struct
 import tempfile
 import threading
@@ -30,7 +32,7 @@ import zlib
 import numpy as np
 import torch
 from huggingface_hub.constants import HF_HOME
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +92,7 @@ def to_rgb(image):
     orientation = _orientation(image)
     if image.mode.startswith("I"):
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        values[values == image.info.get("transparency")] = 65535  # a PNG's transparent grey
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # rounded; 65535 -> 255
     elif image.mode == "F":
         values = np.clip(np.nan_to_num(np.asarray(image)), 0.0, 1.0)
@@ -196,6 +199,23 @@ def to_tensor(image):
 # Sources: a numbered list of images
 
 
+@contextlib.contextmanager
+def _open_image(file):
+    """Pillow's image of a path or a stream, not decoded yet. A PNG's checksums are compared here: the decoder does not
+    look at those of the pixels. Raises ValueError for what is no file to read, and for PostScript."""
+    if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
+        raise ValueError("no regular file")  # a pipe would be waited on for ever
+    with Image.open(file) as image:
+        if image.format == "EPS":
+            raise ValueError("PostScript, a program that Ghostscript would have to run")
+        if image.format != "PNG":
+            yield image
+            return
+        image.verify()
+    with Image.open(file) as image:  # again: after verify nothing can be decoded
+        yield image
+
+
 class ImageSource:
     """A numbered list of images. Subclasses give `__len__`, `name`, `label`, `class_names`, `fingerprint` and `_open`.
 
@@ -209,10 +229,12 @@ class ImageSource:
     def load(self, i):
         """Image i as RGB. Raises UnreadableImage, whatever the decoder says."""
         try:
-            with Image.open(self._open(i)) as image:
+            with _open_image(self._open(i)) as image:
                 if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                     raise ValueError(f"{image.width} x {image.height} pixels, sides over 1 : {MAX_ASPECT_RATIO}")
                 return to_rgb(image)
+        except UnidentifiedImageError as error:  # its own words have an address in memory, another one each time
+            raise UnreadableImage(self.name(i), "no image of a known format") from error
         except Exception as error:  # damaged files make decoders raise almost anything; see UnreadableLog for the bound
             raise UnreadableImage(self.name(i), f"{type(error).__name__}: {error}") from error
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Optional, Union
 
 import numpy as np
@@ -34,23 +35,35 @@ def run_main(function: Callable[[], None]) -> None:
         fail(error, error.code, error.everywhere)
 
 
+# what building something from wrong settings raises, and what a damaged model folder makes of that
+BUILD_ERRORS = (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError)
+LOAD_ERRORS = (RuntimeError, UnpicklingError, ArithmeticError, AttributeError, LookupError, TypeError)
+
+
 @contextmanager
 def blame(key: str, source: Optional[str] = None) -> Iterator[None]:
     """Turn an error of building something into one about the setting that asked for it; `source` is the Hub id or path
-    that it names."""
+    that it names, whose files may be damaged."""
     try:
         yield
-    except ConfigError:
-        raise  # names its setting already
-    except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
+    except (ConfigError, RunError):
+        raise  # says what is wrong already
+    except (*BUILD_ERRORS, *LOAD_ERRORS) as error:
+        if not isinstance(error, BUILD_ERRORS):
+            if source is None:
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"{key}: {source} cannot be loaded ({type(error).__name__}: {reason})") from error
         message = str(error)
         if message.startswith((key.split(".")[0] + ".", f"{key}:")):
             raise ConfigError(message) from error  # names its setting already
-        if isinstance(error, OSError) and source is not None and not Path(source).exists():
+        if isinstance(error, OSError) and source is not None and not os.path.exists(source):
             message = (
                 f"'{source}' is no local folder, is not in the cache {HF_HUB_CACHE}, and could not be fetched "
                 f"({message.split('. ')[0]}); {key} also takes the path of a local copy"
             )
+        elif source is not None and source not in message:
+            message = f"{source}: {message}"
         raise ConfigError(f"{key}: {message}") from error
 
 

@@ -305,6 +305,9 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
     if perceptual.weight > 0:
         frozen["perceptual.vgg_path"] = weights_digest(lpips)
     rae, optimizer = accelerator.prepare(rae, adamw(rae.decoder.parameters(), config.optimizer))
+    with blame("model.encoder", config.model.encoder), torch.no_grad(), accelerator.autocast():
+        blank = torch.zeros(1, 3, rae_config.image_size, rae_config.image_size, device=accelerator.device)
+        accelerator.unwrap_model(rae).encode(blank, add_noise=False)  # whether the encoder gives the tokens it should
     disc_optimizer = None
     if discriminator is not None:
         disc_optimizer = adamw(discriminator.parameters(), gan.optimizer)
@@ -681,6 +684,7 @@ def check_run_folder(config: Config) -> Path:
         raise ConfigError(f"train.output_dir: {run_dir} cannot be made, {place} is no folder that can be written to")
     if saved.exists():
         check_same_config(config, saved)
+        MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()  # or names the line that is damaged
     elif run_dir.exists() and any(run_dir.iterdir()):
         raise ConfigError(f"train.output_dir: {run_dir} is not empty and has no config.yaml of a run")
     return run_dir
@@ -873,7 +877,8 @@ def main() -> None:
 
     # everything that can be wrong is looked at before anything expensive starts
     accelerator = build_accelerator(config)
-    run_dir = check_run_folder(config)
+    with blame("train.output_dir"):
+        run_dir = check_run_folder(config)
     micro_batch = micro_batch_size(config, accelerator.num_processes)
     rae_config = build_rae_config(config)
     check_hub(config, rae_config)

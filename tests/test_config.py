@@ -151,9 +151,9 @@ def test_without_a_file_the_default_preset_is_used(monkeypatch, tmp_path):
         ("gan: {key_depths: [one]}", "gan.key_depths"),
         ("gan: {weight: .nan}", "gan.weight"),
         ("train: {epochs: .inf}", "train.epochs"),
-        ("gan: [", "config"),
-        ("just words", "config"),
-        ("", "config"),
+        ("gan: [", "bad.yaml"),
+        ("just words", "bad.yaml"),
+        ("", "bad.yaml"),
         ("gan: words", "gan"),
     ],
 )
