@@ -11,6 +11,7 @@ help:
 	@echo "make test       run all tests (about 7 minutes on 2 cores)"
 	@echo "make lint       ruff check and format check"
 	@echo "make cross-version  model folders between the oldest and the newest supported transformers (5 minutes)"
+	@echo "make soak       a tiny run of 30 minutes whose memory, open files and disk must stay flat (docs/reliability.md)"
 	@echo "make real-size  two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)"
 
 setup: .venv/installed
@@ -34,6 +35,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+soak: setup
+	$(BIN)/python tests/faults/soak.py --plot docs/soak.png
+
 real-size: setup
 	$(BIN)/python benchmarks/real_size.py
 
@@ -48,4 +52,4 @@ real-size: setup
 cross-version: setup .venv-oldest/installed
 	$(BIN)/python tests/cross_version.py .venv-oldest/bin/python
 
-.PHONY: help setup demo test lint real-size cross-version
+.PHONY: help setup demo test lint soak real-size cross-version
