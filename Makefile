@@ -13,6 +13,7 @@ help:
 	@echo "make cross-version  model folders between the oldest and the newest supported transformers (5 minutes)"
 	@echo "make data-pipeline  images per second of decoding, resize and crop, next to torchvision's (2 minutes)"
 	@echo "make start-up   launch to first step with 1.3 million image files (3 minutes)"
+	@echo "make soak       a tiny run of 30 minutes whose memory, open files and disk must stay flat (docs/reliability.md)"
 	@echo "make real-size  two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)"
 	@echo "make streaming  memory while a million images are streamed (1.2 GB disk, 15 minutes)"
 
@@ -37,6 +38,9 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+soak: setup
+	$(BIN)/python tests/faults/soak.py --plot docs/soak.png
+
 real-size: setup
 	$(BIN)/python benchmarks/real_size.py
 
@@ -60,4 +64,4 @@ streaming: setup
 cross-version: setup .venv-oldest/installed
 	$(BIN)/python tests/cross_version.py .venv-oldest/bin/python
 
-.PHONY: help setup demo test lint data-pipeline start-up real-size streaming cross-version
+.PHONY: help setup demo test lint data-pipeline start-up soak real-size streaming cross-version

@@ -160,7 +160,15 @@ class TrainConfig:
     clip_grad_norm: Optional[float] = None
     """Largest L2 norm of the decoder's gradient; none: not clipped."""
     max_nonfinite_steps: int = 0
-    """Steps with a non-finite loss that are skipped, in a row, before the run stops."""
+    """Steps, in a row, that are skipped because a loss or a gradient is not finite, before the run stops; all that were
+    skipped are counted in metrics.jsonl. A skipped update changes no weight, moment or average. The two networks are
+    judged one after the other: the decoder keeps an update that was good when the discriminator's is skipped."""
+    deterministic: bool = False
+    """Whether a GPU computes the same bits each time, with the same hardware, versions and number of processes. It
+    costs speed: cuDNN and attention take slower algorithms, new memory is filled. A CPU does so without it."""
+    timeout_minutes: float = 30.0
+    """Minutes that a process waits for the others before it ends with an error. A process that dies is noticed at
+    once; this is for one that hangs, and longer than the main process needs to write a checkpoint or a model."""
     seed: int = 0
     """Seed of initialisation, data order, crops, noise and augmentation."""
     save_every_steps: Optional[int] = None
@@ -487,7 +495,7 @@ RULES = (
     (
         "optimizer.lr gan.optimizer.lr optimizer.eps gan.optimizer.eps gan.norm_eps train.epochs train.max_steps "
         "train.global_batch_size train.gradient_accumulation_steps train.cpu_threads train.clip_grad_norm "
-        "train.save_every_steps train.save_every_epochs train.keep_last gan.updates_per_step gan.max_adaptive_weight "
+        "train.timeout_minutes train.save_every_steps train.save_every_epochs train.keep_last gan.updates_per_step gan.max_adaptive_weight "
         "eval.every_steps eval.every_epochs eval.num_samples eval.batch_size logging.every_steps hub.every_steps "
         "logging.samples_every_steps logging.num_samples data.resize_size data.steps_per_epoch data.shuffle_buffer "
         "data.stream_lanes model.encoder_input_size model.image_size "
@@ -614,7 +622,7 @@ ConfigDumper.add_representer(str, _quote_numbers)
 
 
 # What may differ between a run and its continuation: how far, how fast and how visibly it goes. Accumulation is among
-# them, so that a run can move to fewer devices; its noise then falls differently, as with another number of processes.
+# them, so that a run can move to fewer devices: with micro-batches of the same size it has the same noise there.
 RESUMABLE_KEYS = (
     "data.num_workers",
     "data.max_unreadable",
@@ -624,6 +632,7 @@ RESUMABLE_KEYS = (
     "logging.",
     "model.gradient_checkpointing",
     "train.cpu_threads",
+    "train.deterministic",
     "train.epochs",
     "train.gradient_accumulation_steps",
     "train.keep_last",
@@ -631,6 +640,7 @@ RESUMABLE_KEYS = (
     "train.max_steps",
     "train.output_dir",
     "train.save_every_",
+    "train.timeout_minutes",
 )
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -25,14 +26,35 @@ from data import DataError
 from errors import ConfigError, RunError, fail
 
 
+def loss_of_process(error: RuntimeError) -> Optional[str]:
+    """What to say of an error that torch raises when another process is gone or hangs; None: it is another error."""
+    text = str(error)
+    who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    if "DataLoader worker" in text:
+        return (
+            f"{who}a data loading process died ({text.strip()}); when the system ended it for lack of memory, "
+            "data.num_workers must be lower"
+        )
+    if isinstance(error, torch.distributed.DistError) or "gloo" in text:
+        reason = re.sub(r"^\[\S+\] ", "", text.splitlines()[0]).split(". ")[0]  # without gloo's source file and advice
+        return f"{who}the connection to another process is lost, it died or hangs ({reason})"
+    return None
+
+
 def run_main(function: Callable[[], None]) -> None:
-    """Call `function`. Bad input ends in one line and exit code 2, what goes wrong later likewise with code 1."""
+    """Call `function`. Bad input ends in one line and exit code 2, what goes wrong later likewise with code 1, the loss
+    of another process too."""
     try:
         function()
     except (ConfigError, DataError) as error:
         fail(error)
     except RunError as error:
         fail(error, error.code, error.everywhere)
+    except RuntimeError as error:
+        message = loss_of_process(error)
+        if message is None:
+            raise
+        fail(message, code=1, everywhere=True)
 
 
 # what building something from wrong settings raises, and what a damaged model folder makes of that
@@ -96,6 +118,15 @@ def share_cores(accelerator: Accelerator, threads: Optional[int] = None) -> None
     one thread.)"""
     if accelerator.device.type == "cpu":
         torch.set_num_threads(threads or cores_of_process(accelerator))
+
+
+def compute_deterministically() -> None:
+    """From here on every operation takes an algorithm that gives the same bits each time, or raises RuntimeError where
+    it has none. To be called before anything runs on a GPU: cuBLAS reads its variable when it starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True)
 
 
 def seeded_generator(*key: int, device: Union[torch.device, str] = "cpu") -> torch.Generator:

@@ -24,6 +24,7 @@ import uuid
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional, TextIO
@@ -31,7 +32,13 @@ from typing import Any, Optional, TextIO
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, gather_object, set_seed
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from PIL import Image
 from torch import nn
 from tqdm.auto import tqdm
@@ -89,6 +96,7 @@ from runtime import (
     alone,
     blame,
     check_precision,
+    compute_deterministically,
     quiet_transformers,
     run_main,
     seeded_generator,
@@ -138,6 +146,7 @@ class RunState:
     best: Optional[float] = None
     best_of: str = ""  # what `best` is comparable with: metric and number of images
     nonfinite_in_a_row: int = 0
+    skipped_steps: int = 0  # because of something not finite, over the whole run
     stream: Optional[dict] = None  # of a streaming run: fingerprint of the shards, states of all lanes
 
 
@@ -148,6 +157,8 @@ def build_accelerator(config: Config) -> Accelerator:
             raise ConfigError(
                 f"logging.report_to: expected trackers among {', '.join(LOGGER_TYPE_TO_CLASS)}, got {name!r}"
             )
+    # a microsecond more: Accelerate takes ten minutes for its default and would not pass them on
+    timeout = timedelta(minutes=config.train.timeout_minutes, microseconds=1)
     with blame("train.mixed_precision"):
         accelerator = Accelerator(
             mixed_precision=config.train.mixed_precision,
@@ -155,7 +166,10 @@ def build_accelerator(config: Config) -> Accelerator:
             project_config=ProjectConfiguration(project_dir=output, logging_dir=f"{output}/logs"),
             # buffers are the same on all processes by construction; a broadcast would change the discriminator's
             # spectral-norm vectors between its two forward passes
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timeout),
+            ],
         )
         check_precision(accelerator)
     share_cores(accelerator, config.train.cpu_threads)
@@ -359,9 +373,11 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 
 
 def step_generator(run: Run, step: int, micro_batch: int) -> torch.Generator:
-    """Source of noise and augmentation: a function of seed, step, rank and micro-batch, so a resumed run repeats it."""
+    """Source of noise and augmentation: a function of seed, step and the micro-batch's place in the global batch, so a
+    resumed run repeats it, also with micro-batches of this size on other processes."""
     a = run.accelerator
-    return seeded_generator(run.config.train.seed, step, a.process_index, micro_batch, device=a.device)
+    place = micro_batch * a.num_processes + a.process_index  # as TrainBatches shares them out
+    return seeded_generator(run.config.train.seed, step, place, device=a.device)
 
 
 def no_sync_except_last(run: Run, network: nn.Module, i: int, count: int) -> Any:
@@ -385,7 +401,9 @@ def train_step(run: Run, batches: list, step: int, stop: bool = False) -> dict:
         dict of floats, means over micro-batches and processes: loss, recon, lpips, gan, adaptive_weight, grad_norm,
         lr; disc_loss, logits_real, logits_fake, accuracy, disc_grad_norm, lr_disc (None where the discriminator does
         not train yet);
-        `stop`; and `nonfinite`: the name of a term that is nan or inf, in which case nothing was updated by it.
+        `stop`; and `nonfinite`: the name of a term that is nan or inf, in which case its network was not updated. A
+        term of the decoder leaves everything as it was; one of the discriminator comes after the decoder's update,
+        which stands.
     """
     generators = [step_generator(run, step, i) for i in range(len(batches))]
     with torch.no_grad(), run.accelerator.autocast():
@@ -475,7 +493,8 @@ def discriminator_step(run: Run, batches: list, latents: list, generators: list,
     config, accelerator, model = run.config, run.accelerator, run.model
     lr = learning_rate(count, config.gan.optimizer.lr, config.gan.lr_schedule, run.steps_per_epoch)
     set_learning_rate(run.disc_optimizer, lr)
-    accelerator.unwrap_model(run.discriminator).train()
+    heads = accelerator.unwrap_model(run.discriminator).train().heads
+    spectral_vectors = {name: buffer.clone() for name, buffer in heads.named_buffers()}  # each forward pass moves them
     loss_function = DISCRIMINATOR_LOSSES[config.gan.loss]
     sums = torch.zeros(4, device=accelerator.device)
     for i, (pixels, latent, generator) in enumerate(zip(batches, latents, generators, strict=True)):
@@ -489,12 +508,14 @@ def discriminator_step(run: Run, batches: list, latents: list, generators: list,
             accuracy = (real_logits > fake_logits).float().mean()
             sums += torch.stack([loss.detach(), real_logits.detach().mean(), fake_logits.detach().mean(), accuracy])
     accelerator.unscale_gradients(run.disc_optimizer)
-    heads = accelerator.unwrap_model(run.discriminator).heads
     grad_norm = nn.utils.get_total_norm([p.grad for p in heads.parameters()])
     names = ("disc_loss", "logits_real", "logits_fake", "accuracy", "disc_grad_norm")
     values = mean_over_processes(run, [*(sums / len(batches)), grad_norm])
     record = dict(zip(names, values, strict=True))
     apply_update(run, run.disc_optimizer, record, ("disc_loss",), "disc_grad_norm")
+    if record["nonfinite"] is not None:
+        for name, buffer in heads.named_buffers():
+            buffer.copy_(spectral_vectors[name])
     return {**record, "lr_disc": lr}
 
 
@@ -566,7 +587,8 @@ class Reporter:
 
     def train(self, record: dict, images_per_second: float) -> None:
         values = {k: v for k, v in record.items() if k not in ("stop", "nonfinite")}
-        self.write("train", {**values, "images_per_second": round(images_per_second, 3)})
+        counts = {"skipped_steps": self.state.skipped_steps, "images_per_second": round(images_per_second, 3)}
+        self.write("train", {**values, **counts})
 
     def evaluate(self) -> None:
         """Evaluate the averaged model, and the raw one if asked; the best averaged one goes to best/."""
@@ -652,6 +674,8 @@ class Reporter:
         for name in self.run.config.eval.metrics:
             values = (line.get(name) for line in (first, last))
             rows.append(f"{name:<28}" + "".join(f"{'-' if v is None else f'{v:.4f}':>10}" for v in values))
+        if self.state.skipped_steps:
+            rows.append(f"steps skipped, not finite: {self.state.skipped_steps} of {self.state.step}")
         picture = self.run_dir / "samples" / f"step-{evals[-1]['step']:08d}.png"
         places = {
             "pictures": picture,
@@ -798,6 +822,7 @@ def stop_on_nonfinite(run: Run, state: RunState, record: dict, run_dir: Path) ->
     where = f"{record['nonfinite']} is {record[record['nonfinite']]} at step {state.step}"
     if state.nonfinite_in_a_row > limit:
         raise RunError(f"{where}; the last good checkpoint is {saved[-1] if saved else 'none'}")
+    state.skipped_steps += 1
     tell(run, f"skipped: {where} ({state.nonfinite_in_a_row} in a row of at most {limit})")
 
 
@@ -874,6 +899,8 @@ def train(
 def main() -> None:
     config = parse_config()
     quiet_transformers()
+    if config.train.deterministic:
+        compute_deterministically()
 
     # everything that can be wrong is looked at before anything expensive starts
     accelerator = build_accelerator(config)
