@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +23,8 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from data import DataError
 
+INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
+
 
 class ConfigError(ValueError):
     """A setting that cannot be used; the message names the key, the value and what is expected."""
@@ -33,6 +36,10 @@ class RunError(RuntimeError):
     def __init__(self, message: str, code: int = 1, everywhere: bool = False):
         super().__init__(message)
         self.code, self.everywhere = code, everywhere
+
+
+class WriteError(RunError):
+    """A file cannot be written: the disk is full, or the folder is gone or read-only."""
 
 
 def fail(message: Union[str, Exception], code: int = 2, everywhere: bool = False) -> NoReturn:
@@ -51,6 +58,20 @@ def run_main(function: Callable[[], None]) -> None:
         fail(error)
     except RunError as error:
         fail(error, error.code, error.everywhere)
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C", INTERRUPTED)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of writing `path`, a file or folder, into WriteError, which says how much space there is."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+        free = shutil.disk_usage(place).free / 2**20
+        reason = getattr(error, "strerror", None) or error
+        raise WriteError(f"{path} cannot be written ({reason}); {free:.1f} MiB are free in {place}") from error
 
 
 @contextmanager

@@ -15,7 +15,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import PLAIN, ROOT, TINY, checkpoint_state, command, flags, read_metrics, run_command, same
+from conftest import (
+    PLAIN,
+    ROOT,
+    TINY,
+    checkpoint_state,
+    command,
+    flags,
+    processes_on_cpu,
+    read_metrics,
+    run_command,
+    same,
+)
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -215,14 +226,6 @@ def test_continuing_differently(images, whole_run, tmp_path):
 # ------------------------------------------------------------------------------------------- more than one process
 
 
-def processes_on_cpu(count: int) -> tuple:
-    """Arguments of accelerate launch. Its `--cpu` starts several processes through MPI only, so this is its launcher
-    for GPUs, told by ACCELERATE_USE_CPU (conftest.py) to compute on the CPU."""
-    distributed = ("--multi_gpu",) if count > 1 else ("--cpu",)
-    return (*distributed, "--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no",
-            "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
-
-
 def worker(tmp_path, name, images, settings, processes):
     settings = {**settings, "data.path": images}
     run_command("tests/distributed_worker.py", tmp_path / name, *flags(settings), launch=processes_on_cpu(processes))
@@ -275,7 +278,7 @@ def test_stopping_the_launcher(images, tmp_path):
         assert time.time() < deadline
         time.sleep(0.05)
     with (run_dir / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the end of the run
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # waits for the end of the run
     lines = read_metrics(run_dir)
     checkpoint = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
     assert lines[-1]["step"] == int(checkpoint.name.removeprefix("step-")) < 1000
