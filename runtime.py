@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +24,9 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from data import DataError
-from errors import ConfigError, RunError, fail
+from errors import ConfigError, RunError, WriteError, fail
+
+INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
 
 
 def loss_of_process(error: RuntimeError) -> Optional[str]:
@@ -55,6 +58,20 @@ def run_main(function: Callable[[], None]) -> None:
         if message is None:
             raise
         fail(message, code=1, everywhere=True)
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C", INTERRUPTED)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of writing `path`, a file or folder, into WriteError, which says how much space there is."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+        free = shutil.disk_usage(place).free / 2**20
+        reason = getattr(error, "strerror", None) or error
+        raise WriteError(f"{path} cannot be written ({reason}); {free:.1f} MiB are free in {place}") from error
 
 
 # what building something from wrong settings raises, and what a damaged model folder makes of that

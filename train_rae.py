@@ -22,7 +22,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -54,6 +54,8 @@ from checkpointing import (
     checkpoints,
     fill,
     fill_optimizer,
+    is_whole_model,
+    last_checkpoint,
     lock_run_folder,
     newest_checkpoint,
     read_checkpoint,
@@ -61,6 +63,7 @@ from checkpointing import (
     restore_folders,
     save_checkpoint,
     write_folder,
+    write_text,
 )
 from config import (
     Config,
@@ -91,8 +94,10 @@ from metrics import HIGHER_IS_BETTER, IMAGE_METRICS, evaluate_reconstructions, q
 from modeling_rae import RAEConfig, RAEModel, encoder_family, vision_config
 from pictures import plot_curves, progress_strip, reconstruction_grid, save_pairs
 from runtime import (
+    INTERRUPTED,
     ConfigError,
     RunError,
+    WriteError,
     alone,
     blame,
     check_precision,
@@ -101,6 +106,7 @@ from runtime import (
     run_main,
     seeded_generator,
     share_cores,
+    writing,
 )
 from streams import StreamLoader, load_stream_eval_images, open_stream
 
@@ -583,7 +589,16 @@ class Reporter:
         self.file.append({"kind": kind, **place, "time": round(time.time(), 3), **values})
         prefix = f"eval_{values['model']}" if kind == "eval" else kind
         numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
-        self.run.accelerator.log(numbers, step=step)
+        with writing(self.run_dir / "logs"):
+            self.run.accelerator.log(numbers, step=step)
+
+    def forget_after(self, step: int) -> None:
+        """Drop what there is of steps after `step`: the run goes on from there and writes it again."""
+        self.file.forget_after(step)
+        if self.run.accelerator.is_main_process:
+            for path in (*self.run_dir.glob("samples/step-*"), *self.run_dir.glob("pairs/step-*")):
+                if checkpoint_step(path) > step:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def train(self, record: dict, images_per_second: float) -> None:
         values = {k: v for k, v in record.items() if k not in ("stop", "nonfinite")}
@@ -629,14 +644,16 @@ class Reporter:
             with run.ema.applied():
                 images = self.shown.to(run.accelerator.device)
                 grid = reconstruction_grid(images, quantize(reconstruct(run, images))).numpy()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(grid).save(path)
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(grid).save(path)
             plot_curves(self.file.read(), self.run_dir / "curves.png")
             progress_strip(sorted(path.parent.glob("step-*.png")), self.run_dir / "progress.png")
             for tracker in run.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"reconstructions": grid[None]}, step=self.state.step, **options)
+                    with writing(self.run_dir / "logs"):
+                        tracker.log_images({"reconstructions": grid[None]}, step=self.state.step, **options)
 
     def export(self, name: str) -> None:
         """Write the averaged model as a from_pretrained folder."""
@@ -709,22 +726,22 @@ def check_run_folder(config: Config) -> Path:
     if saved.exists():
         check_same_config(config, saved)
         MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()  # or names the line that is damaged
-    elif run_dir.exists() and any(run_dir.iterdir()):
+    elif run_dir.exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
         raise ConfigError(f"train.output_dir: {run_dir} is not empty and has no config.yaml of a run")
     return run_dir
 
 
 def take_run_folder(config: Config, run_dir: Path) -> TextIO:
     """Create the run folder, lock it against a second run, and write the config. Keep the result until the end."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = lock_run_folder(run_dir)
-    except BlockingIOError:
-        raise ConfigError(f"train.output_dir: another run is at work in {run_dir}") from None
-    restore_folders(run_dir)
-    beside = run_dir / ".config.partial"
-    beside.write_text(config_yaml(config))
-    beside.replace(run_dir / "config.yaml")
+    with writing(run_dir / ".lock"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = lock_run_folder(run_dir)
+        except BlockingIOError:
+            raise ConfigError(f"train.output_dir: another run is at work in {run_dir}") from None
+    with writing(run_dir):
+        restore_folders(run_dir)
+    write_text(run_dir / "config.yaml", config_yaml(config))
     return lock
 
 
@@ -795,14 +812,15 @@ def load_checkpoint(run: Run, state: RunState, path: Path) -> None:
 def start_trackers(config: Config, accelerator: Accelerator, run_dir: Path, step: int) -> None:
     """Start the trackers; a run that continues at `step` goes on in the same wandb run, and tensorboard forgets what it
     has of later steps."""
-    options = {"tensorboard": {"purge_step": step + 1}} if step else {}
+    options = {"tensorboard": {"purge_step": step + 1 if step else 0}}  # step 0 is evaluated again
     if "wandb" in config.logging.report_to and accelerator.is_main_process:
         id_file = run_dir / "wandb_run_id.txt"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8])
+            write_text(id_file, uuid.uuid4().hex[:8])
         run_id = id_file.read_text().strip()
         options["wandb"] = {"id": run_id, "resume": "allow", "name": run_dir.name, "dir": str(run_dir)}
-    accelerator.init_trackers(config.logging.project, init_kwargs=options)
+    with writing(run_dir / "logs"):
+        accelerator.init_trackers(config.logging.project, init_kwargs=options)
     if accelerator.is_main_process:
         for tracker in accelerator.trackers:
             if tracker.name != "tensorboard":  # its hyperparameter table takes no nested settings
@@ -818,12 +836,24 @@ def stop_on_nonfinite(run: Run, state: RunState, record: dict, run_dir: Path) ->
         return
     state.nonfinite_in_a_row += 1
     limit = run.config.train.max_nonfinite_steps
-    saved = checkpoints(run_dir)
     where = f"{record['nonfinite']} is {record[record['nonfinite']]} at step {state.step}"
     if state.nonfinite_in_a_row > limit:
-        raise RunError(f"{where}; the last good checkpoint is {saved[-1] if saved else 'none'}")
+        raise RunError(f"{where}; {last_checkpoint(run_dir)}")
     state.skipped_steps += 1
     tell(run, f"skipped: {where} ({state.nonfinite_in_a_row} in a row of at most {limit})")
+
+
+@contextmanager
+def resumable(run_dir: Path) -> Iterator[None]:
+    """Say what the run continues from when it ends by Ctrl-C or because something cannot be written."""
+    try:
+        yield
+    except WriteError as error:
+        raise RunError(f"{error}; {last_checkpoint(run_dir)}; the same command continues") from error
+    except KeyboardInterrupt:
+        raise RunError(
+            f"stopped by Ctrl-C; {last_checkpoint(run_dir)}; the same command continues", INTERRUPTED
+        ) from None
 
 
 def train(
@@ -928,7 +958,7 @@ def main() -> None:
         num_images, steps_per_epoch = len(train_images), batches.steps_per_epoch
     total_steps = config.train.max_steps or max(1, round(config.train.epochs * steps_per_epoch))
     saved = checkpoints(run_dir)
-    if saved and checkpoint_step(saved[-1]) >= total_steps and (run_dir / "final").exists():
+    if saved and checkpoint_step(saved[-1]) >= total_steps and is_whole_model(run_dir / "final"):
         if accelerator.is_main_process:
             done = checkpoint_step(saved[-1])
             print(f"{run_dir} is finished: {done} of {total_steps} steps, model in {run_dir / 'final'}")
@@ -954,7 +984,9 @@ def main() -> None:
         if state.num_images != num_images:
             raise ConfigError(
                 f"data.path: {config.data.path} has {num_images} training images, {run_dir} began with "
-                f"{state.num_images}; choose another train.output_dir, with model.init_from {run_dir}/best"
+                f"{state.num_images}; take out what was added, put back what is missing (an empty file with the name "
+                f"of a lost one will do: it is skipped), or choose another train.output_dir, with model.init_from "
+                f"{run_dir}/best"
             )
         if config.data.streaming and state.stream["shards"] != stream.fingerprint():
             raise ConfigError(
@@ -983,18 +1015,19 @@ def main() -> None:
         )
     unreadable = UnreadableLog(config.data.max_unreadable)
     reporter = Reporter(run, state, run_dir, eval_images, unreadable, distances)
-    reporter.file.forget_after(-1 if checkpoint is None else state.step)
+    reporter.forget_after(-1 if checkpoint is None else state.step)
     start_trackers(config, accelerator, run_dir, state.step)
     tell(run, describe(run, num_images, len(eval_images), micro_batch, total_steps))
 
     if state.step < total_steps and accelerator.is_main_process:
         shutil.rmtree(run_dir / "final", ignore_errors=True)  # of this run when it was shorter
 
-    with alone(accelerator):
+    with alone(accelerator), resumable(run_dir):
         finished = train(run, state, reporter, publisher, loader, total_steps, run_dir)
-    if finished:
-        if not (run_dir / "final").exists():  # its checkpoints reach further than train.max_steps now does
+        # it may be damaged, or the checkpoints reach further than train.max_steps now does
+        if finished and not is_whole_model(run_dir / "final"):
             reporter.export("final")
+    if finished:
         tell(run, reporter.summary() if accelerator.is_main_process else "")
     accelerator.end_training()
     if finished and publisher is not None:

@@ -128,15 +128,18 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
-def images(tmp_path_factory) -> Path:
+def make_images(folder: Path) -> Path:
     """24 training and 8 validation images of 40 px in 4 classes."""
-    folder = tmp_path_factory.mktemp("data") / "dummy"
     run_command(
         "scripts/prepare_data.py", "dummy", "--output", folder, "--num_images", 32, "--num_classes", 4,
         "--size", 40, "--splits", "train:0.75,validation:0.25",
     )  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data") / "dummy")
 
 
 def tiny_rae(**settings) -> RAEModel:

@@ -240,7 +240,7 @@ def test_stopping_the_launcher(images, tmp_path):
         assert time.time() < deadline
         time.sleep(0.05)
     with (run_dir / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)  # waits for the end of the run
+        fcntl.lockf(lock, fcntl.LOCK_EX)  # waits for the end of the run
     lines = read_metrics(run_dir)
     checkpoint = sorted((run_dir / "checkpoints").glob("step-*"))[-1]
     assert lines[-1]["step"] == int(checkpoint.name.removeprefix("step-")) < 1000
