@@ -475,15 +475,15 @@ class LaneSource:
 
     Images are read into windows of `size`, clipped at the end of a pass, and each window is given out in a random
     order. While one is given out the next is read: both hold `size` undecoded images together. So the place is known
-    from few numbers: where the window begins, and how many of it were given. `state()` has them, and the shards that
+    from few numbers: where the window starts, and how many of it were given. `state()` has them, and the shards that
     were found unreadable, with the row from which on they are skipped.
     """
 
     def __init__(self, stream, source, lane, size, retries, state=None):
         self.stream, self.source, self.lane, self.size, self.retries = stream, source, lane, size, retries
-        begin = {"position": [0, 0, 0, None], "window": 0, "given": 0, "skipped": {}}
-        state = begin if state is None else state
-        self.position = state["position"]  # of the window's begin: pass, shift, place in its share, row (None: first)
+        fresh = {"position": [0, 0, 0, None], "window": 0, "given": 0, "skipped": {}}
+        state = fresh if state is None else state
+        self.position = state["position"]  # of the window's start: pass, shift, place in its share, row (None: first)
         self.window, self.given = state["window"], state["given"]
         self.skipped = {int(shard): value for shard, value in state["skipped"].items()}  # {shard: [row, reason]}
         self.reader = self._read(*self.position)
@@ -504,7 +504,7 @@ class LaneSource:
         return self.left.pop()
 
     def restart(self, number):
-        """Go to the begin of pass `number`, and leave what remains of the one before for another time."""
+        """Go to the start of pass `number`, and leave what remains of the one before for another time."""
         if not (self.next and self.position[0] < number == self.next[0][0][0]):  # else it is read ahead already
             self.reader = self._read(number, 0, 0, None)
             self.next, self.closed = [], False
@@ -645,7 +645,7 @@ class StreamLoader:
     """This process's micro-batches, without end: dicts of pixels uint8 (B, 3, S, S) and unreadable, names of images.
 
     The lanes of rank r are the contiguous piece r of all. `micro_batches`: those of one step. `states` in the
-    constructor: of all lanes, None at the begin; the attribute: {lane: state} of this rank's lanes after the last step
+    constructor: of all lanes, none at the start; the attribute: {lane: state} of this rank's lanes after the last step
     that was given out.
     Raises DataError when more than cfg.max_unreadable_shards shards cannot be read.
     """
@@ -699,13 +699,16 @@ def load_stream_eval_images(cfg, num_samples):
     all of them in equal parts, are held in memory undecoded, on each process. Raises DataError, also where a shard
     cannot be read: evaluations must not differ.
     """
-    path, setting = (cfg.path, "data.eval_split") if cfg.eval_path is None else (cfg.eval_path, "data.eval_path")
+    path, setting = cfg.path, "data.eval_split"
+    if cfg.eval_path is not None:
+        path, setting = cfg.eval_path, "data.eval_path"
+        cfg = replace(cfg, config_name=None)  # that is of the training images
     path = os.path.expanduser(path)
     saved = is_saved(path)
     if cfg.eval_path is not None and os.path.isdir(path) and (saved or not _has_shards(path)):
         column = cfg.image_column if saved else None  # image files have none
         try:
-            return load_eval_images(replace(cfg, path=path, config_name=None, image_column=column), seed=0)
+            return load_eval_images(replace(cfg, path=path, image_column=column), seed=0)
         except DataError as error:
             raise DataError(str(error).replace("data.path", "data.eval_path")) from error
     if cfg.eval_path is None and names_shards(path) and cfg.eval_split != cfg.train_split:

@@ -158,7 +158,7 @@ def test_evaluation_images_from_elsewhere(tmp_path, images):
     saved.cast_column("b", datasets.Image()).save_to_disk(tmp_path / "saved")
     elsewhere = replace(cfg, eval_path=f"{tmp_path}/saved", image_column="b")
     assert len(load_stream_eval_images(elsewhere, None)) == 3
-    held = load_stream_eval_images(replace(cfg, eval_path=cfg.path), 4)
+    held = load_stream_eval_images(replace(cfg, eval_path=cfg.path, config_name="of the training images"), 4)
     assert [held.name(i).rpartition("/")[2] for i in range(4)] == [
         "train-000.tar:000000.png", "train-000.tar:000001.png", "train-001.tar:000010.png", "train-001.tar:000011.png",
     ]  # fmt: skip
