@@ -68,7 +68,9 @@ def read_tensors(path: Path, setting: str) -> dict:
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{setting}: '{name}' in {path} is a {type(value).__name__}, expected a tensor")
         if value.layout != torch.strided or value.is_nested or value.is_meta:
-            raise ValueError(f"{setting}: '{name}' in {path} is sparse, nested or without values, expected a plain tensor")
+            raise ValueError(
+                f"{setting}: '{name}' in {path} is sparse, nested or without values, expected a plain tensor"
+            )
     return tensors
 
 

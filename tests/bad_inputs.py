@@ -1,4 +1,4 @@
-"""A corpus of unusual and malformed inputs: images, configs, weight files and model folders, each with what becomes of it.
+"""A corpus of unusual and malformed inputs, images, configs, weight files and model folders, and what becomes of each.
 
     python tests/bad_inputs.py FOLDER
 
@@ -193,32 +193,92 @@ def good_images() -> list:
         ("restart.jpg", "JPEG with restart markers", encode("JPEG", quality=95, restart_marker_blocks=1), photo, LOSSY),
         ("grey.jpg", "grey JPEG", encode("JPEG", "L", quality=95), grey, LOSSY),
         ("cmyk.jpg", "CMYK JPEG, inverted as Adobe does", encode("JPEG", "CMYK", quality=95), photo, LOSSY),
-        ("icc.jpg", "JPEG with a damaged colour profile", encode("JPEG", quality=95, icc_profile=b"none"), photo, LOSSY),
+        (
+            "icc.jpg",
+            "JPEG with a damaged colour profile",
+            encode("JPEG", quality=95, icc_profile=b"none"),
+            photo,
+            LOSSY,
+        ),
         ("comment.jpg", "JPEG with 60 kB of comment", encode("JPEG", quality=95, comment=b"x" * 60_000), photo, LOSSY),
-        ("trailing.jpg", "JPEG with other bytes after its end", encode("JPEG", quality=95) + b"tail" * 99, photo, LOSSY),
+        (
+            "trailing.jpg",
+            "JPEG with other bytes after its end",
+            encode("JPEG", quality=95) + b"tail" * 99,
+            photo,
+            LOSSY,
+        ),
         ("camera.jpg", "MPO: a JPEG with a second picture", animation("MPO", quality=95), photo, LOSSY),
         ("rgb.png", "PNG", encode("PNG"), photo, 0),
         ("UPPER.PNG", "PNG with capital letters in its name", encode("PNG"), photo, 0),
         ("interlaced.png", "PNG in seven passes", interlaced_png(), photo, 0),
         ("grey.png", "8-bit grey PNG", save(grey[..., 0], "PNG"), grey, 0),
-        ("one_bit.png", "1-bit PNG", save(Image.fromarray(grey[..., 0] > 99), "PNG"), np.where(grey > 99, 255, 0).astype(np.uint8), 0),
+        (
+            "one_bit.png",
+            "1-bit PNG",
+            save(Image.fromarray(grey[..., 0] > 99), "PNG"),
+            np.where(grey > 99, 255, 0).astype(np.uint8),
+            0,
+        ),
         ("palette.png", "palette PNG", save(palette, "PNG"), opaque, 0),
-        ("palette_transparent.png", "palette PNG with a transparent colour", save(palette, "PNG", transparency=0), palette_image(True)[1], 0),
+        (
+            "palette_transparent.png",
+            "palette PNG with a transparent colour",
+            save(palette, "PNG", transparency=0),
+            palette_image(True)[1],
+            0,
+        ),
         ("rgba.png", "RGBA PNG", save(rgba(), "PNG"), on_white(photo, alpha_ramp()), 1),
-        ("grey_alpha.png", "grey PNG with alpha", save(Image.fromarray(np.dstack([grey[..., 0], alpha_ramp()])), "PNG"), on_white(grey, alpha_ramp()), 1),
+        (
+            "grey_alpha.png",
+            "grey PNG with alpha",
+            save(Image.fromarray(np.dstack([grey[..., 0], alpha_ramp()])), "PNG"),
+            on_white(grey, alpha_ramp()),
+            1,
+        ),
         ("grey16.png", "16-bit grey PNG", save(grey16(), "PNG"), eight_bit(grey16(), 65535), 0),
-        ("grey16_transparent.png", "16-bit grey PNG with a transparent grey", png(WIDTH, HEIGHT, 16, 0, png_rows(grey16().astype(">u2")), chunk(b"tRNS", struct.pack(">H", 0))), np.maximum(eight_bit(grey16(), 65535), np.where(grey16() == 0, 255, 0).astype(np.uint8)[..., None]), 0),
-        ("rgb16.png", "16-bit RGB PNG", png(WIDTH, HEIGHT, 16, 2, png_rows((photo.astype(np.uint16) * 257).astype(">u2"))), photo, 0),
-        ("color_key.png", "RGB PNG with a transparent colour", save(photo, "PNG", transparency=tuple(photo[5, 5].tolist())), on_white(photo, np.where((photo == photo[5, 5]).all(2), 0, 255)), 0),
+        (
+            "grey16_transparent.png",
+            "16-bit grey PNG with a transparent grey",
+            png(WIDTH, HEIGHT, 16, 0, png_rows(grey16().astype(">u2")), chunk(b"tRNS", struct.pack(">H", 0))),
+            np.maximum(eight_bit(grey16(), 65535), np.where(grey16() == 0, 255, 0).astype(np.uint8)[..., None]),
+            0,
+        ),
+        (
+            "rgb16.png",
+            "16-bit RGB PNG",
+            png(WIDTH, HEIGHT, 16, 2, png_rows((photo.astype(np.uint16) * 257).astype(">u2"))),
+            photo,
+            0,
+        ),
+        (
+            "color_key.png",
+            "RGB PNG with a transparent colour",
+            save(photo, "PNG", transparency=tuple(photo[5, 5].tolist())),
+            on_white(photo, np.where((photo == photo[5, 5]).all(2), 0, 255)),
+            0,
+        ),
         ("animated.png", "animated PNG", animation("PNG"), photo, 0),
         ("text.png", "PNG with text", png(WIDTH, HEIGHT, 8, 2, png_rows(photo), chunk(b"tEXt", b"Title\0x")), photo, 0),
         ("trailing.png", "PNG with other bytes after its end", encode("PNG") + b"tail" * 99, photo, 0),
         ("lossy.webp", "WebP", encode("WEBP", quality=95), photo, LOSSY),
         ("lossless.webp", "lossless WebP", encode("WEBP", lossless=True), photo, 0),
-        ("alpha.webp", "WebP with alpha", save(rgba(), "WEBP", lossless=True, exact=True), on_white(photo, alpha_ramp()), 1),
+        (
+            "alpha.webp",
+            "WebP with alpha",
+            save(rgba(), "WEBP", lossless=True, exact=True),
+            on_white(photo, alpha_ramp()),
+            1,
+        ),
         ("animated.webp", "animated WebP", animation("WEBP", lossless=True), photo, 0),
         ("still.gif", "GIF", save(palette, "GIF"), flat, 0),
-        ("transparent.gif", "GIF with a transparent colour", save(palette, "GIF", transparency=0), palette_image(True)[1], 0),
+        (
+            "transparent.gif",
+            "GIF with a transparent colour",
+            save(palette, "GIF", transparency=0),
+            palette_image(True)[1],
+            0,
+        ),
         ("animated.gif", "animated GIF", animation("GIF"), flat, 0),
         ("plain.tif", "TIFF", encode("TIFF"), photo, 0),
         ("lzw.tiff", "TIFF, LZW", encode("TIFF", compression="tiff_lzw"), photo, 0),
@@ -227,28 +287,72 @@ def good_images() -> list:
         ("cmyk.tif", "CMYK TIFF", encode("TIFF", "CMYK"), photo, 1),
         ("lab.tif", "CIE Lab TIFF", encode("TIFF", "LAB", icc_profile=b""), photo, LOSSY),
         ("grey16.tif", "16-bit grey TIFF", save(grey16(), "TIFF"), eight_bit(grey16(), 65535), 0),
-        ("float.tif", "TIFF of floats in [0, 1]", save((grey16() / 65535).astype(np.float32), "TIFF"), eight_bit(grey16(), 65535), 1),
+        (
+            "float.tif",
+            "TIFF of floats in [0, 1]",
+            save((grey16() / 65535).astype(np.float32), "TIFF"),
+            eight_bit(grey16(), 65535),
+            1,
+        ),
         ("pages.tif", "TIFF of several pages", animation("TIFF"), photo, 0),
         ("alpha.tif", "RGBA TIFF", save(rgba(), "TIFF"), on_white(photo, alpha_ramp()), 1),
         ("bits24.bmp", "BMP", encode("BMP"), photo, 0),
         ("palette.bmp", "palette BMP", save(palette, "BMP"), opaque, 0),
         ("binary.ppm", "PPM", encode("PPM"), photo, 0),
-        ("text.ppm", "PPM as text", f"P3 {WIDTH} {HEIGHT} 255\n".encode() + " ".join(map(str, photo.ravel())).encode(), photo, 0),
+        (
+            "text.ppm",
+            "PPM as text",
+            f"P3 {WIDTH} {HEIGHT} 255\n".encode() + " ".join(map(str, photo.ravel())).encode(),
+            photo,
+            0,
+        ),
         ("binary.pgm", "PGM", save(grey[..., 0], "PPM"), grey, 0),
-        ("bits16.pgm", "16-bit PGM", f"P5 {WIDTH} {HEIGHT} 65535\n".encode() + grey16().astype(">u2").tobytes(), eight_bit(grey16(), 65535), 0),
-        ("bitmap.pbm", "PBM", save(Image.fromarray(grey[..., 0] > 99), "PPM"), np.where(grey > 99, 255, 0).astype(np.uint8), 0),
+        (
+            "bits16.pgm",
+            "16-bit PGM",
+            f"P5 {WIDTH} {HEIGHT} 65535\n".encode() + grey16().astype(">u2").tobytes(),
+            eight_bit(grey16(), 65535),
+            0,
+        ),
+        (
+            "bitmap.pbm",
+            "PBM",
+            save(Image.fromarray(grey[..., 0] > 99), "PPM"),
+            np.where(grey > 99, 255, 0).astype(np.uint8),
+            0,
+        ),
         ("png_inside.jpg", "PNG with a JPEG's name", encode("PNG"), photo, 0),
         ("jpeg_inside.png", "JPEG with a PNG's name", encode("JPEG", quality=95), photo, LOSSY),
         ("webp_inside.gif", "WebP with a GIF's name", encode("WEBP", lossless=True), photo, 0),
         ("one_pixel.png", "1 x 1 pixel", save(photo[:1, :1], "PNG"), photo[:1, :1], 0),
         ("one_row.png", "40 x 1 pixels", save(photo[:1], "PNG"), photo[:1], 0),
         ("one_column.png", "1 x 30 pixels", save(photo[:, :1], "PNG"), photo[:, :1], 0),
-        ("thin.png", "1 x 100 pixels, the thinnest that is taken", save(np.repeat(photo[:1, :1], 100, 0), "PNG"), np.repeat(photo[:1, :1], 100, 0), 0),
-        ("bad_exif.jpg", "JPEG with a damaged EXIF block", encode("JPEG", quality=95, exif=b"Exif\0\0nonsense"), photo, LOSSY),
+        (
+            "thin.png",
+            "1 x 100 pixels, the thinnest that is taken",
+            save(np.repeat(photo[:1, :1], 100, 0), "PNG"),
+            np.repeat(photo[:1, :1], 100, 0),
+            0,
+        ),
+        (
+            "bad_exif.jpg",
+            "JPEG with a damaged EXIF block",
+            encode("JPEG", quality=95, exif=b"Exif\0\0nonsense"),
+            photo,
+            LOSSY,
+        ),
     ]
     for orientation in (*range(1, 9), 0, 9):
         content = encode("JPEG", quality=95, exif=exif(orientation))
-        cases.append((f"exif_{orientation}.jpg", f"JPEG with EXIF orientation {orientation}", content, upright(photo, orientation), LOSSY))
+        cases.append(
+            (
+                f"exif_{orientation}.jpg",
+                f"JPEG with EXIF orientation {orientation}",
+                content,
+                upright(photo, orientation),
+                LOSSY,
+            )
+        )
     return cases
 
 
@@ -275,16 +379,35 @@ def bombs() -> dict:
         "bomb.gif": bytes(gif),
         "bomb.bmp": bytes(bmp),
         "bomb.ppm": f"P6 {side} {side} 255\n".encode() + bytes(100),
-        "bomb.webp": b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + bytes(4) + b"\xff\x3f\0" * 2,
-        "text_bomb.png": png(WIDTH, HEIGHT, 8, 2, png_rows(picture()), chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(80_000_000), 9))),
-    }  # fmt: skip
+        "bomb.webp": b"RIFF"
+        + struct.pack("<I", 22)
+        + b"WEBPVP8X"
+        + struct.pack("<I", 10)
+        + bytes(4)
+        + b"\xff\x3f\0" * 2,
+        "text_bomb.png": png(
+            WIDTH, HEIGHT, 8, 2, png_rows(picture()), chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(80_000_000), 9))
+        ),
+    }
 
 
 def bad_images() -> list:
     """(file, what, content) of images that cannot be read."""
     good = {file: content for file, _, content, _, _ in good_images()}
-    cut = ("baseline.jpg", "progressive.jpg", "cmyk.jpg", "rgb.png", "animated.png", "lossy.webp", "lossless.webp", "still.gif",
-           "plain.tif", "lzw.tiff", "bits24.bmp", "binary.ppm")  # fmt: skip
+    cut = (
+        "baseline.jpg",
+        "progressive.jpg",
+        "cmyk.jpg",
+        "rgb.png",
+        "animated.png",
+        "lossy.webp",
+        "lossless.webp",
+        "still.gif",
+        "plain.tif",
+        "lzw.tiff",
+        "bits24.bmp",
+        "binary.ppm",
+    )
     cases = [
         (f"cut_{tenths}0_{file}", f"the first {tenths}0% of {file}", good[file][: len(good[file]) * tenths // 10])
         for file in cut
@@ -300,7 +423,9 @@ def bad_images() -> list:
         cases.append((f"zeros.{name}", "1000 zero bytes", bytes(1000)))
         head = good[{"jpg": "baseline.jpg", "webp": "lossy.webp"}.get(name) or next(f for f in cut if f.endswith(name))]
         cases.append((f"signature.{name}", "the first 12 bytes", head[:12]))
-    cases += [(file, "a small file that asks for 900 million pixels, or for much memory", c) for file, c in bombs().items()]
+    cases += [
+        (file, "a small file that asks for 900 million pixels, or for much memory", c) for file, c in bombs().items()
+    ]
     photo = picture()
     cases += [
         ("words.jpg", "text", b"This is no image.\n"),
@@ -318,17 +443,29 @@ def bad_images() -> list:
         ("negative.ppm", "a negative width", b"P6 -3 4 255\n" + bytes(36)),
         ("no_data.png", "PNG without pixels", png(WIDTH, HEIGHT, 8, 2, b"")),
         ("bad_depth.png", "PNG of 3 bits", png(WIDTH, HEIGHT, 3, 2, png_rows(photo))),
-        ("bad_filter.png", "PNG with an unknown row filter", png(WIDTH, HEIGHT, 8, 2, png_rows(photo).replace(b"\0" + photo[9].tobytes(), b"\x09" + photo[9].tobytes()))),
+        (
+            "bad_filter.png",
+            "PNG with an unknown row filter",
+            png(WIDTH, HEIGHT, 8, 2, png_rows(photo).replace(b"\0" + photo[9].tobytes(), b"\x09" + photo[9].tobytes())),
+        ),
         ("no_palette.png", "palette PNG without a palette", png(WIDTH, HEIGHT, 8, 3, png_rows(photo[..., 0]))),
         ("no_frames.gif", "GIF without an image", good["still.gif"][:13] + b";"),
         ("loop.tif", "TIFF whose directory is outside of the file", b"II*\0" + struct.pack("<I", 2**31)),
         ("no_tags.tif", "TIFF with an empty directory", b"II*\0" + struct.pack("<IHI", 8, 0, 0)),
-        ("short_rows.bmp", "BMP whose rows lie behind its end", good["bits24.bmp"][:10] + struct.pack("<I", 10**6) + good["bits24.bmp"][14:]),
+        (
+            "short_rows.bmp",
+            "BMP whose rows lie behind its end",
+            good["bits24.bmp"][:10] + struct.pack("<I", 10**6) + good["bits24.bmp"][14:],
+        ),
         ("bad_number.ppm", "PPM with a word for a width", b"P6 wide 4 255\n" + bytes(36)),
         ("too_bright.ppm", "PPM with a value over its maximum", b"P3 1 1 255\n300 0 0\n"),
-        ("no_tables.jpg", "JPEG without its quantisation tables", good["baseline.jpg"].replace(b"\xff\xdb", b"\xff\xfe")),
+        (
+            "no_tables.jpg",
+            "JPEG without its quantisation tables",
+            good["baseline.jpg"].replace(b"\xff\xdb", b"\xff\xfe"),
+        ),
         ("markers.jpg", "JPEG of nothing but its first marker", b"\xff\xd8" * 500),
-    ]  # fmt: skip
+    ]
     return cases
 
 
@@ -461,14 +598,26 @@ def config_cases() -> list:
         "merge_nothing": ("a merge without an anchor", "gan: {optimizer: {<<: *o}}", "undefined alias"),
         "merge_unknown": ("a merge of unknown keys", "data: &d {path: x}\ntrain: {<<: *d}", "'path'"),
         "laughs": ("aliases that unfold to a billion values", laughs(10), "more than 100000"),
-        "laughs_within": ("the same in a setting", f"model: {{encoder_config: {{{', '.join(laughs(10).splitlines())}}}}}", "more than 100000"),
+        "laughs_within": (
+            "the same in a setting",
+            f"model: {{encoder_config: {{{', '.join(laughs(10).splitlines())}}}}}",
+            "more than 100000",
+        ),
         "deep_lists": ("100,000 lists in each other", "[" * 100_000, "50 deep"),
         "deep_mappings": ("1000 mappings in each other", "gan: " + "{a: " * 1000 + "1" + "}" * 1000, "50 deep"),
         "setting_twice": ("a setting given twice", "train: {seed: 1, seed: 2}", "'seed' given twice"),
-        "group_twice": ("a group given twice", "train: {seed: 1}\ngan: {weight: 1}\ntrain: {epochs: 3}", "'train' given twice"),
+        "group_twice": (
+            "a group given twice",
+            "train: {seed: 1}\ngan: {weight: 1}\ntrain: {epochs: 3}",
+            "'train' given twice",
+        ),
         "two_documents": ("two documents", good + "---\n" + good, "single document"),
         "version": ("YAML of a coming version", "%YAML 9.9\n---\n" + good, "line 1"),
-        "run_code": ("a call of a function", "train: {output_dir: !!python/object/apply:os.mkdir [SPRUNG]}", "os.mkdir"),
+        "run_code": (
+            "a call of a function",
+            "train: {output_dir: !!python/object/apply:os.mkdir [SPRUNG]}",
+            "os.mkdir",
+        ),
         "name_code": ("the name of a function", "train: {output_dir: !!python/name:os.mkdir }", "os.mkdir"),
         "tag": ("an unknown tag", "train: {seed: !seed 1}", "!seed"),
         "class_path": ("the path of a class", "gan: {class_path: os.mkdir, init_args: {path: SPRUNG}}", "os.mkdir"),
@@ -478,7 +627,7 @@ def config_cases() -> list:
         "list_key": ("a list for a key", "? [a, b]\n: 1\n", "unhashable key"),
         "huge_number": ("a number of 5000 digits", f"train: {{seed: {'9' * 5000}}}", "4300 digits"),
         "infinite": ("a number too large for a float", "optimizer: {lr: 1.0e999}", "optimizer.lr"),
-    }  # fmt: skip
+    }
     for name, (what, text, words) in texts.items():
         content = text if isinstance(text, bytes) else text.encode()
         cases.append(Case(f"configs/{name}.yaml", what, "error", content, (words,)))
@@ -617,51 +766,146 @@ def model_cases() -> list:
         "config_words": ("words for a config.json", good | {"config.json": b"words"}, "config.json"),
         "config_list": ("a list for a config.json", good | {"config.json": b"[1]"}, "config.json"),
         "config_null": ("null for a config.json", good | {"config.json": b"null"}, "config.json"),
-        "config_latin1": ("a config.json in Latin-1", good | {"config.json": b'{"model_type": "ra\xe9"}'}, "config.json"),
+        "config_latin1": (
+            "a config.json in Latin-1",
+            good | {"config.json": b'{"model_type": "ra\xe9"}'},
+            "config.json",
+        ),
         "config_zeros": ("zero bytes for a config.json", good | {"config.json": bytes(500)}, "config.json"),
         "config_deep": ("a config.json nested 100,000 deep", good | {"config.json": b"[" * 100_000}, "config.json"),
         "weights_lack": ("a tensor is missing", changed_weights(lambda t: t.pop(name)), name),
         "weights_extra": ("a tensor too many", changed_weights(lambda t: t.update(more=torch.ones(1))), "more"),
         "weights_shape": ("a tensor of another shape", changed_weights(lambda t: t.update({name: t[name][:8]})), name),
-        "weights_scalar": ("a number for a matrix", changed_weights(lambda t: t.update({name: torch.tensor(1.0)})), name),
+        "weights_scalar": (
+            "a number for a matrix",
+            changed_weights(lambda t: t.update({name: torch.tensor(1.0)})),
+            name,
+        ),
         "weights_none": ("no tensors", changed_weights(lambda t: t.clear()), "model"),
-        "index_missing": ("an index of files that are missing", without["model.safetensors"] | {"model.safetensors.index.json": json.dumps(index).encode()}, "model"),
-        "index_outside": ("an index that leads out of the folder", without["model.safetensors"] | {"model.safetensors.index.json": json.dumps(outside).encode()}, "model"),
-        "index_words": ("words for an index", without["model.safetensors"] | {"model.safetensors.index.json": b"words"}, "model"),
-        "index_list": ("a list for an index", without["model.safetensors"] | {"model.safetensors.index.json": b"[]"}, "model"),
-        "bin_trap": ("a pickle that runs code for weights", without["model.safetensors"] | {"pytorch_model.bin": torch_file({name: Trap()})}, "model"),
-        "bin_old_trap": ("the same in the old format", without["model.safetensors"] | {"pytorch_model.bin": pickle.dumps(Trap())}, "model"),
-        "pt_trap": ("the same under another name", without["model.safetensors"] | {"model.pt": torch_file({name: Trap()})}, "model"),
-        "safetensors_trap": ("the same in model.safetensors", good | {"model.safetensors": pickle.dumps(Trap())}, "model.safetensors"),
-    }  # fmt: skip
+        "index_missing": (
+            "an index of files that are missing",
+            without["model.safetensors"] | {"model.safetensors.index.json": json.dumps(index).encode()},
+            "model",
+        ),
+        "index_outside": (
+            "an index that leads out of the folder",
+            without["model.safetensors"] | {"model.safetensors.index.json": json.dumps(outside).encode()},
+            "model",
+        ),
+        "index_words": (
+            "words for an index",
+            without["model.safetensors"] | {"model.safetensors.index.json": b"words"},
+            "model",
+        ),
+        "index_list": (
+            "a list for an index",
+            without["model.safetensors"] | {"model.safetensors.index.json": b"[]"},
+            "model",
+        ),
+        "bin_trap": (
+            "a pickle that runs code for weights",
+            without["model.safetensors"] | {"pytorch_model.bin": torch_file({name: Trap()})},
+            "model",
+        ),
+        "bin_old_trap": (
+            "the same in the old format",
+            without["model.safetensors"] | {"pytorch_model.bin": pickle.dumps(Trap())},
+            "model",
+        ),
+        "pt_trap": (
+            "the same under another name",
+            without["model.safetensors"] | {"model.pt": torch_file({name: Trap()})},
+            "model",
+        ),
+        "safetensors_trap": (
+            "the same in model.safetensors",
+            good | {"model.safetensors": pickle.dumps(Trap())},
+            "model.safetensors",
+        ),
+    }
     for damage, content in damaged_safetensors(weights).items():
         cases[f"weights_{damage}"] = (f"weights: {damage}", good | {"model.safetensors": content}, "model.safetensors")
     settings = json.loads(config)
-    for key, value in settings.items():
+    for key in settings:
         if key.startswith(("encoder_", "decoder_", "image_")) or key in ("noise_tau", "scaling_factor", "model_type"):
             for kind, wrong in (("word", "words"), ("list", [["x"]]), ("mapping", {"a": 1})):
                 if key not in ("encoder_id", "encoder_revision", "encoder_final_norm") or kind != "word":
                     cases[f"{key}_{kind}"] = (f"{key} is {wrong!r}", changed_config(**{key: wrong}), key)
     for key, wrong in (
-        ("model_type", "vit"), ("model_type", None), ("model_type", ...), ("encoder_config", ...), ("encoder_config", None),
-        ("e_model_type", "no_such_type"), ("e_model_type", "bert"), ("e_model_type", ...), ("e_model_type", 5), ("e_hidden_size", "wide"),
-        ("e_hidden_size", 32), ("e_hidden_size", -16), ("e_hidden_size", 10**12), ("e_hidden_size", None), ("e_patch_size", 0), ("e_patch_size", "x"), ("e_patch_size", []),
-        ("e_num_hidden_layers", -1), ("e_num_hidden_layers", 2), ("e_num_attention_heads", 3), ("e_num_attention_heads", 0),
-        ("e_image_size", 0), ("e_image_size", -3), ("e_hidden_act", "no_such_function"), ("e_layer_norm_eps", "x"), ("e_num_register_tokens", 9),
-        ("encoder_input_size", 0), ("encoder_input_size", -32), ("encoder_input_size", 30), ("encoder_input_size", 64), ("encoder_layers", [0, 5]), ("encoder_layers", []),
-        ("encoder_prefix_tokens", -1), ("encoder_prefix_tokens", 99), ("encoder_final_norm", "no_such_norm"), ("encoder_bundled", False),
-        ("image_mean", [0.5]), ("image_std", [0, 0, 0]), ("image_std", None), ("decoder_hidden_size", 0), ("decoder_hidden_size", 64), ("decoder_hidden_size", 10**12),
-        ("decoder_hidden_size", -32), ("decoder_hidden_size", None), ("decoder_num_hidden_layers", -1), ("decoder_num_hidden_layers", 2), ("decoder_num_hidden_layers", 0), ("decoder_num_attention_heads", 0),
-        ("decoder_num_attention_heads", 5), ("decoder_num_attention_heads", -2), ("decoder_intermediate_size", -1), ("decoder_intermediate_size", 65), ("decoder_patch_size", 0),
-        ("decoder_patch_size", 7), ("decoder_patch_size", 1.5), ("decoder_layer_norm_eps", -1.0), ("decoder_hidden_act", "no_such_function"), ("use_latent_stats", False), ("use_latent_stats", "maybe"),
-        ("scaling_factor", 0), ("scaling_factor", None), ("noise_tau", -1), ("dtype", "float7"), ("attn_implementation", "no_such_attention"), ("quantization_config", {"load_in_8bit": True}),
-    ):  # fmt: skip
+        ("model_type", "vit"),
+        ("model_type", None),
+        ("model_type", ...),
+        ("encoder_config", ...),
+        ("encoder_config", None),
+        ("e_model_type", "no_such_type"),
+        ("e_model_type", "bert"),
+        ("e_model_type", ...),
+        ("e_model_type", 5),
+        ("e_hidden_size", "wide"),
+        ("e_hidden_size", 32),
+        ("e_hidden_size", -16),
+        ("e_hidden_size", 10**12),
+        ("e_hidden_size", None),
+        ("e_patch_size", 0),
+        ("e_patch_size", "x"),
+        ("e_patch_size", []),
+        ("e_num_hidden_layers", -1),
+        ("e_num_hidden_layers", 2),
+        ("e_num_attention_heads", 3),
+        ("e_num_attention_heads", 0),
+        ("e_image_size", 0),
+        ("e_image_size", -3),
+        ("e_hidden_act", "no_such_function"),
+        ("e_layer_norm_eps", "x"),
+        ("e_num_register_tokens", 9),
+        ("encoder_input_size", 0),
+        ("encoder_input_size", -32),
+        ("encoder_input_size", 30),
+        ("encoder_input_size", 64),
+        ("encoder_layers", [0, 5]),
+        ("encoder_layers", []),
+        ("encoder_prefix_tokens", -1),
+        ("encoder_prefix_tokens", 99),
+        ("encoder_final_norm", "no_such_norm"),
+        ("encoder_bundled", False),
+        ("image_mean", [0.5]),
+        ("image_std", [0, 0, 0]),
+        ("image_std", None),
+        ("decoder_hidden_size", 0),
+        ("decoder_hidden_size", 64),
+        ("decoder_hidden_size", 10**12),
+        ("decoder_hidden_size", -32),
+        ("decoder_hidden_size", None),
+        ("decoder_num_hidden_layers", -1),
+        ("decoder_num_hidden_layers", 2),
+        ("decoder_num_hidden_layers", 0),
+        ("decoder_num_attention_heads", 0),
+        ("decoder_num_attention_heads", 5),
+        ("decoder_num_attention_heads", -2),
+        ("decoder_intermediate_size", -1),
+        ("decoder_intermediate_size", 65),
+        ("decoder_patch_size", 0),
+        ("decoder_patch_size", 7),
+        ("decoder_patch_size", 1.5),
+        ("decoder_layer_norm_eps", -1.0),
+        ("decoder_hidden_act", "no_such_function"),
+        ("use_latent_stats", False),
+        ("use_latent_stats", "maybe"),
+        ("scaling_factor", 0),
+        ("scaling_factor", None),
+        ("noise_tau", -1),
+        ("dtype", "float7"),
+        ("attn_implementation", "no_such_attention"),
+        ("quantization_config", {"load_in_8bit": True}),
+    ):
         given = "missing" if wrong is ... else re.sub(r"[^\w-]+", "_", str(wrong))
         cases[f"{key}_is_{given}"] = (f"{key} is {given}", changed_config(**{key: wrong}), "")
     tensor = weights.index(safetensors.torch.load(weights)[name].numpy().tobytes())
     flipped = bytearray(weights)
     flipped[tensor] ^= 1  # the last bit of a number
-    bad_encoder = {"encoder_config": json.loads(config)["encoder_config"] | {"auto_map": {"AutoModel": "hostile.Model"}}}
+    bad_encoder = {
+        "encoder_config": json.loads(config)["encoder_config"] | {"auto_map": {"AutoModel": "hostile.Model"}}
+    }
     read = {
         "flipped_weight": ("a flipped bit in a weight", good | {"model.safetensors": bytes(flipped)}),
         "hostile_code": ("code that runs where it is trusted", good | {"modeling_rae.py": HOSTILE_CODE}),

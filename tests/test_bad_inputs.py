@@ -1,4 +1,4 @@
-"""Every case of the corpus in bad_inputs.py, through what reads it: the documented outcome, one line, no code that runs.
+"""Every case of bad_inputs.py through what reads it: the documented outcome, in one line, and no code that runs.
 
 Whole folders of images go through the real command lines, single cases through the functions that those call.
 """
@@ -339,14 +339,22 @@ def test_models_to_publish(corpus, folder, capsys, monkeypatch):
         assert line == "read" or line.startswith("model: "), line
         assert line != "read" or RAEConfig.from_pretrained(folder / case.file)
         assert line == "read" or case.outcome == "error", case.file
-    monkeypatch.setattr(sys, "argv", ["push", "--model", f"{folder}/models/hostile_code", "--repo_id", "a/b", "--dry_run"])
+    monkeypatch.setattr(
+        sys, "argv", ["push", "--model", f"{folder}/models/hostile_code", "--repo_id", "a/b", "--dry_run"]
+    )
     run_main(push_to_hub.main)
     assert "not uploaded" in capsys.readouterr().out
 
 
 def test_models_that_are_no_folder(folder, capsys, monkeypatch, tmp_path):
     """A file, nothing, and paths that no system takes."""
-    for source in (folder / "models/bin_trap/pytorch_model.bin", tmp_path / "none", "x" * 5000, f"a/{'x' * 300}", "a\0b"):
+    for source in (
+        folder / "models/bin_trap/pytorch_model.bin",
+        tmp_path / "none",
+        "x" * 5000,
+        f"a/{'x' * 300}",
+        "a\0b",
+    ):
         for read in (load_autoencoder, lambda s: train_rae.check_architecture(s, None)):
             assert outcome_of(read, str(source)) != "read"
 
@@ -365,7 +373,9 @@ def test_encoders(corpus, folder):
 
     for case in corpus["encoders"]:
         check(case, outcome_of(encoder, str(folder / case.file)))
-        if case.file != "encoders/unknown_type" and case.file != "encoders/no_type":  # the backbone is a ViT in any case
+        if (
+            case.file != "encoders/unknown_type" and case.file != "encoders/no_type"
+        ):  # the backbone is a ViT in any case
             check(case, outcome_of(backbone, str(folder / case.file)))
 
 
@@ -383,8 +393,9 @@ def test_references(corpus, folder):
 
 def test_heads(tmp_path):
     """--head of linear_probe.py: a pickle, and a config.json that nests without end."""
-    for head, config in ((bad_inputs.trap_files()["trap_pickle"], b"{}"), (bad_inputs.trap_files()["trap_torch"], b"{}"),
-                         (bad_inputs.model_files()["model.safetensors"], b"[" * 100_000)):  # fmt: skip
+    traps = bad_inputs.trap_files()
+    weights = bad_inputs.model_files()["model.safetensors"]
+    for head, config in ((traps["trap_pickle"], b"{}"), (traps["trap_torch"], b"{}"), (weights, b"[" * 100_000)):
         (tmp_path / "head.safetensors").write_bytes(head)
         (tmp_path / "config.json").write_bytes(config)
         assert outcome_of(LinearHead.load, str(tmp_path)).startswith("head: ")
