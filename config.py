@@ -448,8 +448,9 @@ def check_groups(schema: type, values: Any, prefix: str = "") -> None:
 RULES = (
     (
         "optimizer.lr gan.optimizer.lr optimizer.eps gan.optimizer.eps gan.norm_eps train.epochs train.max_steps "
-        "train.global_batch_size train.gradient_accumulation_steps train.cpu_threads train.clip_grad_norm train.timeout_minutes "
+        "train.global_batch_size train.gradient_accumulation_steps train.cpu_threads train.clip_grad_norm "
         "train.save_every_steps train.save_every_epochs train.keep_last gan.updates_per_step gan.max_adaptive_weight "
+        "train.timeout_minutes "
         "eval.every_steps eval.every_epochs eval.num_samples eval.batch_size logging.every_steps hub.every_steps "
         "logging.samples_every_steps logging.num_samples data.resize_size model.encoder_input_size model.image_size "
         "model.decoder_hidden_size model.decoder_num_hidden_layers model.decoder_num_attention_heads "
