@@ -89,7 +89,7 @@ def run_ranks(*scenarios: dict) -> list:
     with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
         json.dump(scenarios, file)
         file.flush()
-        subprocess.run(command("tests/ranks.py", file.name), cwd=ROOT, check=True, timeout=600)
+        subprocess.run(command("tests/ranks.py", file.name), cwd=ROOT, check=True, timeout=1800)
     results = []
     for scenario in scenarios:
         folder = Path(scenario["folder"])

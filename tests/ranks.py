@@ -29,7 +29,7 @@ import losses  # noqa: E402
 import train_rae  # noqa: E402
 
 DEADLINE = 60  # seconds after the first process has ended
-START = 120  # seconds for the first process to end
+START = 300  # seconds for the first process to end
 
 
 def strike(fault: dict) -> None:
