@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -44,13 +45,25 @@ def fail(message: Union[str, Exception], code: int = 2, everywhere: bool = False
 
 
 def run_main(function: Callable[[], None]) -> None:
-    """Call `function`. Bad input ends in one line and exit code 2, what goes wrong later likewise with code 1."""
+    """Call `function`. Bad input ends in one line and exit code 2, what goes wrong later likewise with code 1; so does
+    the end of a process on another machine."""
     try:
         function()
     except (ConfigError, DataError) as error:
         fail(error)
     except RunError as error:
         fail(error, error.code, error.everywhere)
+    except RuntimeError as error:
+        if not is_lost_connection(error):
+            raise
+        reason = re.sub(r"^\[\S+\] ", "", str(error)).split(". ")[0]  # without gloo's source line and advice
+        fail(f"the connection to another process is lost, its own output may say why ({reason})", code=1)
+
+
+def is_lost_connection(error: RuntimeError) -> bool:
+    """Whether a collective call failed because another process has ended, or cannot be reached. gloo has no class for
+    that."""
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 @contextmanager
