@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 
+from checkpointing import whole
 from modeling_rae import RAEModel
 from runtime import ConfigError, blame
 
@@ -143,7 +144,7 @@ def weights_digest(network: nn.Module, without: tuple = ()) -> str:
     for name, weight in sorted(network.state_dict().items()):
         if not name.startswith(without):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+            digest.update(whole(weight, keep=True).reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -29,14 +29,19 @@ class EMA:
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Within this context the module computes with the averaged parameters."""
-        kept = {name: p.data for name, p in self.module.named_parameters()}
-        for name, p in self.module.named_parameters():
-            p.data = self.shadow[name].to(p.dtype)
+        self._swap()
         try:
             yield
         finally:
-            for name, p in self.module.named_parameters():
-                p.data = kept[name]
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        """Exchange the values, in place: FSDP gathers a sharded parameter from the memory that it was given."""
+        for name, p in self.module.named_parameters():
+            kept = p.clone()
+            p.copy_(self.shadow[name])
+            self.shadow[name].copy_(kept)
 
     def state_dict(self) -> dict:
         return dict(self.shadow)

@@ -19,9 +19,10 @@ import logging
 import math
 import os
 import shutil
+import socket
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
@@ -41,6 +42,8 @@ from accelerate.utils import (
 )
 from PIL import Image
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import ViTConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -62,6 +65,7 @@ from checkpointing import (
     read_latent_stats,
     restore_folders,
     save_checkpoint,
+    whole,
     write_folder,
     write_text,
 )
@@ -108,6 +112,7 @@ from runtime import (
     share_cores,
     writing,
 )
+from sharding import check_launch, check_processes, fsdp_is_asked_for, plain_accelerator, shard
 from streams import StreamLoader, load_stream_eval_images, open_stream
 
 logger = logging.getLogger(__name__)
@@ -141,6 +146,10 @@ class Run:
     def model(self) -> RAEModel:
         return self.accelerator.unwrap_model(self.rae)
 
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self.rae, FSDPModule)
+
 
 @dataclass
 class RunState:
@@ -163,9 +172,10 @@ def build_accelerator(config: Config) -> Accelerator:
             raise ConfigError(
                 f"logging.report_to: expected trackers among {', '.join(LOGGER_TYPE_TO_CLASS)}, got {name!r}"
             )
+    check_launch()
     # a microsecond more: Accelerate takes ten minutes for its default and would not pass them on
     timeout = timedelta(minutes=config.train.timeout_minutes, microseconds=1)
-    with blame("train.mixed_precision"):
+    with blame("train.mixed_precision"), plain_accelerator():
         accelerator = Accelerator(
             mixed_precision=config.train.mixed_precision,
             log_with=list(config.logging.report_to) or None,
@@ -178,6 +188,7 @@ def build_accelerator(config: Config) -> Accelerator:
             ],
         )
         check_precision(accelerator)
+    check_processes(accelerator)
     share_cores(accelerator, config.train.cpu_threads)
     missing = set(config.logging.report_to) - {str(tracker) for tracker in accelerator.log_with}
     if missing:
@@ -324,7 +335,10 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
         frozen["gan.backbone"] = weights_digest(discriminator.backbone)
     if perceptual.weight > 0:
         frozen["perceptual.vgg_path"] = weights_digest(lpips)
-    rae, optimizer = accelerator.prepare(rae, adamw(rae.decoder.parameters(), config.optimizer))
+    sharded = fsdp_is_asked_for() and accelerator.use_distributed  # one process has nothing to share out
+    rae = shard(rae, accelerator) if sharded else accelerator.prepare(rae)
+    decoder = accelerator.unwrap_model(rae).decoder
+    optimizer = accelerator.prepare(adamw(decoder.parameters(), config.optimizer))  # of the sharded parameters
     with blame("model.encoder", config.model.encoder), torch.no_grad(), accelerator.autocast():
         blank = torch.zeros(1, 3, rae_config.image_size, rae_config.image_size, device=accelerator.device)
         accelerator.unwrap_model(rae).encode(blank, add_noise=False)  # whether the encoder gives the tokens it should
@@ -341,7 +355,7 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
         disc_optimizer=disc_optimizer,
         perceptual=lpips,
         augment=DiffAug(gan.augment_prob, gan.augment_cutout),
-        ema=EMA(accelerator.unwrap_model(rae).decoder, config.ema.decay),
+        ema=EMA(decoder, config.ema.decay),
         steps_per_epoch=steps_per_epoch,
         lpips_start=start(perceptual.start_step, perceptual.start_epoch),
         gan_start=start(gan.start_step, gan.start_epoch),
@@ -387,7 +401,16 @@ def step_generator(run: Run, step: int, micro_batch: int) -> torch.Generator:
 
 
 def no_sync_except_last(run: Run, network: nn.Module, i: int, count: int) -> Any:
-    return nullcontext() if i == count - 1 else run.accelerator.no_sync(network)
+    last = i == count - 1
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(last)
+    return nullcontext() if last or isinstance(network, FSDPModule) else run.accelerator.no_sync(network)
+
+
+def gradient_norm(parameters: Iterable) -> torch.Tensor:
+    """Norm of all gradients together; of sharded ones the whole norm, on every process."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def mean_over_processes(run: Run, values: list) -> list:
@@ -482,7 +505,7 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
             sums += torch.stack([t.float() for t in vars(terms).values()])
     accelerator.unscale_gradients(run.optimizer)
     parameters = [p for p in model.decoder.parameters() if p.requires_grad]
-    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    grad_norm = gradient_norm(parameters)
     if config.train.clip_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, config.train.clip_grad_norm, grad_norm)
     asked = torch.full((), float(stop), device=accelerator.device)
@@ -496,7 +519,7 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
 def discriminator_step(run: Run, batches: list, latents: list, generators: list, count: int) -> dict:
     """Update the discriminator on images and on reconstructions of clean latents with the updated decoder.
     `count`: updates of the discriminator so far."""
-    config, accelerator, model = run.config, run.accelerator, run.model
+    config, accelerator = run.config, run.accelerator
     lr = learning_rate(count, config.gan.optimizer.lr, config.gan.lr_schedule, run.steps_per_epoch)
     set_learning_rate(run.disc_optimizer, lr)
     heads = accelerator.unwrap_model(run.discriminator).train().heads
@@ -506,7 +529,7 @@ def discriminator_step(run: Run, batches: list, latents: list, generators: list,
     for i, (pixels, latent, generator) in enumerate(zip(batches, latents, generators, strict=True)):
         with no_sync_except_last(run, run.discriminator, i, len(batches)):
             with torch.no_grad(), accelerator.autocast():
-                fake = run.augment(to_discriminator_range(model.decode(latent).sample.float()), generator)
+                fake = run.augment(to_discriminator_range(run.rae(latent=latent).sample.float()), generator)
                 real = run.augment(2 * pixels - 1, generator)
             fake_logits, real_logits = run.discriminator(fake, real)
             loss = loss_function(real_logits.float(), fake_logits.float())
@@ -514,7 +537,7 @@ def discriminator_step(run: Run, batches: list, latents: list, generators: list,
             accuracy = (real_logits > fake_logits).float().mean()
             sums += torch.stack([loss.detach(), real_logits.detach().mean(), fake_logits.detach().mean(), accuracy])
     accelerator.unscale_gradients(run.disc_optimizer)
-    grad_norm = nn.utils.get_total_norm([p.grad for p in heads.parameters()])
+    grad_norm = gradient_norm(heads.parameters())
     names = ("disc_loss", "logits_real", "logits_fake", "accuracy", "disc_grad_norm")
     values = mean_over_processes(run, [*(sums / len(batches)), grad_norm])
     record = dict(zip(names, values, strict=True))
@@ -542,7 +565,7 @@ def encoder_distance(run: Run) -> FrechetMetric:
 def reconstruct(run: Run, pixels: torch.Tensor) -> torch.Tensor:
     """Pixels (B, 3, S, S) in [0, 1] to their reconstructions, without noise."""
     with torch.no_grad(), run.accelerator.autocast():
-        return run.model.decode(run.model.encode(pixels, add_noise=False).latent).sample.float()
+        return run.rae(latent=run.model.encode(pixels, add_noise=False).latent).sample.float()
 
 
 class Reporter:
@@ -622,6 +645,7 @@ class Reporter:
                     self.unreadable.add,
                     self.distances,
                     on_batch=partial(save_pairs, folder, saved),
+                    sharded=run.sharded,
                 )
             values = evaluation.summary()
             self.write("eval", {"model": model, **values})
@@ -639,11 +663,12 @@ class Reporter:
     def samples(self) -> None:
         """Write the sample grid of the averaged model, the curves and the strip; show the grid to the trackers."""
         run, path = self.run, self.run_dir / "samples" / f"step-{self.state.step:08d}.png"
+        run.model.eval()
+        images = self.shown.to(run.accelerator.device)
+        with run.ema.applied():
+            reconstructions = reconstruct(run, images)  # on all processes: a sharded model takes them all
         if run.accelerator.is_main_process:
-            run.model.eval()
-            with run.ema.applied():
-                images = self.shown.to(run.accelerator.device)
-                grid = reconstruction_grid(images, quantize(reconstruct(run, images))).numpy()
+            grid = reconstruction_grid(images, quantize(reconstructions)).numpy()
             with writing(path):
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(grid).save(path)
@@ -658,11 +683,15 @@ class Reporter:
     def export(self, name: str) -> None:
         """Write the averaged model as a from_pretrained folder."""
         accelerator, model = self.run.accelerator, self.run.model
+        with torch.device("meta"):  # for its class and config: those of a sharded model are not what is to be saved
+            unsharded = RAEModel(model.config)
 
         def write(folder: Path) -> None:
+            with self.run.ema.applied():
+                state = whole(model.state_dict(), accelerator.is_main_process)
+                if accelerator.is_main_process:
+                    unsharded.save_pretrained(folder, state_dict=state)
             if accelerator.is_main_process:
-                with self.run.ema.applied():
-                    model.save_pretrained(folder)
                 (folder / IMAGE_PROCESSOR_NAME).write_text(image_processor_json(model.config.image_size))
 
         write_folder(self.run_dir / name, write, accelerator.is_main_process, accelerator.wait_for_everyone)
@@ -751,6 +780,24 @@ def open_streams(config: Config, accelerator: Accelerator) -> tuple:
         config.data.stream_lanes = accelerator.num_processes * max(1, config.data.num_workers)
     stream = open_stream(config.data, config.train.global_batch_size, config.train.seed, accelerator)
     return stream, load_stream_eval_images(config.data, config.eval.num_samples)
+
+
+def check_shared_folder(run_dir: Path, lock: Optional[TextIO]) -> None:
+    """Raise ConfigError, on all processes, when some machine does not see the main process's run folder, from which
+    all of them read checkpoints. `lock`: the main process's, what `take_run_folder` gave."""
+    token = uuid.uuid4().hex
+    if lock is not None:
+        lock.write(token)
+        lock.flush()
+    [token] = broadcast_object_list([token])
+    file = run_dir / ".lock"
+    seen = file.exists() and file.read_text() == token
+    elsewhere = sorted({host for host in gather_object([None if seen else socket.gethostname()]) if host is not None})
+    if elsewhere:
+        raise ConfigError(
+            f"train.output_dir: {run_dir} on {', '.join(elsewhere)} is another folder than the main process's, "
+            "expected one on a file system that all machines share"
+        )
 
 
 def checkpoint_parts(run: Run, state: RunState) -> dict:
@@ -958,7 +1005,8 @@ def main() -> None:
         num_images, steps_per_epoch = len(train_images), batches.steps_per_epoch
     total_steps = config.train.max_steps or max(1, round(config.train.epochs * steps_per_epoch))
     saved = checkpoints(run_dir)
-    if saved and checkpoint_step(saved[-1]) >= total_steps and is_whole_model(run_dir / "final"):
+    finished = saved and checkpoint_step(saved[-1]) >= total_steps and is_whole_model(run_dir / "final")
+    if broadcast_object_list([finished])[0]:  # as the main process sees it: a machine may lack the folder
         if accelerator.is_main_process:
             done = checkpoint_step(saved[-1])
             print(f"{run_dir} is finished: {done} of {total_steps} steps, model in {run_dir / 'final'}")
@@ -973,7 +1021,7 @@ def main() -> None:
     # networks, and the state of an earlier part of this run
     run = build_run(config, accelerator, rae_config, steps_per_epoch)
     lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()
+    check_shared_folder(run_dir, lock)
     state = RunState(num_images=num_images, frozen=run.frozen)
     if config.data.streaming:
         state.stream = {"shards": stream.fingerprint(), "lanes": None}
@@ -1050,7 +1098,8 @@ def describe(run: Run, num_train: Optional[int], num_eval: int, micro_batch: int
             f"{'streamed' if num_train is None else num_train} training and {num_eval} evaluation images, "
             f"{run.steps_per_epoch} steps an epoch, {total_steps} steps; {', '.join(starts)}",
             f"batch {c.train.global_batch_size} = {a.num_processes} processes x {micro_batch} images x "
-            f"{c.train.gradient_accumulation_steps} accumulated, precision {a.mixed_precision}, {a.device.type}",
+            f"{c.train.gradient_accumulation_steps} accumulated, precision {a.mixed_precision}, {a.device.type}"
+            + (", RAE sharded (FSDP2)" if run.sharded else ""),
         ]
     )
 
