@@ -10,8 +10,9 @@ tests/test_bad_inputs.py runs every case. The corpus is the same each time. Outc
     ignored   no image by its name: never opened
     error     one line with `words` in it, exit code 2
 
-Two kinds of damage cannot be seen and are "read": flipped bits in a JPEG's compressed data, and in a weight, for which
-neither format has a checksum. (What is then not finite stops later, see test_weights_that_are_not_finite.)
+Two kinds of damage cannot be seen and are "read": flipped bits in the compressed data of a JPEG, and in a weight, as
+neither format has a checksum. Where such a weight makes values that are not finite, the command stops at them, with
+exit code 1.
 """
 
 import collections

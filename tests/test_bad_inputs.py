@@ -337,8 +337,9 @@ def test_models_to_publish(corpus, folder, capsys, monkeypatch):
     for case in corpus["models"]:
         line = outcome_of(push_to_hub.read_model_folder, folder / case.file)
         assert line == "read" or line.startswith("model: "), line
-        assert line != "read" or RAEConfig.from_pretrained(folder / case.file)
         assert line == "read" or case.outcome == "error", case.file
+        if line == "read":
+            RAEConfig.from_pretrained(folder / case.file)
     monkeypatch.setattr(
         sys, "argv", ["push", "--model", f"{folder}/models/hostile_code", "--repo_id", "a/b", "--dry_run"]
     )
