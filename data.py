@@ -100,7 +100,8 @@ def to_rgb(image):
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-    image = image.convert("RGB")
+    if image.mode != "RGB":  # else it would be copied
+        image = image.convert("RGB")
     return image if orientation is None else image.transpose(orientation)
 
 
