@@ -10,6 +10,7 @@ help:
 	@echo "make demo       train on handwritten digits (about 3 minutes on 2 CPU cores)"
 	@echo "make test       run all tests (about 7 minutes on 2 cores)"
 	@echo "make lint       ruff check and format check"
+	@echo "make faults     kill a tiny run at 50 random moments and at named places (15 minutes on 2 idle cores)"
 	@echo "make cross-version  model folders between the oldest and the newest supported transformers (5 minutes)"
 	@echo "make real-size  two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)"
 
@@ -37,6 +38,9 @@ lint: setup
 real-size: setup
 	$(BIN)/python benchmarks/real_size.py
 
+faults: setup
+	$(BIN)/python tests/faults/kill.py
+
 # the oldest transformers of requirements.txt, on the other packages of .venv
 .venv-oldest/installed: .venv/installed
 	$(BIN)/python -m venv --without-pip .venv-oldest
@@ -48,4 +52,4 @@ real-size: setup
 cross-version: setup .venv-oldest/installed
 	$(BIN)/python tests/cross_version.py .venv-oldest/bin/python
 
-.PHONY: help setup demo test lint real-size cross-version
+.PHONY: help setup demo test lint real-size faults cross-version
