@@ -10,6 +10,7 @@ help:
 	@echo "make demo       train on handwritten digits (about 3 minutes on 2 CPU cores)"
 	@echo "make test       run all tests (about 7 minutes on 2 cores)"
 	@echo "make lint       ruff check and format check"
+	@echo "make faults     kill a tiny run at 50 random moments and at named places (15 minutes on 2 idle cores)"
 	@echo "make cross-version  model folders between the oldest and the newest supported transformers (5 minutes)"
 	@echo "make data-pipeline  images per second of decoding, resize and crop, next to torchvision's (2 minutes)"
 	@echo "make start-up   launch to first step with 1.3 million image files (3 minutes)"
@@ -44,6 +45,9 @@ soak: setup
 real-size: setup
 	$(BIN)/python benchmarks/real_size.py
 
+faults: setup
+	$(BIN)/python tests/faults/kill.py
+
 data-pipeline: setup
 	$(BIN)/python benchmarks/data_pipeline.py
 
@@ -64,4 +68,4 @@ streaming: setup
 cross-version: setup .venv-oldest/installed
 	$(BIN)/python tests/cross_version.py .venv-oldest/bin/python
 
-.PHONY: help setup demo test lint data-pipeline start-up soak real-size streaming cross-version
+.PHONY: help setup demo test lint faults data-pipeline start-up soak real-size streaming cross-version

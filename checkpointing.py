@@ -11,6 +11,7 @@ A checkpoint holds whole tensors, however a run's processes share them: it conti
 or without FSDP. Its files are listed with their SHA-256 in manifest.json, so a damaged one is known.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -147,6 +148,9 @@ def _sync(path: Path) -> None:
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a network's may not know this
+            raise
     finally:
         os.close(descriptor)
 
@@ -166,7 +170,8 @@ def lock_run_folder(run_dir: Path) -> TextIO:
     """Hold the run folder until the returned file is closed or the process ends. Raises BlockingIOError when another
     process holds it."""
     file = (run_dir / ".lock").open("w")
-    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not held on by data loading processes
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    os.register_at_fork(after_in_child=file.close)  # or data loading processes would hold it on after a SIGKILL
     return file
 
 

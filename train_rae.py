@@ -20,6 +20,7 @@ import math
 import os
 import shutil
 import socket
+import threading
 import time
 import uuid
 from collections.abc import Iterable, Iterator
@@ -868,6 +869,9 @@ def start_trackers(config: Config, accelerator: Accelerator, run_dir: Path, step
         options["wandb"] = {"id": run_id, "resume": "allow", "name": run_dir.name, "dir": str(run_dir)}
     with writing(run_dir / "logs"):
         accelerator.init_trackers(config.logging.project, init_kwargs=options)
+    # tensorboard writes in a thread, whose traceback would bury the one line that its error, raised here again, ends in
+    show = threading.excepthook
+    threading.excepthook = lambda failed: type(failed.thread).__name__ == "_AsyncWriterThread" or show(failed)
     if accelerator.is_main_process:
         for tracker in accelerator.trackers:
             if tracker.name != "tensorboard":  # its hyperparameter table takes no nested settings

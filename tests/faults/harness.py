@@ -1,5 +1,6 @@
 """Runs of train_rae.py that go wrong on purpose, and what they must end with all the same."""
 
+import functools
 import multiprocessing
 import os
 import re
@@ -8,8 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from multiprocessing import forkserver
 from pathlib import Path
-from typing import Optional
+from typing import Any
+from unittest import mock
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent), str(FOLDER.parent.parent)]
@@ -36,9 +39,14 @@ BUSY = {
 }
 DEADLINE = 300  # seconds until a run counts as hanging
 
-forks = multiprocessing.get_context("forkserver")  # the libraries are imported once, for all runs
-forks.set_forkserver_preload(["trigger"])
-os.environ["PYTHONPATH"] = os.pathsep.join(sys.path[:3])  # the fork server's
+
+@functools.cache
+def forks() -> Any:
+    """Starts processes as forks of one that has imported the libraries, which takes the most of a tiny run's time."""
+    multiprocessing.set_forkserver_preload(["trigger"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (FOLDER, FOLDER.parent, ROOT)))):
+        forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
 
 
 def free_port() -> int:
@@ -47,8 +55,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run_rank(argv: list, environment: dict, log: Path, fault: Optional[dict]) -> None:
-    """In a forked process: the command line `train_rae.py ARGV`, with its output in `log`."""
+def run_rank(argv: list, environment: dict, log: Path, faults: tuple) -> None:
+    """In a forked process: the command line `train_rae.py ARGV` with these faults, and its output in `log`."""
     import trigger
 
     multiprocessing.set_start_method("fork", force=True)  # of data loading processes: the platform's usual one
@@ -58,7 +66,7 @@ def run_rank(argv: list, environment: dict, log: Path, fault: Optional[dict]) ->
     os.dup2(file, 2)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.argv = ["train_rae.py", *argv]
-    if fault is not None:
+    for fault in faults:
         trigger.arm(fault)
     trigger.run_main(trigger.train_rae.main)
 
@@ -70,7 +78,7 @@ class Training:
         self.run_dir, self.log = run_dir, run_dir.with_name(f"{run_dir.name}.log")
         self.settings = {**BUSY, "data.path": images, "train.output_dir": run_dir, **settings}
 
-    def start(self, processes: int = 1, fault: Optional[dict] = None, **settings) -> list:
+    def start(self, processes: int = 1, faults: tuple = (), **settings) -> list:
         """Start the command's processes, each as a launcher would; their output goes to a new log."""
         self.log.unlink(missing_ok=True)
         environment = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
@@ -79,7 +87,7 @@ class Training:
         ranks = []
         for rank in range(processes):
             own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            ranks.append(forks.Process(target=run_rank, args=(argv, own, self.log, fault)))
+            ranks.append(forks().Process(target=run_rank, args=(argv, own, self.log, faults)))
             ranks[-1].start()
         return ranks
 
@@ -100,9 +108,9 @@ class Training:
         with self.log.open("w") as log:
             return subprocess.Popen(line, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 
-    def go(self, processes: int = 1, fault: Optional[dict] = None, **settings) -> list:
+    def go(self, processes: int = 1, faults: tuple = (), **settings) -> list:
         """One run of the command; see `start` and `wait`."""
-        return self.wait(self.start(processes, fault, **settings))
+        return self.wait(self.start(processes, faults, **settings))
 
     def output(self) -> str:
         return self.log.read_text() if self.log.exists() else ""

@@ -44,11 +44,11 @@ PLACES = {
     "first line of metrics.jsonl": {"place": r"open a .*/metrics\.jsonl", "action": "half"},
     "metrics.jsonl, half a line": {"place": r"open a .*/metrics\.jsonl", "count": 6, "action": "half"},
     "metrics.jsonl cut back on resume": {"place": r"open w .*/\.metrics\.jsonl\.partial", "action": "half"},
-    "sample picture half-written": {"place": r"open w\+b .*/samples/step-", "action": "half"},
-    "curves half-written": {"place": r"open w\S* .*/curves\.png", "action": "half"},
+    "sample picture half-written": {"place": r"open w\+ .*/samples/step-", "action": "half"},
+    "curves half-written": {"place": r"open w\+ .*/curves\.png", "action": "half"},
     "checkpoint: first file": {"place": rf"open w .*{PARTIAL}/state\.json", "action": "half"},
-    "checkpoint: last of the networks' files": {"place": rf"open wb .*{PARTIAL}/optimizer\.pt", "action": "half"},
-    "checkpoint: a file cut in half": {"place": rf"open rb .*{PARTIAL}/ema", "action": "half"},
+    "checkpoint: last of the networks' files": {"place": rf"open w .*{PARTIAL}/optimizer\.pt", "action": "half"},
+    "checkpoint: a file cut in half": {"place": rf"open r .*{PARTIAL}/ema", "action": "half"},
     "checkpoint: before its manifest": {"place": rf"open w .*{PARTIAL}/manifest\.json", "action": "kill"},
     "checkpoint: before its rename": {"place": rf"os\.rename .*{PARTIAL}", "action": "kill"},
     "checkpoint: before old ones are dropped": {"place": r"shutil\.rmtree .*/checkpoints/step-", "action": "kill"},
@@ -129,12 +129,12 @@ def random_life(training: Training, scenario: str, kills: int, chance: random.Ra
     return rows
 
 
-def named_life(training: Training, scenario: str) -> list:
-    """One run folder whose main process dies at each place in turn."""
+def named_life(training: Training, scenario: str, places: dict) -> list:
+    """One run folder whose main process dies at each of the places in turn."""
     processes, settings, _ = SCENARIOS[scenario]
     rows = []
-    for name, fault in PLACES.items():
-        codes = training.go(processes, {"count": 1, **fault}, **settings)
+    for name, fault in places.items():
+        codes = training.go(processes, ({"count": 1, **fault},), **settings)
         assert codes[0] == -9, f"{name}: ended with {codes} instead of being killed: {training.output()}"
         rows.append({"scenario": scenario, "when": name, "killed": "main process", "caught": left_behind(training)})
     return rows
@@ -186,7 +186,7 @@ def main() -> None:
             rows += life
         for scenario in ("1 process, 2 workers", "2 processes"):
             training = Training(folder / f"named-{scenario.replace(' ', '-')}", images, **SETTINGS)
-            life = named_life(training, scenario)
+            life = named_life(training, scenario, PLACES)
             finish(training, scenario, references[SCENARIOS[scenario][0]], life)
             rows += life
     bad = sum(row["differs"] != "nothing" for row in rows)

@@ -3,14 +3,15 @@
     RAE_FAULT='{"place": "os.rename .*/checkpoints/", "count": 2, "action": "kill"}' \
         accelerate launch tests/faults/trigger.py --config ...
 
-`place` is a regular expression for a line `EVENT [MODE] PATH`, one for each file operation that Python's audit hooks
-see (open, os.rename, os.remove, shutil.rmtree, ...), or `call NAME` for a call of a function of train_rae.py; `count`
-says which of the matching ones (1 is the first), `rank` in which process (0). `action` is
+`place` is a regular expression for `call NAME`, a call of a function of train_rae.py, or `EVENT PATH`, an operation
+that Python's audit hooks see: open (with its mode, `open w PATH`), os.mkdir, os.rename, os.remove, shutil.rmtree.
+`count` says which of the matching ones (1 is the first), `rank` in which process (0). `action` is
 
     kill, term, usr1, int       that signal to itself, just before the operation ("term term" sends it twice)
     half                        kill, and leave the file half-written
-    fill                        fill the disk that `disk` lies on, except for `leave` bytes
-    remove, read-only           delete the folder `disk`; make the file system `disk` read-only
+    fill                        fill the file system `disk`, except for `leave` bytes
+    remove, garbage             delete the file or folder `disk`; put something else in the file's place
+    read-only                   let nobody, root included, make files in the folder `disk`
 """
 
 import json
@@ -57,9 +58,11 @@ def strike(fault: dict, path: Optional[Path], mode: Optional[str]) -> None:
     if action == "fill":
         fill(disk, fault.get("leave", 0))
     elif action == "remove":
-        shutil.rmtree(disk)
+        shutil.rmtree(disk) if disk.is_dir() else disk.unlink()
+    elif action == "garbage":
+        disk.write_text("no image")
     elif action == "read-only":
-        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        subprocess.run(["chattr", "+i", disk], check=True)
     else:
         for name in action.split():
             os.kill(os.getpid(), SIGNALS[name])
