@@ -29,7 +29,7 @@ from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, TextIO
+from typing import Any, Optional, TextIO, Union
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -114,7 +114,7 @@ from runtime import (
     writing,
 )
 from sharding import check_launch, check_processes, fsdp_is_asked_for, plain_accelerator, shard
-from streams import StreamLoader, load_stream_eval_images, open_stream
+from streams import Stream, StreamLoader, load_stream_eval_images, open_stream
 
 logger = logging.getLogger(__name__)
 
@@ -775,12 +775,60 @@ def take_run_folder(config: Config, run_dir: Path) -> TextIO:
     return lock
 
 
-def open_streams(config: Config, accelerator: Accelerator) -> tuple:
-    """(Stream of training images, evaluation images). Settles the number of lanes, which the run folder then keeps."""
-    if config.data.stream_lanes is None:
-        config.data.stream_lanes = accelerator.num_processes * max(1, config.data.num_workers)
-    stream = open_stream(config.data, config.train.global_batch_size, config.train.seed, accelerator)
-    return stream, load_stream_eval_images(config.data, config.eval.num_samples)
+@dataclass
+class TrainingData:
+    """Training images, a numbered list or a stream, and evaluation images."""
+
+    images: Union[ImageSource, Stream]
+    batches: Optional[TrainBatches]  # the order in which a list is drawn; None for a stream
+    eval_images: ImageSource
+    num_images: Optional[int]  # None where a stream's number is not known
+    steps_per_epoch: int
+
+    @property
+    def shards(self) -> Optional[str]:
+        """Fingerprint of a stream's shards, None for a list."""
+        return self.images.fingerprint() if self.batches is None else None
+
+
+def open_data(config: Config, accelerator: Accelerator, micro_batch: int) -> TrainingData:
+    """Find the images. Settles the number of a stream's lanes, which the run folder then keeps. Raises DataError."""
+    if config.data.streaming:
+        if config.data.stream_lanes is None:
+            config.data.stream_lanes = accelerator.num_processes * max(1, config.data.num_workers)
+        stream = open_stream(config.data, config.train.global_batch_size, config.train.seed, accelerator)
+        eval_images = load_stream_eval_images(config.data, config.eval.num_samples)
+        return TrainingData(stream, None, eval_images, stream.num_images, stream.steps_per_epoch)
+    images, eval_images = load_splits(config.data, config.train.seed)
+    batches = TrainBatches(
+        len(images),
+        config.train.global_batch_size,
+        micro_batch,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.train.seed,
+        start_step=0,
+        total_steps=0,
+    )
+    return TrainingData(images, batches, eval_images, len(images), batches.steps_per_epoch)
+
+
+def open_loader(run: Run, data: TrainingData, state: RunState, total_steps: int) -> Iterable:
+    """This process's micro-batches from `state.step` on."""
+    config, accelerator, size = run.config, run.accelerator, run.config.model.image_size
+    if data.batches is None:
+        return StreamLoader(
+            data.images,
+            config.data,
+            size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.train.gradient_accumulation_steps,
+            state.stream["lanes"],
+        )
+    data.batches.start_step, data.batches.total_steps = state.step, total_steps
+    resize_size, max_unreadable = config.data.resize_size, config.data.max_unreadable
+    return train_loader(data.images, data.batches, size, resize_size, max_unreadable, config.data.num_workers)
 
 
 def check_shared_folder(run_dir: Path, lock: Optional[TextIO]) -> None:
@@ -855,6 +903,28 @@ def load_checkpoint(run: Run, state: RunState, path: Path) -> None:
                 f"{setting}: its weights are not those that {path} was trained with; choose another train.output_dir "
                 "or the same weights"
             )
+
+
+def continue_run(run: Run, state: RunState, data: TrainingData, run_dir: Path) -> bool:
+    """Load the newest whole checkpoint, if there is one; the result says so. Raises RunError when all are damaged, and
+    ConfigError when the run began with other images."""
+    state.num_images = data.num_images
+    state.stream = None if data.batches is not None else {"shards": data.shards, "lanes": None}
+    checkpoint = find_checkpoint(run.accelerator, run_dir)
+    if checkpoint is None:
+        return False
+    load_checkpoint(run, state, checkpoint)
+    tell(run, f"continuing from {checkpoint}")
+    other = f"choose another train.output_dir, with model.init_from {run_dir}/best"
+    if state.num_images != data.num_images:
+        raise ConfigError(
+            f"data.path: {run.config.data.path} has {data.num_images} training images, {run_dir} began with "
+            f"{state.num_images}; take out what was added, put back what is missing (an empty file with the name of a "
+            f"lost one will do: it is skipped), or {other}"
+        )
+    if data.batches is None and state.stream["shards"] != data.shards:
+        raise ConfigError(f"data.path: the shards are not those that {run_dir} began with; {other}")
+    return True
 
 
 def start_trackers(config: Config, accelerator: Accelerator, run_dir: Path, step: int) -> None:
@@ -991,23 +1061,8 @@ def main() -> None:
     rae_config = build_rae_config(config)
     check_hub(config, rae_config)
     training_resize_size(config.model.image_size, config.data.resize_size)
-    if config.data.streaming:
-        stream, eval_images = open_streams(config, accelerator)
-        num_images, steps_per_epoch = stream.num_images, stream.steps_per_epoch
-    else:
-        train_images, eval_images = load_splits(config.data, config.train.seed)
-        batches = TrainBatches(
-            len(train_images),
-            config.train.global_batch_size,
-            micro_batch,
-            accelerator.process_index,
-            accelerator.num_processes,
-            config.train.seed,
-            start_step=0,
-            total_steps=0,
-        )
-        num_images, steps_per_epoch = len(train_images), batches.steps_per_epoch
-    total_steps = config.train.max_steps or max(1, round(config.train.epochs * steps_per_epoch))
+    data = open_data(config, accelerator, micro_batch)
+    total_steps = config.train.max_steps or max(1, round(config.train.epochs * data.steps_per_epoch))
     saved = checkpoints(run_dir)
     finished = saved and checkpoint_step(saved[-1]) >= total_steps and is_whole_model(run_dir / "final")
     if broadcast_object_list([finished])[0]:  # as the main process sees it: a machine may lack the folder
@@ -1023,53 +1078,17 @@ def main() -> None:
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
 
     # networks, and the state of an earlier part of this run
-    run = build_run(config, accelerator, rae_config, steps_per_epoch)
+    run = build_run(config, accelerator, rae_config, data.steps_per_epoch)
     lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
     check_shared_folder(run_dir, lock)
-    state = RunState(num_images=num_images, frozen=run.frozen)
-    if config.data.streaming:
-        state.stream = {"shards": stream.fingerprint(), "lanes": None}
-    checkpoint = find_checkpoint(accelerator, run_dir)
-    if checkpoint is not None:
-        load_checkpoint(run, state, checkpoint)
-        tell(run, f"continuing from {checkpoint}")
-        if state.num_images != num_images:
-            raise ConfigError(
-                f"data.path: {config.data.path} has {num_images} training images, {run_dir} began with "
-                f"{state.num_images}; take out what was added, put back what is missing (an empty file with the name "
-                f"of a lost one will do: it is skipped), or choose another train.output_dir, with model.init_from "
-                f"{run_dir}/best"
-            )
-        if config.data.streaming and state.stream["shards"] != stream.fingerprint():
-            raise ConfigError(
-                f"data.path: the shards are not those that {run_dir} began with; choose another train.output_dir, "
-                f"with model.init_from {run_dir}/best"
-            )
-    if config.data.streaming:
-        loader = StreamLoader(
-            stream,
-            config.data,
-            config.model.image_size,
-            accelerator.process_index,
-            accelerator.num_processes,
-            config.train.gradient_accumulation_steps,
-            state.stream["lanes"],
-        )
-    else:
-        batches.start_step, batches.total_steps = state.step, total_steps
-        loader = train_loader(
-            train_images,
-            batches,
-            config.model.image_size,
-            config.data.resize_size,
-            config.data.max_unreadable,
-            config.data.num_workers,
-        )
+    state = RunState(frozen=run.frozen)
+    continued = continue_run(run, state, data, run_dir)
+    loader = open_loader(run, data, state, total_steps)
     unreadable = UnreadableLog(config.data.max_unreadable)
-    reporter = Reporter(run, state, run_dir, eval_images, unreadable, distances)
-    reporter.forget_after(-1 if checkpoint is None else state.step)
+    reporter = Reporter(run, state, run_dir, data.eval_images, unreadable, distances)
+    reporter.forget_after(state.step if continued else -1)
     start_trackers(config, accelerator, run_dir, state.step)
-    tell(run, describe(run, num_images, len(eval_images), micro_batch, total_steps))
+    tell(run, describe(run, data, micro_batch, total_steps))
 
     if state.step < total_steps and accelerator.is_main_process:
         shutil.rmtree(run_dir / "final", ignore_errors=True)  # of this run when it was shorter
@@ -1088,7 +1107,7 @@ def main() -> None:
         lock.close()
 
 
-def describe(run: Run, num_train: Optional[int], num_eval: int, micro_batch: int, total_steps: int) -> str:
+def describe(run: Run, data: TrainingData, micro_batch: int, total_steps: int) -> str:
     """What is about to happen, in a few lines."""
     c, a = run.config, run.accelerator
     decoder = sum(p.numel() for p in run.model.decoder.parameters()) / 1e6
@@ -1099,7 +1118,7 @@ def describe(run: Run, num_train: Optional[int], num_eval: int, micro_batch: int
     return "\n".join(
         [
             f"encoder {c.model.encoder} {encoder:.1f}M frozen, decoder {decoder:.1f}M, {c.model.image_size} px",
-            f"{'streamed' if num_train is None else num_train} training and {num_eval} evaluation images, "
+            f"{data.num_images or 'streamed'} training and {len(data.eval_images)} evaluation images, "
             f"{run.steps_per_epoch} steps an epoch, {total_steps} steps; {', '.join(starts)}",
             f"batch {c.train.global_batch_size} = {a.num_processes} processes x {micro_batch} images x "
             f"{c.train.gradient_accumulation_steps} accumulated, precision {a.mixed_precision}, {a.device.type}"
