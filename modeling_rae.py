@@ -750,8 +750,9 @@ class RAEModel(RAEPreTrainedModel):
                 **{**kwargs, "use_safetensors": True, "ignore_mismatched_sizes": True},  # those are refused below
             )
         for name, *shapes in sorted(info["mismatched_keys"]):
+            found, expected = map(tuple, shapes)
             raise ValueError(
-                f"{pretrained_model_name_or_path}: '{name}' has shape {shapes[0]}, its config.json says {shapes[1]}"
+                f"{pretrained_model_name_or_path}: '{name}' has shape {found}, its config.json says {expected}"
             )
         for kind in ("missing_keys", "unexpected_keys"):
             if info[kind]:
