@@ -10,7 +10,7 @@ from checkpointing import fill
 
 
 class EMA:
-    """Shadow copy of a module's parameters, float32, ema = decay * ema + (1 - decay) * parameter.
+    """Shadow copy of a module's parameters, float32 as those should be, ema = decay * ema + (1 - decay) * parameter.
 
     Only parameters are averaged: the decoder has no buffers. Frozen ones are kept too, so that a state dict is whole.
     """
@@ -37,7 +37,8 @@ class EMA:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        """Exchange the values, in place: FSDP gathers a sharded parameter from the memory that it was given."""
+        """Exchange the values, in place: FSDP gathers a sharded parameter from the memory that it was given. Parameters
+        of less than float32 would round the average."""
         for name, p in self.module.named_parameters():
             kept = p.clone()
             p.copy_(self.shadow[name])

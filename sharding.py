@@ -74,7 +74,7 @@ def plain_accelerator() -> Iterator[None]:
 
 def check_processes(accelerator: Accelerator) -> None:
     """Raise ConfigError when the processes that accelerate launch started do not know of each other."""
-    started = int(os.environ.get("WORLD_SIZE", "1"))
+    started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     if started != accelerator.num_processes:
         raise ConfigError(
             f"accelerate launch: it started {started} processes, and there is no GPU for them; to train with several "

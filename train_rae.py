@@ -402,10 +402,10 @@ def step_generator(run: Run, step: int, micro_batch: int) -> torch.Generator:
 
 
 def no_sync_except_last(run: Run, network: nn.Module, i: int, count: int) -> Any:
-    last = i == count - 1
     if isinstance(network, FSDPModule):
-        network.set_requires_gradient_sync(last)
-    return nullcontext() if last or isinstance(network, FSDPModule) else run.accelerator.no_sync(network)
+        network.set_requires_gradient_sync(i == count - 1)
+        return nullcontext()
+    return nullcontext() if i == count - 1 else run.accelerator.no_sync(network)
 
 
 def gradient_norm(parameters: Iterable) -> torch.Tensor:
@@ -831,16 +831,19 @@ def open_loader(run: Run, data: TrainingData, state: RunState, total_steps: int)
     return train_loader(data.images, data.batches, size, resize_size, max_unreadable, config.data.num_workers)
 
 
-def check_shared_folder(run_dir: Path, lock: Optional[TextIO]) -> None:
+def check_shared_folder(run_dir: Path, lock: Optional[TextIO], patience: float = 90) -> None:
     """Raise ConfigError, on all processes, when some machine does not see the main process's run folder, from which
-    all of them read checkpoints. `lock`: the main process's, what `take_run_folder` gave."""
+    all of them read checkpoints. `lock`: the main process's, what `take_run_folder` gave. `patience`: seconds; a
+    network file system may remember for a minute that a file was not there."""
     token = uuid.uuid4().hex
     if lock is not None:
         lock.write(token)
         lock.flush()
+        os.fsync(lock.fileno())
     [token] = broadcast_object_list([token])
-    file = run_dir / ".lock"
-    seen = file.exists() and file.read_text() == token
+    file, deadline = run_dir / ".lock", time.monotonic() + patience
+    while not (seen := file.exists() and file.read_text() == token) and time.monotonic() < deadline:
+        time.sleep(1)
     elsewhere = sorted({host for host in gather_object([None if seen else socket.gethostname()]) if host is not None})
     if elsewhere:
         raise ConfigError(

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import train_rae
 from modeling_rae import RAEModel
-from sharding import FSDP_SETTINGS, check_launch, shard
+from sharding import FSDP_SETTINGS, check_launch, check_processes, shard
 
 CONFIG = ROOT / "accelerate_configs" / "fsdp2_8gpu.yaml"
 EVERYTHING = {**TINY, "train.gradient_accumulation_steps": "2", "train.max_steps": "4", "eval.every_steps": "4"}
@@ -207,3 +207,12 @@ def test_other_ways_are_refused(environment, words, monkeypatch):
     with pytest.raises(ValueError, match="accelerate launch: ") as caught:
         check_launch()
     assert words in str(caught.value)
+
+
+def test_processes_that_do_not_know_of_each_other(monkeypatch):
+    """accelerate launch starts several processes for GPUs, and there is none: each would train alone."""
+    check_processes(Accelerator(cpu=True))
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="it started 2 processes, .* set ACCELERATE_USE_CPU=true"):
+        check_processes(Accelerator(cpu=True))

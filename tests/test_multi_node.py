@@ -16,6 +16,11 @@ CONFIG = str(ROOT / "accelerate_configs" / "multi_node.yaml")
 SETTINGS = {**PLAIN, "train.max_steps": "1000", "train.save_every_steps": "2", "eval.every_steps": "1000"}
 
 
+def last_step(run_dir) -> int:
+    lines = read_metrics(run_dir) if (run_dir / "metrics.jsonl").exists() else []
+    return lines[-1]["step"] if lines else 0
+
+
 class Nodes:
     """The launches of both machines, their outputs in files."""
 
@@ -39,9 +44,7 @@ class Nodes:
 
     def wait_for_step(self, run_dir, step: int) -> None:
         deadline = time.time() + 200
-        while not (run_dir / "metrics.jsonl").exists() or not any(
-            line["step"] >= step for line in read_metrics(run_dir)
-        ):
+        while last_step(run_dir) < step:
             assert all(launcher.poll() is None for launcher in self.launchers), self.outputs()
             assert time.time() < deadline, self.outputs()
             time.sleep(0.05)
@@ -87,21 +90,22 @@ def test_two_machines(images, tmp_path, start):
     saved = checkpoints(run_dir)[-1]
 
     nodes = start(settings)
-    nodes.wait_for_step(run_dir, read_metrics(run_dir)[-1]["step"] + 3)
+    nodes.wait_for_step(run_dir, last_step(run_dir) + 3)
     nodes.worker(1).terminate()
     assert [launcher.wait(timeout=120) for launcher in nodes.launchers] == [0, 0], nodes.outputs()
     output = nodes.outputs()[0]
     assert f"continuing from {saved}" in output and "stopped by another process after step" in output
 
-    step = read_metrics(run_dir)[-1]["step"]
-    alone = {**settings, "train.output_dir": tmp_path / "alone", "train.max_steps": step}
+    alone = {**settings, "train.output_dir": tmp_path / "alone", "train.max_steps": last_step(run_dir)}
     launch = ("--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
     run_command("train_rae.py", *flags(alone), launch=launch)
     expected, found = (
         [line for line in read_metrics(folder) if line["kind"] == "train"] for folder in (tmp_path / "alone", run_dir)
     )
     assert found == expected
-    assert same(checkpoint_state(run_dir), checkpoint_state(tmp_path / "alone"))
+    expected, found = (checkpoint_state(folder) for folder in (tmp_path / "alone", run_dir))
+    for part in expected.keys() - {"state"}:  # in which the best evaluation is: the run alone has one more
+        assert same(found[part], expected[part]), part
 
 
 def test_run_folder_of_another_machine(tmp_path):
@@ -113,4 +117,4 @@ def test_run_folder_of_another_machine(tmp_path):
     check_shared_folder(tmp_path / "main", lock)
     for folder in ("other", "missing"):
         with pytest.raises(ConfigError, match=rf"train.output_dir: \S+{folder} on {socket.gethostname()} is another"):
-            check_shared_folder(tmp_path / folder, lock)
+            check_shared_folder(tmp_path / folder, lock, patience=0)
