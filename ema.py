@@ -1,6 +1,6 @@
 """Exponential moving average of a module's parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -10,7 +10,7 @@ from checkpointing import fill
 
 
 class EMA:
-    """Shadow copy of a module's parameters, float32 as those should be, ema = decay * ema + (1 - decay) * parameter.
+    """Shadow copy of a module's parameters, float32, ema = decay * ema + (1 - decay) * parameter.
 
     Only parameters are averaged: the decoder has no buffers. Frozen ones are kept too, so that a state dict is whole.
     """
@@ -28,21 +28,21 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within this context the module computes with the averaged parameters."""
-        self._swap()
+        """Within this context the module computes with the averaged parameters. Its own are kept beside them, which
+        takes no more memory than the gradients of a training step."""
+        parameters = [p.detach() for p in self.module.parameters()]
+        kept = [p.clone() for p in parameters]
+        self._copy(self.shadow.values(), parameters)
         try:
             yield
         finally:
-            self._swap()
+            self._copy(kept, parameters)
 
-    @torch.no_grad()
-    def _swap(self) -> None:
-        """Exchange the values, in place: FSDP gathers a sharded parameter from the memory that it was given. Parameters
-        of less than float32 would round the average."""
-        for name, p in self.module.named_parameters():
-            kept = p.clone()
-            p.copy_(self.shadow[name])
-            self.shadow[name].copy_(kept)
+    @staticmethod
+    def _copy(values: Iterable, parameters: list) -> None:
+        """In place: FSDP gathers a sharded parameter from the memory that it was given."""
+        for value, parameter in zip(values, parameters, strict=True):
+            parameter.copy_(value)
 
     def state_dict(self) -> dict:
         return dict(self.shadow)
