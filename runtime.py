@@ -71,7 +71,8 @@ def writing(path: Path) -> Iterator[None]:
         place = next(folder for folder in path.absolute().parents if folder.exists())
         free = shutil.disk_usage(place).free / 2**20
         reason = getattr(error, "strerror", None) or error
-        raise WriteError(f"{path} cannot be written ({reason}); {free:.1f} MiB are free in {place}") from error
+        message = f"{path} cannot be written ({reason}); {free:.1f} MiB are free in {place}"
+        raise WriteError(message, everywhere=True) from error  # the process that writes may be any
 
 
 # what building something from wrong settings raises, and what a damaged model folder makes of that

@@ -973,7 +973,8 @@ def resumable(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except WriteError as error:
-        raise RunError(f"{error}; {last_checkpoint(run_dir)}; the same command continues") from error
+        message = f"{error}; {last_checkpoint(run_dir)}; the same command continues"
+        raise RunError(message, everywhere=True) from error
     except KeyboardInterrupt:
         raise RunError(
             f"stopped by Ctrl-C; {last_checkpoint(run_dir)}; the same command continues", INTERRUPTED

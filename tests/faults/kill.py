@@ -17,6 +17,7 @@ import random
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,13 @@ def tree(process: Any) -> list:
         return []
 
 
+def is_at_work(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
 def ranks_of(processes: list) -> list:
     """Those of a launcher's tree that train, the main process first; data loading processes have a rank as parent."""
     found = [p for p in processes[1:] if "train_rae.py" in " ".join(p.cmdline()) and p.ppid() == processes[0].pid]
@@ -81,28 +89,26 @@ def ranks_of(processes: list) -> list:
 def kill_at(training: Training, started: list, launched: bool, moment: float, pace: dict, alone: bool) -> bool:
     """Kill the run at a moment: steps since its begin, or below 0 a share of the start-up. Returns whether it was still
     at work. `alone`: the main process only; the others must end by themselves."""
-    begin = time.monotonic()
+    main = psutil.Process(started[0].pid)
     if moment < 0:
         time.sleep(-moment * pace["start"])
     else:
-        known = training.step()
-        while training.step() < max(moment // 1, 0) or (training.step() == known and time.monotonic() - begin < 1):
-            if all(not psutil.pid_exists(p.pid) or psutil.Process(p.pid).status() == "zombie" for p in started):
-                return False
+        while training.step() < moment // 1 and is_at_work(main):
             time.sleep(0.005)
         time.sleep(moment % 1 * pace["step"])
+    hit = is_at_work(main)
     everyone = [p for process in started for p in tree(process)]
     victims = everyone
     if alone:
         victims = ranks_of(everyone)[:1] if launched else everyone[:1]
-    at_work = [p for p in victims if p.is_running() and p.status() != psutil.STATUS_ZOMBIE]
-    for process in at_work:
-        process.kill()
+    for process in victims:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
     for process in started:
         process.wait(DEADLINE) if launched else process.join(DEADLINE)
     _, left = psutil.wait_procs(everyone, DEADLINE)
     assert not left, f"{left} live on after the main process was killed"
-    return bool(at_work)
+    return hit
 
 
 def left_behind(training: Training) -> str:
@@ -120,7 +126,8 @@ def random_life(training: Training, scenario: str, kills: int, chance: random.Ra
     rows = []
     moments = sorted(-chance.random() if chance.random() < 0.1 else chance.uniform(0, STEPS) for _ in range(kills))
     for moment in moments:
-        alone = chance.random() < 0.25
+        # in start-up one that has not met the others yet leaves them waiting: that is the launcher's business
+        alone = chance.random() < 0.25 and (launched or processes == 1 or moment >= 0)
         started = [training.launch(processes, **settings)] if launched else training.start(processes, **settings)
         if kill_at(training, started, launched, moment, pace, alone):
             who = "main process" if alone else "all processes"
