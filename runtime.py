@@ -38,7 +38,7 @@ def loss_of_process(error: RuntimeError) -> Optional[str]:
             f"{who}a data loading process died ({text.strip()}); when the system ended it for lack of memory, "
             "data.num_workers must be lower"
         )
-    if isinstance(error, torch.distributed.DistError) or "gloo" in text:
+    if isinstance(error, torch.distributed.DistError) or "/gloo/" in text:
         reason = re.sub(r"^\[\S+\] ", "", text.splitlines()[0]).split(". ")[0]  # without gloo's source file and advice
         return f"{who}the connection to another process is lost, it died or hangs ({reason})"
     return None

@@ -108,11 +108,6 @@ def error_line(stderr: str) -> str:
     return line
 
 
-def relative_difference(a: dict, b: dict) -> float:
-    """Largest relative difference of two sets of weights, tensor by tensor."""
-    return max(((a[n] - b[n]).norm() / b[n].norm().clamp(min=1e-3)).item() for n in b)
-
-
 def read_metrics(run_dir: Path) -> list:
     """Lines of metrics.jsonl without what a clock decides."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]

@@ -25,7 +25,6 @@ from conftest import (
     flags,
     processes_on_cpu,
     read_metrics,
-    relative_difference,
     run_command,
     same,
 )
@@ -227,6 +226,10 @@ def tiny_run(images, accelerator, **settings):
 def take_steps(run, pixels, micro_batches, steps=3):
     records = [train_rae.train_step(run, list(pixels.chunk(micro_batches)), step) for step in range(steps)]
     return records, {n: p.detach().clone() for n, p in run.model.decoder.named_parameters()}
+
+
+def relative_difference(a: dict, b: dict) -> float:
+    return max(((a[n] - b[n]).norm() / b[n].norm().clamp(min=1e-3)).item() for n in b)
 
 
 def test_accumulation_is_a_bigger_batch(images):
