@@ -5,8 +5,8 @@ import os
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import TINY, run_ranks
-from test_train import final_state, same, take_steps, tiny_run
+from conftest import TINY, checkpoint_state, run_ranks, same
+from test_train import take_steps, tiny_run
 from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -87,7 +87,7 @@ def test_two_runs_are_equal(images, tmp_path):
     argvs = [["train_rae.py", {**settings, "train.output_dir": run}] for run in runs]
     results = run_ranks(*({"folder": tmp_path / "said", "processes": 1, "argv": argv} for argv in argvs))
     assert all(result["ends"] == [{"code": 0, "seconds": 0}] for result in results), results
-    assert same(*(final_state(run) for run in runs))
+    assert same(*(checkpoint_state(run) for run in runs))
 
 
 def test_no_operation_of_a_step_raises_on_a_gpu(images, deterministic):

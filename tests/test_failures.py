@@ -9,8 +9,20 @@ import psutil
 import pytest
 import torch
 from accelerate import Accelerator
-from conftest import PLAIN, ROOT, command, error_line, flags, processes_on_cpu, read_metrics, run_command, run_ranks
-from test_train import final_state, fp16_accelerator, same, take_steps, tiny_run
+from conftest import (
+    PLAIN,
+    ROOT,
+    checkpoint_state,
+    command,
+    error_line,
+    flags,
+    processes_on_cpu,
+    read_metrics,
+    run_command,
+    run_ranks,
+    same,
+)
+from test_train import fp16_accelerator, take_steps, tiny_run
 
 import train_rae
 from runtime import RunError
@@ -164,7 +176,7 @@ def test_not_finite(ended, name, term, step):
     for stderr in result["err"]:
         assert error_line(stderr) == f"error: {term} at step {step}; the last good checkpoint is {saved}"
     assert sorted((run_dir / "checkpoints").iterdir())[-1] == saved
-    assert is_finite(final_state(run_dir))
+    assert is_finite(checkpoint_state(run_dir))
 
 
 def is_finite(state) -> bool:
@@ -182,7 +194,7 @@ def test_the_run_goes_on_once_the_cause_is_gone(images, ended):
     run_command(
         "train_rae.py", *flags({**BUSY, "train.max_steps": "6", "data.path": images, "train.output_dir": run_dir})
     )
-    assert same(final_state(run_dir), final_state(whole))
+    assert same(checkpoint_state(run_dir), final_state(whole))
 
 
 def test_skipped_steps_are_counted(ended):
@@ -204,7 +216,7 @@ def test_skipped_steps_are_counted(ended):
     run_dir, result = ended["too many"]
     assert [end["code"] for end in result["ends"]] == [1]
     assert "recon is nan at step 4; the last good checkpoint is" in error_line(result["err"][0])
-    assert is_finite(final_state(run_dir))
+    assert is_finite(checkpoint_state(run_dir))
 
 
 # ------------------------------------------------------------------------------------ steps, inside this process
