@@ -3,6 +3,7 @@
 import functools
 import multiprocessing
 import os
+import random
 import re
 import signal
 import socket
@@ -50,9 +51,12 @@ def forks() -> Any:
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    """One below those that the system gives to outgoing connections: a rank that waits for it could be given it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 def run_rank(argv: list, environment: dict, log: Path, faults: tuple) -> None:
