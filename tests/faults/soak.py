@@ -4,7 +4,7 @@
 
 Every loss is on, two processes load the data; evaluation, sample grids, curves and tensorboard every 20 steps, a
 checkpoint every 15. The run is ended with SIGTERM, as a scheduler does. What is compared is the median of the first
-and of the last quarter of the samples after WARM_UP. Exit code 1 when memory grows by more than MAX_GROWTH, or open
+and of the last quarter of the steps after WARM_UP. Exit code 1 when memory grows by more than MAX_GROWTH, or open
 files, threads, processes or the folders of fixed size by anything. metrics.jsonl, samples/ and logs/ are a record and
 may grow; how fast is printed. `--json FILE` writes all samples.
 """
@@ -27,7 +27,7 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-WARM_UP = 0.2  # share of the run in which caches and allocators fill
+WARM_UP = 0.2  # share of the steps in which caches and allocators fill
 # MiB of anonymous memory, all processes together (about 3200): what the C library's allocator keeps of freed memory
 # moves by some tens of MiB when steps, evaluations and pictures alternate
 MAX_GROWTH = 64
@@ -120,14 +120,20 @@ def watch(minutes: float, every: float, folder: Path) -> list:
 
 
 def growth(samples: list, name: str) -> tuple:
-    """Median of the first and of the last quarter after the warm-up."""
-    values = [line[name] for line in samples[int(WARM_UP * len(samples)) :]]
-    quarter = max(1, len(values) // 4)
-    return statistics.median(values[:quarter]), statistics.median(values[-quarter:])
+    """Median of the first and of the last quarter after the warm-up, quarters of the steps: what a busy machine makes
+    of the time says nothing about the run."""
+    first, last = samples[0]["step"], samples[-1]["step"]
+    quarter = (1 - WARM_UP) / 4
+
+    def median(start: float, end: float) -> float:
+        low, high = (first + share * (last - first) for share in (start, end))
+        return statistics.median(line[name] for line in samples if low <= line["step"] <= high)
+
+    return median(WARM_UP, WARM_UP + quarter), median(1 - quarter, 1)
 
 
 def plot(samples: list, path: Path) -> None:
-    minutes = [line["seconds"] / 60 for line in samples]
+    steps = [line["step"] for line in samples]
     figure, axes = plt.subplots(1, 4, figsize=(18, 3.8), layout="constrained")
     panels = [
         ("memory in MiB, all processes: anonymous, resident", ("memory", "resident"), 1),
@@ -137,9 +143,9 @@ def plot(samples: list, path: Path) -> None:
     ]
     for axis, (title, names, unit) in zip(axes, panels, strict=True):
         for name in names:
-            axis.plot(minutes, [line[name] / unit for line in samples], label=name)
-        axis.axvspan(0, WARM_UP * minutes[-1], color="0.9", zorder=0)  # warm-up
-        axis.set(title=title, xlabel="minutes")
+            axis.plot(steps, [line[name] / unit for line in samples], label=name)
+        axis.axvspan(steps[0], steps[0] + WARM_UP * (steps[-1] - steps[0]), color="0.9", zorder=0)  # warm-up
+        axis.set(title=title, xlabel=f"steps, in {samples[-1]['seconds'] / 60:.0f} minutes")
         axis.set_ylim(bottom=0)
         axis.grid(alpha=0.3)
         axis.legend()
