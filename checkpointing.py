@@ -22,6 +22,7 @@ import re
 import shutil
 import signal
 import struct
+import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -171,7 +172,13 @@ def lock_run_folder(run_dir: Path) -> TextIO:
     process holds it."""
     file = (run_dir / ".lock").open("w")
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    os.register_at_fork(after_in_child=file.close)  # or data loading processes would hold it on after a SIGKILL
+    held = weakref.ref(file)
+
+    def let_go() -> None:
+        if held() is not None:
+            held().close()
+
+    os.register_at_fork(after_in_child=let_go)  # or data loading processes would hold it on after a SIGKILL
     return file
 
 

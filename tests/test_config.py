@@ -327,7 +327,8 @@ def test_a_run_folder_is_continued_with_its_own_settings_only(tmp_path):
     the key, both values and the folder's file."""
     resumable = {
         "data.num_workers", "data.max_unreadable", "data.max_unreadable_shards", "data.shard_retries",
-        "model.gradient_checkpointing", "train.cpu_threads", "train.epochs", "train.gradient_accumulation_steps",
+        "model.gradient_checkpointing", "train.cpu_threads", "train.deterministic", "train.epochs",
+        "train.gradient_accumulation_steps", "train.timeout_minutes",
         "train.keep_last", "train.max_nonfinite_steps", "train.max_steps", "train.output_dir",
         "train.save_every_steps", "train.save_every_epochs",
     }  # fmt: skip

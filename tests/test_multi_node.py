@@ -85,7 +85,7 @@ def test_two_machines(images, tmp_path, start):
     assert nodes.launchers[0].wait(timeout=60) != 0
     output = nodes.outputs()[0]
     lines = [line for line in output.splitlines() if "error: " in line]
-    assert len(lines) == 1 and lines[0].startswith("error: the connection to another process is lost"), output
+    assert len(lines) == 1 and "the connection to another process is lost" in lines[0], output
     assert "[rank0]: Traceback" not in output  # accelerate launch adds one of its own
     saved = checkpoints(run_dir)[-1]
 

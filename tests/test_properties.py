@@ -180,8 +180,8 @@ class Numbers(data.ImageSource):
     def load(self, i):
         return Image.new("RGB", (2, 2), (i, 0, 0))
 
-    def fingerprint(self):
-        return str(self.count)
+    def fingerprint(self, indices=None):
+        return f"{self.count} {indices}"
 
 
 @given(st.integers(1, 60), st.integers(1, 9), st.integers(1, 5), st.one_of(st.none(), st.integers(1, 80)))
@@ -233,6 +233,8 @@ def values_of(key: str, kind: typing.Any) -> st.SearchStrategy:
         return st.lists(values_of(key, parts[0]), max_size=4, unique=True).map(lambda v: tuple(sorted(v)))
     if origin is tuple:
         return st.tuples(*(values_of(key, part) for part in parts))
+    if origin is dict and parts[1] is float:
+        return st.dictionaries(words, values_of(key, float), max_size=3)
     if origin is dict:
         nested = st.recursive(plain_values, lambda v: st.lists(v, max_size=3) | st.dictionaries(words, v, max_size=3))
         return st.dictionaries(words, nested, max_size=3)
