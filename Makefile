@@ -10,10 +10,13 @@ help:
 	@echo "make demo       train on handwritten digits (about 3 minutes on 2 CPU cores)"
 	@echo "make test       run all tests (about 7 minutes on 2 cores)"
 	@echo "make lint       ruff check and format check"
+	@echo "make faults     kill a tiny run at 50 random moments and at named places (15 minutes on 2 idle cores)"
 	@echo "make cross-version  model folders between the oldest and the newest supported transformers (5 minutes)"
 	@echo "make data-pipeline  images per second of decoding, resize and crop, next to torchvision's (1 minute)"
 	@echo "make start-up   launch to first step with 1.3 million image files (1 minute)"
+	@echo "make soak       a tiny run of 30 minutes whose memory, open files and disk must stay flat (docs/reliability.md)"
 	@echo "make real-size  two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)"
+	@echo "make streaming  memory while a million images are streamed (1.2 GB disk, 15 minutes)"
 
 setup: .venv/installed
 
@@ -36,14 +39,23 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
+soak: setup
+	$(BIN)/python tests/faults/soak.py --plot docs/soak.png
+
 real-size: setup
 	$(BIN)/python benchmarks/real_size.py
+
+faults: setup
+	$(BIN)/python tests/faults/kill.py
 
 data-pipeline: setup
 	$(BIN)/python benchmarks/data_pipeline.py
 
 start-up: setup
 	$(BIN)/python benchmarks/start_up.py
+
+streaming: setup
+	$(BIN)/python benchmarks/streaming.py
 
 # the oldest transformers of requirements.txt, on the other packages of .venv
 .venv-oldest/installed: .venv/installed
@@ -56,4 +68,4 @@ start-up: setup
 cross-version: setup .venv-oldest/installed
 	$(BIN)/python tests/cross_version.py .venv-oldest/bin/python
 
-.PHONY: help setup demo test lint data-pipeline start-up real-size cross-version
+.PHONY: help setup demo test lint faults data-pipeline start-up soak real-size streaming cross-version

@@ -2,15 +2,16 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Optional
 
 import torch
 from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
-from safetensors import SafetensorError
 from torch import nn
 
+from checkpointing import whole
 from modeling_rae import RAEModel
 from runtime import ConfigError, blame
 
@@ -98,15 +99,15 @@ def load_autoencoder(source: str, key: str = "model") -> Autoencoder:
     source = str(Path(source).expanduser()) if source.startswith("~") else source
     kind = _kind(source, key)
     with blame(key, source):
-        try:
-            if kind == "rae":
-                return RAE(source, RAEModel.from_pretrained(source, dtype=torch.float32))
-            import diffusers  # seconds: only when asked for
+        if kind == "rae":
+            rae = RAE(source, RAEModel.from_pretrained(source, dtype=torch.float32))
+            with torch.no_grad():  # whether its encoder gives the tokens that its config says
+                rae.encode(torch.zeros(1, 3, rae.image_size, rae.image_size))
+            return rae
+        import diffusers  # seconds: only when asked for
 
-            load = getattr(diffusers, kind).from_pretrained
-            model, info = load(source, torch_dtype=torch.float32, output_loading_info=True)
-        except (RuntimeError, SafetensorError) as error:
-            raise ConfigError(f"{key}: {source} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+        load = getattr(diffusers, kind).from_pretrained
+        model, info = load(source, torch_dtype=torch.float32, output_loading_info=True)
     for keys in ("missing_keys", "unexpected_keys"):
         if info[keys]:
             raise ConfigError(f"{key}: {source} has {len(info[keys])} {keys.replace('_', ' ')}, as '{info[keys][0]}'")
@@ -115,11 +116,10 @@ def load_autoencoder(source: str, key: str = "model") -> Autoencoder:
 
 def _kind(source: str, key: str) -> str:
     """What the config.json of a folder or Hub repository says: "rae", "AutoencoderRAE" or "AutoencoderKL"."""
-    path = Path(source)
-    file = path / "config.json"
-    if path.exists() and not file.is_file():
+    file = Path(source, "config.json")
+    if os.path.exists(source) and not file.is_file():
         raise ConfigError(f"{key}: {source} has no config.json, expected a model folder such as runs/<name>/final")
-    if not path.exists():
+    if not os.path.exists(source):
         with blame(key, source):
             try:
                 file = Path(hf_hub_download(source, "config.json"))
@@ -129,7 +129,7 @@ def _kind(source: str, key: str) -> str:
     try:
         config = json.loads(file.read_text())
         kind = config.get("_class_name") or config.get("model_type")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"{key}: {file} is no model config: {error}") from error
     if kind not in ("rae", "AutoencoderRAE", "AutoencoderKL"):
         raise ConfigError(
@@ -144,7 +144,7 @@ def weights_digest(network: nn.Module, without: tuple = ()) -> str:
     for name, weight in sorted(network.state_dict().items()):
         if not name.startswith(without):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(weight.cpu().reshape(-1).view(torch.uint8).numpy())
+            digest.update(whole(weight, keep=True).reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

@@ -5,11 +5,13 @@
     <output_dir>/checkpoints/      step-*: complete state, the newest `keep_last`
     <output_dir>/best, final       from_pretrained folders with the averaged weights
 
-Whatever is a folder is written beside its place and renamed: a half-written one is never taken for a whole one.
+Whatever is a folder is written beside its place and renamed: a half-written one is never taken for a whole one. It is
+on the disk before what it replaces goes.
 A checkpoint holds whole tensors, however a run's processes share them: it continues on any number of processes, with
 or without FSDP. Its files are listed with their SHA-256 in manifest.json, so a damaged one is known.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -20,6 +22,7 @@ import re
 import shutil
 import signal
 import struct
+import weakref
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -28,9 +31,12 @@ from typing import Any, Optional, TextIO
 import psutil
 import torch
 from accelerate import Accelerator
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
+
+from errors import ConfigError
+from runtime import writing
 
 # what becomes of reading a damaged file
 DAMAGED = (SafetensorError, zipfile.BadZipFile, struct.error, RuntimeError, ValueError, EOFError, LookupError)
@@ -69,6 +75,10 @@ def read_tensors(path: Path, setting: str) -> dict:
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{setting}: '{name}' in {path} is a {type(value).__name__}, expected a tensor")
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise ValueError(
+                f"{setting}: '{name}' in {path} is sparse, nested or without values, expected a plain tensor"
+            )
     return tensors
 
 
@@ -85,35 +95,65 @@ def read_latent_stats(path: Path, rae_config: Any, setting: str) -> dict:
             raise ValueError(f"{setting}: '{name}' in {path} has shape {found}, the latents {expected}")
         if not stats[name].is_floating_point():
             raise ValueError(f"{setting}: '{name}' in {path} is {stats[name].dtype}, expected floating-point numbers")
-        if not stats[name].isfinite().all():
+        if not stats[name].double().isfinite().all():
             raise ValueError(f"{setting}: '{name}' in {path} has values that are not finite")
-    if stats["var"].min() < 0:
-        raise ValueError(f"{setting}: 'var' in {path} goes down to {stats['var'].min():.3g}, expected at least 0")
+    least = stats["var"].double().min()
+    if least < 0:
+        raise ValueError(f"{setting}: 'var' in {path} goes down to {least:.3g}, expected at least 0")
     return {"mean": stats["mean"], "var": stats["var"]}
 
 
 def write_folder(target: Path, write: Callable[[Path], None], main_process: bool, wait: Callable[[], None]) -> None:
-    """Let `write` fill a folder beside `target` and put it in target's place. Every process calls this."""
+    """Let `write` fill a folder beside `target` and put it in target's place. Every process calls this.
+
+    Raises WriteError, on the main process, when it cannot be written; what was in target's place is still there.
+    """
     beside = target.with_name(f".{target.name}.partial")
-    if main_process:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.parent.mkdir(parents=True, exist_ok=True)
-    wait()
-    try:
-        write(beside)
-    except BaseException:
+    with writing(target):
         if main_process:
             shutil.rmtree(beside, ignore_errors=True)
-        raise
-    wait()
-    if main_process:
-        old = target.with_name(f".{target.name}.old")
-        shutil.rmtree(old, ignore_errors=True)
-        if target.exists():
-            target.rename(old)  # a folder cannot be renamed onto a filled one
-        beside.rename(target)
-        shutil.rmtree(old, ignore_errors=True)
-    wait()
+            beside.parent.mkdir(parents=True, exist_ok=True)
+        wait()
+        try:
+            write(beside)
+            if main_process:
+                for path in (*beside.rglob("*"), beside):
+                    _sync(path)
+        except BaseException:
+            if main_process:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise
+        wait()
+        if main_process:
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.rename(old)  # a folder cannot be renamed onto a filled one
+            beside.rename(target)
+            _sync(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        wait()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put a text file in its place, whole: a crash leaves the one before. Raises WriteError."""
+    beside = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        beside.write_text(text)
+        _sync(beside)
+        beside.replace(path)
+
+
+def _sync(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk: some file systems only then say that they are full."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a network's may not know this
+            raise
+    finally:
+        os.close(descriptor)
 
 
 def restore_folders(run_dir: Path) -> None:
@@ -132,6 +172,13 @@ def lock_run_folder(run_dir: Path) -> TextIO:
     process holds it."""
     file = (run_dir / ".lock").open("w")
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    held = weakref.ref(file)
+
+    def let_go() -> None:
+        if held() is not None:
+            held().close()
+
+    os.register_at_fork(after_in_child=let_go)  # or data loading processes would hold it on after a SIGKILL
     return file
 
 
@@ -141,7 +188,14 @@ def checkpoints(run_dir: Path) -> list:
 
 
 def checkpoint_step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+    """The step in a name step-00000012, of a checkpoint or a picture, with or without something after it."""
+    return int(path.stem.split("-")[1])
+
+
+def last_checkpoint(run_dir: Path) -> str:
+    """Which checkpoint a run that ends with an error goes on from."""
+    saved = checkpoints(run_dir)
+    return f"the last good checkpoint is {saved[-1] if saved else 'none'}"
 
 
 def whole(state: Any, keep: bool) -> Any:
@@ -225,7 +279,8 @@ def _write_part(folder: Path, name: str, state: Any) -> None:
     if isinstance(state, dict) and state and all(isinstance(value, torch.Tensor) for value in state.values()):
         save_file({key: value.contiguous() for key, value in state.items()}, folder / f"{name}.safetensors")
     elif isinstance(state, dict) and "param_groups" in state:
-        torch.save(state, folder / f"{name}.pt")
+        with (folder / f"{name}.pt").open("wb") as file:  # given a path, torch does not say what went wrong
+            torch.save(state, file)
     else:
         (folder / f"{name}.json").write_text(json.dumps(state))
 
@@ -252,7 +307,7 @@ def damage(path: Path) -> Optional[str]:
             if _sha256(path / name) != digest:
                 return f"{name} holds something else than was written"
     except OSError as error:
-        return f"{Path(error.filename).name}: {error.strerror}"
+        return f"{Path(error.filename or path).name}: {error.strerror}"
     except (ValueError, LookupError, TypeError, AttributeError):
         return "manifest.json is not readable"
     return None
@@ -267,8 +322,9 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Optional[Pa
         if reason is None:
             for broken, why in damaged.items():
                 aside = broken.with_name(f"damaged-{broken.name}")
-                shutil.rmtree(aside, ignore_errors=True)
-                broken.rename(aside)
+                with writing(aside):
+                    shutil.rmtree(aside, ignore_errors=True)
+                    broken.rename(aside)
                 warn(f"checkpoint {broken} is damaged ({why}), now {aside.name}; the one before is used")
             return path
         damaged[path] = reason
@@ -276,6 +332,20 @@ def newest_checkpoint(run_dir: Path, warn: Callable[[str], None]) -> Optional[Pa
         path, reason = next(iter(damaged.items()))
         raise ValueError(f"{path} is damaged ({reason}), and there is no older checkpoint that is whole")
     return None
+
+
+def is_whole_model(folder: Path) -> bool:
+    """Whether a from_pretrained folder has its config, its code, and weights of the length that their headers say."""
+    try:
+        json.loads((folder / "config.json").read_text())
+        index = folder / "model.safetensors.index.json"
+        weights = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        for name in weights:
+            with safe_open(folder / name, "pt"):
+                pass
+    except (OSError, ValueError, LookupError, SafetensorError):
+        return False
+    return (folder / "modeling_rae.py").exists()
 
 
 def _sha256(file: Path) -> str:
@@ -296,22 +366,31 @@ class MetricsFile:
         """Drop lines of steps after `step`: the run goes on from there and writes them again."""
         if self.enabled and self.path.exists():
             kept = [line for line in self.read() if line["step"] <= step]
-            beside = self.path.with_suffix(".partial")
-            beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            beside.replace(self.path)
+            write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def read(self) -> list:
-        """All whole lines; a last line cut off by a crash is left out."""
-        if not self.path.exists():
-            return []
-        text = self.path.read_text()
-        return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
+        """All whole lines; a last line cut off by a crash is left out. Raises ConfigError, which says where, for a line
+        that `append` has not written."""
+        lines = []
+        for number, text in enumerate(self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else [], 1):
+            try:
+                line = json.loads(text)
+                known = isinstance(line["step"], int) and isinstance(line["kind"], str)
+            except (ValueError, TypeError, LookupError, RecursionError):
+                known = False
+            if not known:
+                raise ConfigError(
+                    f"{self.path} is damaged: line {number} is no JSON object with `kind` and `step`; without that "
+                    "line the run goes on"
+                )
+            lines.append(line)
+        return lines
 
     def append(self, line: dict) -> None:
         """Write one line; numbers that JSON does not know (inf, nan) become null."""
         if self.enabled:
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
-            with self.path.open("a") as file:
+            with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps(clean) + "\n")
 
 

@@ -6,8 +6,10 @@ Later files win over earlier ones, flags over files. An unknown key or a wrong t
 Start points are given in epochs, as published, or in steps, which win where both are given.
 """
 
+import functools
 import json
 import math
+import os
 import re
 import sys
 from collections.abc import Callable
@@ -19,6 +21,7 @@ import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
 from errors import ConfigError, fail
+from yaml_file import read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
@@ -110,6 +113,29 @@ class DataConfig(ImagesConfig):
     """Folder of images, of class folders or of split folders, a `datasets` folder, or a Hub data set id."""
     resize_size: Optional[int] = None
     """Shorter side in pixels before the random crop; none: 384 for 256 px images, else 1.5 times the image size."""
+    streaming: bool = False
+    """Whether training images are streamed from parquet files or tar shards (WebDataset) and never kept on disk. `path`
+    is then a folder or Hub data set of shards, a shard, a glob, a range such as `train-{0000..0127}.tar`, each a local
+    path or a URL, or a .txt file that lists such ones, one a line. See streams.py."""
+    mixture: dict[str, float] = field(default_factory=dict)
+    """Several sources to stream from, {path as above: weight}, instead of `path`: each image is of a source drawn by
+    weight. Needs `steps_per_epoch` and `eval_path`."""
+    eval_path: Optional[str] = None
+    """Where the evaluation images of a streaming run come from: a folder of images, a saved data set, or shards, whose
+    first eval.num_samples images are held in memory; none: `eval_split` of `path`."""
+    steps_per_epoch: Optional[int] = None
+    """Steps that count as one epoch of a stream. Needed where the number of images is not known beforehand (tar shards,
+    a mixture); none: images / global batch."""
+    shuffle_buffer: int = 1000
+    """Undecoded images that each lane of a stream holds, and mixes, in memory."""
+    stream_lanes: Optional[int] = None
+    """Independent readers, over all processes, that a stream is split into; a multiple of processes x workers and a
+    divisor of the global batch. The order of the images depends on it, so a continued run keeps it. None: processes x
+    workers of the run's first start."""
+    shard_retries: int = 3
+    """Repetitions of opening or reading a shard that failed, after 1, 4, 16, then 60 seconds."""
+    max_unreadable_shards: int = 10
+    """Distinct shards of a stream, or rests of them, that a process skips before the run stops."""
 
 
 @dataclass
@@ -139,7 +165,15 @@ class TrainConfig:
     clip_grad_norm: Optional[float] = None
     """Largest L2 norm of the decoder's gradient; none: not clipped."""
     max_nonfinite_steps: int = 0
-    """Steps with a non-finite loss that are skipped, in a row, before the run stops."""
+    """Steps, in a row, that are skipped because a loss or a gradient is not finite, before the run stops; all that were
+    skipped are counted in metrics.jsonl. A skipped update changes no weight, moment or average. The two networks are
+    judged one after the other: the decoder keeps an update that was good when the discriminator's is skipped."""
+    deterministic: bool = False
+    """Whether a GPU computes the same bits each time, with the same hardware, versions and number of processes. It
+    costs speed: cuDNN and attention take slower algorithms, new memory is filled. A CPU does so without it."""
+    timeout_minutes: float = 30.0
+    """Minutes that a process waits for the others before it ends with an error. A process that dies is noticed at
+    once; this is for one that hangs, and longer than the main process needs to write a checkpoint or a model."""
     seed: int = 0
     """Seed of initialisation, data order, crops, noise and augmentation."""
     save_every_steps: Optional[int] = None
@@ -355,12 +389,14 @@ def parse(
         default_config: YAML file that is read when the command line names none.
         check: called with the result; raises ConfigError for values that cannot be used.
     """
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=description)
-    parser.add_argument("--config", action="config", help="YAML file; repeatable, later ones win")
-    parser.add_class_arguments(schema, nested_key=None, as_group=False)
+    parser = build_parser(schema, prog, description)
     try:
         argv = join_lists(schema, sys.argv[1:] if argv is None else argv)
-        parsed = parser.parse_args(files_first(argv, default_config))
+        argv = files_first(argv, default_config)
+        for file in config_files(argv):
+            if os.path.isfile(file):  # the parser says what else it may be: a pipe, nothing
+                read_yaml(Path(file))
+        parsed = parser.parse_args(argv)
         check_groups(schema, parsed)
         parsed = parser.instantiate_classes(parsed)
         config = schema(**{item.name: getattr(parsed, item.name) for item in fields(schema)})
@@ -370,6 +406,15 @@ def parse(
     except (ArgumentError, ValueError, OSError) as error:
         fail(error)
     return config
+
+
+@functools.cache  # a tenth of a second, for those who read many configs
+def build_parser(schema: type, prog: str, description: str) -> ArgumentParser:
+    """The parser of YAML files and flags for the dataclass `schema`."""
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=description)
+    parser.add_argument("--config", action="config", help="YAML file; repeatable, later ones win")
+    parser.add_class_arguments(schema, nested_key=None, as_group=False)
+    return parser
 
 
 def parse_config(argv: Optional[list] = None) -> Config:
@@ -390,6 +435,12 @@ def files_first(argv: list, default_config: Optional[Path] = None) -> list:
     if not files and default_config is not None and not {"--help", "-h"} & set(flags):
         files = ["--config", str(default_config)]
     return [*files, *flags]
+
+
+def config_files(argv: list) -> list:
+    """The values of --config in a command line."""
+    pairs = zip(argv, [*argv[1:], ""], strict=True)
+    return [word.partition("=")[2] or after for word, after in pairs if word.split("=")[0] == "--config"]
 
 
 def keys_where(schema: type, wanted: Callable[[Any], bool], prefix: str = "") -> set:
@@ -435,13 +486,16 @@ def join_lists(schema: type, argv: list) -> list:
 
 
 def check_groups(schema: type, values: Any, prefix: str = "") -> None:
-    """Raise ConfigError where a YAML file gives something else than a mapping for a group of settings."""
+    """Raise ConfigError where a YAML file gives something else than a mapping for a group of settings, or nothing for a
+    setting that needs a value: the parser takes null for any type."""
     for item in fields(schema):
         group, value = item.default_factory, values.get(item.name)
         if is_dataclass(group):
             if not isinstance(value, Namespace):
                 raise ConfigError(f"{prefix}{item.name}: expected a mapping of settings, got {value!r}")
             check_groups(group, value, f"{prefix}{item.name}.")
+        else:
+            require(value is not None or type(None) in get_args(item.type), f"{prefix}{item.name}", "a value", value)
 
 
 # What every value must be, beyond its type: keys, condition, and the words for it. Values of None are left alone.
@@ -449,9 +503,12 @@ RULES = (
     (
         "optimizer.lr gan.optimizer.lr optimizer.eps gan.optimizer.eps gan.norm_eps train.epochs train.max_steps "
         "train.global_batch_size train.gradient_accumulation_steps train.cpu_threads train.clip_grad_norm "
+        "train.timeout_minutes "
         "train.save_every_steps train.save_every_epochs train.keep_last gan.updates_per_step gan.max_adaptive_weight "
+        "train.timeout_minutes "
         "eval.every_steps eval.every_epochs eval.num_samples eval.batch_size logging.every_steps hub.every_steps "
-        "logging.samples_every_steps logging.num_samples data.resize_size model.encoder_input_size model.image_size "
+        "logging.samples_every_steps logging.num_samples data.resize_size data.steps_per_epoch data.shuffle_buffer "
+        "data.stream_lanes model.encoder_input_size model.image_size "
         "model.decoder_hidden_size model.decoder_num_hidden_layers model.decoder_num_attention_heads "
         "model.decoder_intermediate_size model.decoder_patch_size gan.kernel_size",
         lambda value: value > 0,
@@ -462,7 +519,7 @@ RULES = (
         "lr_schedule.warmup_epochs lr_schedule.warmup_steps lr_schedule.decay_end_epoch lr_schedule.decay_end_step "
         "gan.lr_schedule.warmup_epochs gan.lr_schedule.warmup_steps gan.lr_schedule.decay_end_epoch "
         "gan.lr_schedule.decay_end_step model.noise_tau data.num_workers data.max_unreadable train.max_nonfinite_steps "
-        "eval.save_pairs model.encoder_prefix_tokens hub.retries "
+        "eval.save_pairs model.encoder_prefix_tokens hub.retries data.shard_retries data.max_unreadable_shards "
         "perceptual.weight perceptual.start_epoch perceptual.start_step gan.weight gan.start_epoch gan.start_step "
         "gan.update_start_epoch gan.update_start_step",
         lambda value: value >= 0,
@@ -519,13 +576,25 @@ def check_config(config: Config) -> None:
         *((f"hub.{name}", config.hub.push, "hub.push is true") for name in ("repo_id", "every_steps", "private")),
     ):
         require(used or not settings[key], key, f"nothing unless {needed}", settings[key])
+    data, default = config.data, DataConfig()
+    for name in ("mixture", "eval_path", "steps_per_epoch", "shuffle_buffer", "stream_lanes", "shard_retries",
+                 "max_unreadable_shards"):  # fmt: skip
+        value = getattr(data, name)
+        used = data.streaming or value == getattr(default, name)
+        require(used, f"data.{name}", "nothing unless data.streaming is true", value)
+    for path, weight in data.mixture.items():
+        require(0 < weight < math.inf, "data.mixture", f"a positive weight for {path}", weight)
+    if data.mixture:
+        require(len(data.mixture) > 1, "data.mixture", "several sources, or data.path for one", data.mixture)
+        for name in ("steps_per_epoch", "eval_path"):
+            require(getattr(data, name), f"data.{name}", "a value, which a data.mixture needs", None)
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
     """Nested settings as {"group.name": value}; the free-form `*_config` dictionaries stay whole."""
     leaves = {}
     for key, value in tree.items():
-        nested = isinstance(value, dict) and not key.endswith("_config")
+        nested = isinstance(value, dict) and not str(key).endswith("_config")
         leaves.update(flat(value, f"{prefix}{key}.") if nested else {f"{prefix}{key}": value})
     return leaves
 
@@ -563,16 +632,18 @@ ConfigDumper.add_representer(str, _quote_numbers)
 
 
 # What may differ between a run and its continuation: how far, how fast and how visibly it goes. Accumulation is among
-# them, so that a run can move to fewer devices; its noise then falls differently, as with another number of processes.
+# them, so that a run can move to fewer devices: with micro-batches of the same size it has the same noise there.
 RESUMABLE_KEYS = (
     "data.num_workers",
     "data.max_unreadable",
+    "data.shard_retries",
     "eval.",
     "hub.",
     "logging.",
     "model.gradient_checkpointing",
     "train.compile",
     "train.cpu_threads",
+    "train.deterministic",
     "train.epochs",
     "train.gradient_accumulation_steps",
     "train.keep_last",
@@ -580,19 +651,21 @@ RESUMABLE_KEYS = (
     "train.max_steps",
     "train.output_dir",
     "train.save_every_",
+    "train.timeout_minutes",
 )
 
 
 def check_same_config(config: Config, saved: Path) -> None:
-    """Raise ConfigError when `saved`, the config.yaml of a run folder, is of another run than `config`."""
+    """Raise ConfigError when `saved`, the config.yaml of a run folder, is of another run than `config`. The number of
+    lanes, where `config` leaves it open, becomes what the run began with."""
 
     try:
-        text = yaml.safe_load(saved.read_text())
-    except yaml.YAMLError:
-        text = None
-    if not isinstance(text, dict):
-        raise ConfigError(f"{saved} is damaged, expected the settings of a run; choose another train.output_dir")
-    old, new = flat(text), flat(config_dict(config))
+        old = flat(read_yaml(saved))
+    except ConfigError as error:
+        raise ConfigError(f"{saved} is damaged, choose another train.output_dir ({error})") from error
+    if config.data.stream_lanes is None:
+        config.data.stream_lanes = old.get("data.stream_lanes")
+    new = flat(config_dict(config))
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not key.startswith(RESUMABLE_KEYS):
             raise ConfigError(

@@ -11,6 +11,7 @@ Nothing here needs launching. A run uses it like this:
 All randomness is a function of (seed, epoch, index): neither the number of workers or ranks nor a resume changes it.
 """
 
+import contextlib
 import functools
 import hashlib
 import io
@@ -20,6 +21,7 @@ import math
 import os
 import re
 import signal
+import stat
 import struct
 import tempfile
 import threading
@@ -30,7 +32,7 @@ import zlib
 import numpy as np
 import torch
 from huggingface_hub.constants import HF_HOME
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 from torch.nn import functional as F
 
 logger = logging.getLogger(__name__)
@@ -91,6 +93,7 @@ def to_rgb(image):
     orientation = _orientation(image)
     if image.mode.startswith("I"):
         values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        values[values == image.info.get("transparency")] = 65535  # a PNG's transparent grey
         image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # rounded; 65535 -> 255
     elif image.mode == "F":
         values = np.clip(np.nan_to_num(np.asarray(image)), 0.0, 1.0)
@@ -148,7 +151,7 @@ def random_crop(image, size, resize_size, generator):
     top = int(generator.integers(new_size[1] - size + 1))
     left = int(generator.integers(new_size[0] - size + 1))
     if image.height > 2 * image.width:  # Pillow 13 resizes the rows of such an image first, which gives other pixels
-        return _pixels(image.resize(new_size, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
+        return to_tensor(image.resize(new_size, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
     return _resize_window(image, new_size, left, top, size)
 
 
@@ -193,13 +196,30 @@ def training_resize_size(image_size, resize_size=None):
     return resize_size
 
 
-def _pixels(image):
+def to_tensor(image):
     """An RGB PIL image as a uint8 tensor (3, H, W)."""
     return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))  # twice as fast as a permutation
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Sources: a numbered list of images
+
+
+@contextlib.contextmanager
+def _open_image(file):
+    """Pillow's image of a path or a stream, not decoded yet. A PNG's checksums are compared here: the decoder does not
+    look at those of the pixels. Raises ValueError for what is no file to read, and for PostScript."""
+    if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
+        raise ValueError("no regular file")  # a pipe would be waited on for ever
+    with Image.open(file) as image:
+        if image.format == "EPS":
+            raise ValueError("PostScript, a program that Ghostscript would have to run")
+        if image.format != "PNG":
+            yield image
+            return
+        image.verify()
+    with Image.open(file) as image:  # again: after verify nothing can be decoded
+        yield image
 
 
 class ImageSource:
@@ -215,10 +235,12 @@ class ImageSource:
     def load(self, i):
         """Image i as RGB. Raises UnreadableImage, whatever the decoder says."""
         try:
-            with Image.open(self._open(i)) as image:
+            with _open_image(self._open(i)) as image:
                 if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                     raise ValueError(f"{image.width} x {image.height} pixels, sides over 1 : {MAX_ASPECT_RATIO}")
                 return to_rgb(image)
+        except UnidentifiedImageError as error:  # its own words have an address in memory, another one each time
+            raise UnreadableImage(self.name(i), "no image of a known format") from error
         except Exception as error:  # damaged files make decoders raise almost anything; see UnreadableLog for the bound
             raise UnreadableImage(self.name(i), f"{type(error).__name__}: {error}") from error
 
@@ -291,7 +313,7 @@ class ColumnSource(ImageSource):
         self._label_setting = label_column
         if label_column is not None:
             _find_label_column(dataset, split, label_column)
-        self._column = _find_image_column(dataset, split, image_column)
+        self._column = find_image_column(dataset, split, image_column)
         self._images = dataset.select_columns([self._column]).with_format(None)
         if isinstance(dataset.features[self._column], datasets.Image):
             self._images = self._images.cast_column(self._column, datasets.Image(decode=False))
@@ -344,12 +366,45 @@ class ColumnSource(ImageSource):
         return digest.hexdigest()
 
     def _open(self, i):
-        value = self._images[int(i)][self._column]
-        if isinstance(value, dict):
-            value = value.get("path") if value.get("bytes") is None else value["bytes"]
-        if value is None:
-            raise ValueError("the row holds no image")
-        return io.BytesIO(value) if isinstance(value, bytes) else value
+        return _open_value(self._images[int(i)][self._column])
+
+
+def _open_value(value):
+    """What Image.open takes, of an undecoded image: bytes, a path, or a dict of both as `datasets` keeps them."""
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if value is None:
+        raise ValueError("the row holds no image")
+    return io.BytesIO(value) if isinstance(value, bytes) else value
+
+
+class HeldSource(ImageSource):
+    """Undecoded images in memory: (name, value) each, the value bytes, a path, or a dict of both. No labels."""
+
+    def __init__(self, images):
+        self._images = images
+
+    def __len__(self):
+        return len(self._images)
+
+    def name(self, i):
+        return self._images[i][0]
+
+    def label(self, i):
+        return None
+
+    def fingerprint(self):
+        """From the names and what was read; the content of files that paths name is not looked at."""
+        digest = hashlib.sha256()
+        for name, value in self._images:
+            parts = value if isinstance(value, dict) else {"bytes": value}
+            for part in (name, parts.get("path"), parts.get("bytes")):
+                part = part if isinstance(part, bytes) else repr(part).encode()
+                digest.update(struct.pack("<q", len(part)) + part)
+        return digest.hexdigest()
+
+    def _open(self, i):
+        return _open_value(self._images[i][1])
 
 
 class SubsetSource(ImageSource):
@@ -677,7 +732,7 @@ def _load_from_disk(path):
     try:
         return datasets.load_from_disk(path)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise DataError(f"data.path: {path} is not a complete saved data set: {_one_line(error)}") from error
+        raise DataError(f"data.path: {path} is not a complete saved data set: {one_line(error)}") from error
 
 
 def _load_from_hub(path, config_name):
@@ -691,12 +746,12 @@ def _load_from_hub(path, config_name):
         offline = "; HF_HUB_OFFLINE is set, so only cached data sets are found" if constants.HF_HUB_OFFLINE else ""
         raise DataError(
             f"data.path: '{path}' is neither a local folder nor a Hub data set that can be reached{offline}: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from error
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
         raise DataError(
             f"data.path: Hub data set '{path}' with data.config_name {config_name!r} cannot be loaded: "
-            f"{_one_line(error)}"
+            f"{one_line(error)}"
         ) from error
 
 
@@ -707,7 +762,7 @@ def _dataset_splits(dataset, cfg):
     return {name: functools.partial(open_split, rows, name) for name, rows in dataset.items()}
 
 
-def _find_image_column(dataset, split, asked):
+def find_image_column(dataset, split, asked):
     """Name of the image column: the one asked for, the only Image column, or a usual name."""
     import datasets
 
@@ -774,7 +829,7 @@ def _dtype(feature):
     return feature.dtype if isinstance(feature, (datasets.Value, datasets.ClassLabel)) else ""
 
 
-def _one_line(error, limit=300):
+def one_line(error, limit=300):
     return " ".join(str(error).split())[:limit] or type(error).__name__
 
 
@@ -813,10 +868,15 @@ class TrainImages(torch.utils.data.Dataset):
             seed = (self.seed, CROP_STREAM, epoch, index)
             pixels = random_crop(image, self.image_size, self.resize_size, seed)
             return {"pixels": pixels, "index": shown, "unreadable": unreadable}
-        raise DataError(
-            f"data.max_unreadable: {len(unreadable)} images in a row cannot be read, expected at most "
-            f"{self.max_unreadable}; the last is {unreadable[-1]}"
-        )
+        raise too_many_in_a_row(unreadable, self.max_unreadable)
+
+
+def too_many_in_a_row(unreadable, max_unreadable):
+    """The DataError for max_unreadable + 1 images in a row that cannot be read, with their names."""
+    return DataError(
+        f"data.max_unreadable: {len(unreadable)} images in a row cannot be read, expected at most {max_unreadable}; "
+        f"the last is {unreadable[-1]}"
+    )
 
 
 class EvalImages(torch.utils.data.Dataset):
@@ -838,7 +898,7 @@ class EvalImages(torch.utils.data.Dataset):
             image = self.source.load(index)
         except UnreadableImage as error:
             return {"pixels": None, "index": index, "unreadable": [str(error)]}
-        return {"pixels": _pixels(center_crop(image, self.image_size)), "index": index, "unreadable": []}
+        return {"pixels": to_tensor(center_crop(image, self.image_size)), "index": index, "unreadable": []}
 
 
 def collate(samples, image_size=0):
@@ -859,10 +919,13 @@ class UnreadableLog:
     """Counts distinct unreadable images, warns once for each, and stops when they are too many.
 
     `add` raises DataError when more than max_unreadable distinct names were added. Each process counts what it reads.
+    `what` and `setting`: what the names are of, and the setting with the bound.
     """
 
-    def __init__(self, max_unreadable):
+    def __init__(self, max_unreadable, what="image", setting="data.max_unreadable"):
         self.max_unreadable = max_unreadable
+        self.what = what
+        self.setting = setting
         self.names = set()
 
     def add(self, names):
@@ -872,10 +935,10 @@ class UnreadableLog:
             self.names.add(name)
             if len(self.names) > self.max_unreadable:
                 raise DataError(
-                    f"data.max_unreadable: {len(self.names)} images cannot be read, expected at most "
+                    f"{self.setting}: {len(self.names)} {self.what}s cannot be read, expected at most "
                     f"{self.max_unreadable}; the last is {name}"
                 )
-            logger.warning("unreadable image %d (at most %d): %s", len(self.names), self.max_unreadable, name)
+            logger.warning("unreadable %s %d (at most %d): %s", self.what, len(self.names), self.max_unreadable, name)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -982,12 +1045,12 @@ def _loader(images, batches, collate_fn, num_workers):
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         pin_memory=torch.cuda.is_available(),
-        worker_init_fn=_start_worker,
+        worker_init_fn=start_worker,
         generator=torch.Generator(),  # the loader draws a seed from it, and would else move the global generator
     )
 
 
-def _start_worker(worker_id):
+def start_worker(worker_id):
     """One thread per worker; signals meant for the run, which reach the whole process group, are the main process's."""
     torch.set_num_threads(1)
     for number in (signal.SIGINT, signal.SIGUSR1):

@@ -1,6 +1,6 @@
 """Exponential moving average of a module's parameters."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -28,15 +28,21 @@ class EMA:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """Within this context the module computes with the averaged parameters."""
-        kept = {name: p.data for name, p in self.module.named_parameters()}
-        for name, p in self.module.named_parameters():
-            p.data = self.shadow[name].to(p.dtype)
+        """Within this context the module computes with the averaged parameters. Its own are kept beside them, which
+        takes no more memory than the gradients of a training step."""
+        parameters = [p.detach() for p in self.module.parameters()]
+        kept = [p.clone() for p in parameters]
+        self._copy(self.shadow.values(), parameters)
         try:
             yield
         finally:
-            for name, p in self.module.named_parameters():
-                p.data = kept[name]
+            self._copy(kept, parameters)
+
+    @staticmethod
+    def _copy(values: Iterable, parameters: list) -> None:
+        """In place: FSDP gathers a sharded parameter from the memory that it was given."""
+        for value, parameter in zip(values, parameters, strict=True):
+            parameter.copy_(value)
 
     def state_dict(self) -> dict:
         return dict(self.shadow)

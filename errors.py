@@ -17,6 +17,10 @@ class RunError(RuntimeError):
         self.code, self.everywhere = code, everywhere
 
 
+class WriteError(RunError):
+    """A file cannot be written: the disk is full, or the folder is gone or read-only."""
+
+
 def fail(message: Union[str, Exception], code: int = 2, everywhere: bool = False) -> NoReturn:
     """End the process with one line on stderr. What every process of a machine finds alike is said by its first, unless
     `everywhere`."""

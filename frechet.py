@@ -267,6 +267,9 @@ def read_reference(path: str, metrics: list, accelerator: Accelerator, batch_siz
         metric, shape = metrics[0], given["mu"].shape
         if shape != (metric.width,) or given["sigma"].shape != shape * 2:
             raise ConfigError(f"{key}: mu in {path} has shape {shape}, the features of {metric.name} ({metric.width},)")
+        if not all(values.dtype.kind == "f" for values in given.values()):
+            found = ", ".join(str(values.dtype) for values in given.values())
+            raise ConfigError(f"{key}: mu and sigma in {path} are {found}, expected floating-point numbers")
         if not all(np.isfinite(values).all() for values in given.values()):
             raise ConfigError(f"{key}: {path} holds values that are not finite")
         metric.reference = Reference(given["mu"].astype(np.float64), given["sigma"].astype(np.float64), None)

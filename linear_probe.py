@@ -565,7 +565,7 @@ class LinearHead(nn.Module):
             head = cls(**load_file(path / "head.safetensors"), config=json.loads((path / "config.json").read_text()))
             missing = HEAD_KEYS - head.config.keys()
             len(head.config.get("classes", []))
-        except (SafetensorError, ValueError, TypeError, AttributeError) as error:
+        except (SafetensorError, ValueError, TypeError, AttributeError, RecursionError) as error:
             raise ConfigError(f"head: {folder} is no head of linear_probe.py: {str(error).splitlines()[0]}") from error
         if missing:
             raise ConfigError(f"head: {folder}/config.json lacks {', '.join(sorted(missing))}")

@@ -106,6 +106,8 @@ def build_lpips(
     else:
         file = Path(vgg_path) if vgg_path is not None else _pretrained_vgg16_file(setting)
         state = read_tensors(file, setting)
+        if "features.0.weight" not in state:
+            raise ValueError(f"{setting}: {file} is not torchvision's VGG16, it has no 'features.0.weight'")
     with warnings.catch_warnings():  # lpips still passes torchvision's old `pretrained` argument
         warnings.simplefilter("ignore", UserWarning)
         model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)

@@ -95,6 +95,7 @@ def evaluate_reconstructions(
     frechet: Sequence[FrechetMetric] = (),
     rounding: str = "round",
     on_batch: Callable = lambda index, images, reconstructions: None,
+    sharded: bool = False,
 ) -> Evaluation:
     """Measure `reconstruct` on the images of all processes' loaders. Every process calls this.
 
@@ -107,6 +108,7 @@ def evaluate_reconstructions(
         frechet: distances to measure; those without a reference get one from these images.
         rounding: of reconstructions to 8 bit, see `to_8bit`.
         on_batch: called with index and both sides, uint8 (B, 3, H, W), of each of this process's batches.
+        sharded: whether the model is shared out among the processes (FSDP): the loaders then have equally many batches.
 
     Returns:
         Evaluation; values of a reconstruction that is not finite are nan, and so are then all distances.
@@ -121,22 +123,31 @@ def evaluate_reconstructions(
     for batch in loader:
         on_unreadable(batch["unreadable"])
         unreadable += len(batch["unreadable"])
-        if len(batch["pixels"]) == 0:
+        empty = len(batch["pixels"]) == 0
+        if empty and not sharded:
             continue
-        images = batch["pixels"].to(device, non_blocking=True)
+        images, image_index = batch["pixels"].to(device, non_blocking=True), batch["index"]
+        if empty:  # the other processes wait for this one in each forward pass: it joins in with a black image
+            images, image_index = images.new_zeros(1, *images.shape[1:]), image_index.new_zeros(1)
         pixels = images.float() / 255
-        output = reconstruct(pixels, batch["index"])
+        output = reconstruct(pixels, image_index)
         finite = output.isfinite().flatten(1).all(1)  # an 8-bit image would hide what is not
         reconstructions = to_8bit(output, rounding)
+        features = [
+            (metric.features(reconstructions), None if moments is None else metric.features(images))
+            for metric, moments in zip(frechet, real, strict=True)
+        ]
+        if empty:
+            continue
         for name, value in image_metrics(pixels, reconstructions.float() / 255, names, perceptual).items():
             values[name].append(value.where(finite, torch.nan))
         broken.append(~finite)
-        for metric, fake_moments, real_moments in zip(frechet, fake, real, strict=True):
-            fake_moments.update(metric.features(reconstructions))
+        for (fake_features, real_features), fake_moments, real_moments in zip(features, fake, real, strict=True):
+            fake_moments.update(fake_features)
             if real_moments is not None:
-                real_moments.update(metric.features(images))
-        index.append(batch["index"])
-        on_batch(batch["index"], images, reconstructions)
+                real_moments.update(real_features)
+        index.append(image_index)
+        on_batch(image_index, images, reconstructions)
 
     mine = torch.zeros(len(names) + 2, 0, dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
     if index:

@@ -31,7 +31,7 @@ if int(transformers.__version__.split(".")[0]) < 5:  # before imports that it do
     raise ImportError(
         f"this RAE needs transformers 5.0 or newer, found {transformers.__version__}: pip install -U transformers"
     )
-from transformers import MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.image_processing_base import ImageProcessingMixin
@@ -127,9 +127,15 @@ def encoder_family(
 
 def vision_config(config: Union[PreTrainedConfig, dict]) -> PreTrainedConfig:
     """The vision part of an encoder's config (CLIP's and SigLIP's have a text part too), set up as the RAE uses it."""
-    if isinstance(config, dict):
+    if not isinstance(config, PreTrainedConfig):
+        if not isinstance(config, dict) or "model_type" not in config:
+            found = sorted(config) if isinstance(config, dict) else config
+            raise ValueError(f"encoder_config: expected an encoder's settings with its model_type, got {found}")
         settings = dict(config)
-        config = AutoConfig.for_model(settings.pop("model_type"), **settings)
+        kind = settings.pop("model_type")
+        if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
+            raise ValueError(f"encoder model_type {kind!r} is none that transformers {transformers.__version__} knows")
+        config = AutoConfig.for_model(kind, **settings)
     config = getattr(config, "vision_config", config)
     family = ENCODER_FAMILIES.get(config.model_type)
     for name, value in () if family is None else family.config_overrides:
@@ -263,12 +269,12 @@ class RAEConfig(PreTrainedConfig):
         self.encoder_revision = encoder_revision
         self.encoder_bundled = encoder_bundled
         self.encoder_input_size = encoder_input_size
-        self.encoder_layers = None if encoder_layers is None else list(encoder_layers)
+        self.encoder_layers = encoder_layers
         self.encoder_add_spatial_mean = encoder_add_spatial_mean
         self.encoder_prefix_tokens = encoder_prefix_tokens
         self.encoder_final_norm = encoder_final_norm
-        self.image_mean = list(image_mean)
-        self.image_std = list(image_std)
+        self.image_mean = image_mean
+        self.image_std = image_std
         self.decoder_hidden_size = decoder_hidden_size
         self.decoder_num_hidden_layers = decoder_num_hidden_layers
         self.decoder_num_attention_heads = decoder_num_attention_heads
@@ -281,6 +287,9 @@ class RAEConfig(PreTrainedConfig):
         self.train_position_embedding = train_position_embedding
         self.use_latent_stats = use_latent_stats
         self.scaling_factor = scaling_factor
+        self._check_values()
+        self.encoder_layers = None if encoder_layers is None else list(encoder_layers)
+        self.image_mean, self.image_std = list(image_mean), list(image_std)
         self._check_encoder()
         self._check_sizes()
         super().__init__(**kwargs)
@@ -318,6 +327,54 @@ class RAEConfig(PreTrainedConfig):
             **config,
         )
 
+    def _check_values(self) -> None:
+        """Raise ValueError, with the field's name, for what may stand in a damaged config.json."""
+
+        def numbers(values: Union[list, tuple], count: int, least: float) -> bool:
+            given = isinstance(values, (list, tuple)) and len(values) == count
+            return given and all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > least for v in values)
+
+        for names, condition, expected in (
+            (
+                "encoder_input_size decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads "
+                "decoder_intermediate_size decoder_patch_size",
+                lambda value: type(value) is int and value > 0,
+                "a positive integer",
+            ),
+            (
+                "encoder_bundled encoder_add_spatial_mean denormalize_output train_position_embedding use_latent_stats",
+                lambda value: isinstance(value, bool),
+                "true or false",
+            ),
+            (
+                "encoder_id encoder_revision encoder_final_norm",
+                lambda value: value is None or isinstance(value, str),
+                "a text or nothing",
+            ),
+            (
+                "encoder_prefix_tokens",
+                lambda value: value is None or type(value) is int and value >= 0,
+                "a number of tokens",
+            ),
+            ("scaling_factor decoder_layer_norm_eps", lambda value: numbers([value], 1, 0), "a positive number"),
+            ("noise_tau", lambda value: numbers([value], 1, -1e-9), "a number of at least 0"),
+            ("image_mean", lambda value: numbers(value, 3, -math.inf), "three numbers"),
+            ("image_std", lambda value: numbers(value, 3, 0), "three positive numbers"),
+            (
+                "encoder_layers",
+                lambda value: value is None or isinstance(value, (list, tuple)) and all(type(i) is int for i in value),
+                "indices of blocks",
+            ),
+            (
+                "decoder_hidden_act",
+                lambda value: isinstance(value, str) and value in ACT2FN,
+                f"one of {', '.join(sorted(ACT2FN))}",
+            ),
+        ):
+            for name in names.split():
+                if not condition(getattr(self, name)):
+                    raise ValueError(f"{name}: expected {expected}, got {getattr(self, name)!r}")
+
     def _check_encoder(self) -> None:
         encoder, layers = self.encoder_config, self.encoder_layers
         self.encoder_family()
@@ -341,8 +398,6 @@ class RAEConfig(PreTrainedConfig):
         heads = self.decoder_num_attention_heads
         divides("decoder_num_attention_heads", heads, "decoder_hidden_size", self.decoder_hidden_size)
         divides("4, for the 2-D sin-cos table", 4, "decoder_hidden_size", self.decoder_hidden_size)
-        if self.decoder_patch_size <= 0:
-            raise ValueError(f"decoder_patch_size must be positive, got {self.decoder_patch_size}")
 
     def encoder_family(self) -> EncoderFamily:
         """What is known about the encoder's architecture. Raises ValueError when nothing is."""
@@ -640,6 +695,8 @@ class RAEModel(RAEPreTrainedModel):
         """Load the encoder's weights from `config.encoder_id`; `hub`: from_pretrained's HUB_ARGUMENTS. Raises OSError
         when it cannot be had and ValueError when weights are missing, a file is damaged, or the model is offloaded."""
         config = self.config
+        if config.encoder_id is None:
+            raise ValueError("encoder_id: expected the place that the encoder is loaded from, got None")
         if any(parameter.is_meta for parameter in self.encoder.parameters()):
             raise ValueError(
                 f"the weights of the encoder {config.encoder_id} have no place to be loaded to: they are offloaded or "
@@ -687,7 +744,15 @@ class RAEModel(RAEPreTrainedModel):
         place = {**hub, **{name: kwargs[name] for name in ("revision", "subfolder") if kwargs.get(name)}}
         with _damaged_files_named(pretrained_model_name_or_path, place):
             model, info = super().from_pretrained(
-                pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+                pretrained_model_name_or_path,
+                *args,
+                output_loading_info=True,
+                **{**kwargs, "use_safetensors": True, "ignore_mismatched_sizes": True},  # those are refused below
+            )
+        for name, *shapes in sorted(info["mismatched_keys"]):
+            found, expected = map(tuple, shapes)
+            raise ValueError(
+                f"{pretrained_model_name_or_path}: '{name}' has shape {found}, its config.json says {expected}"
             )
         for kind in ("missing_keys", "unexpected_keys"):
             if info[kind]:

@@ -7,6 +7,8 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
+from runtime import writing
+
 MIN_TILE = 96  # pixels: smaller images are enlarged by a whole factor, so that a grid can be looked at
 PADDING = 4  # pixels between the images of a grid
 PROGRESS_ROWS = 8
@@ -56,7 +58,8 @@ def progress_strip(samples: list, path: Path) -> None:
     for i, (label, row) in enumerate(rows):
         strip.paste(Image.fromarray(row), (margin, i * half))
         draw.text((PADDING, i * half + half // 2), label, fill="black")
-    strip.save(path)
+    with writing(path):
+        strip.save(path)
 
 
 def spread_with_last(items: list, count: int) -> list:
@@ -73,9 +76,10 @@ def save_pairs(
     for row, number in enumerate(index.tolist()):
         if number in wanted:
             for name, side in (("images", images), ("reconstructions", reconstructions)):
-                (folder / name).mkdir(parents=True, exist_ok=True)
                 picture = Image.fromarray(side[row].permute(1, 2, 0).cpu().numpy())
-                picture.save(folder / name / f"{number:08d}.png")
+                with writing(folder / name):
+                    (folder / name).mkdir(parents=True, exist_ok=True)
+                    picture.save(folder / name / f"{number:08d}.png")
 
 
 def plot_curves(lines: list, path: Path) -> None:
@@ -112,4 +116,5 @@ def plot_curves(lines: list, path: Path) -> None:
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
-    figure.savefig(path, dpi=80)
+    with writing(path):
+        figure.savefig(path, dpi=80)

@@ -2,13 +2,16 @@
 
 import json
 import os
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Optional, Union
 
 import numpy as np
@@ -21,36 +24,86 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from data import DataError
-from errors import ConfigError, RunError, fail
+from errors import ConfigError, RunError, WriteError, fail
+
+INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
+
+
+def loss_of_process(error: RuntimeError) -> Optional[str]:
+    """What to say of an error that torch raises when another process is gone or hangs; None: it is another error."""
+    text = str(error)
+    who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
+    if "DataLoader worker" in text:
+        return (
+            f"{who}a data loading process died ({text.strip()}); when the system ended it for lack of memory, "
+            "data.num_workers must be lower"
+        )
+    if isinstance(error, torch.distributed.DistError) or "/gloo/" in text:
+        reason = re.sub(r"^\[\S+\] ", "", text.splitlines()[0]).split(". ")[0]  # without gloo's source file and advice
+        return f"{who}the connection to another process is lost, it died or hangs ({reason})"
+    return None
 
 
 def run_main(function: Callable[[], None]) -> None:
-    """Call `function`. Bad input ends in one line and exit code 2, what goes wrong later likewise with code 1."""
+    """Call `function`. Bad input ends in one line and exit code 2, what goes wrong later likewise with code 1, the loss
+    of another process too."""
     try:
         function()
     except (ConfigError, DataError) as error:
         fail(error)
     except RunError as error:
         fail(error, error.code, error.everywhere)
+    except RuntimeError as error:
+        message = loss_of_process(error)
+        if message is None:
+            raise
+        fail(message, code=1, everywhere=True)
+    except KeyboardInterrupt:
+        fail("stopped by Ctrl-C", INTERRUPTED)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of writing `path`, a file or folder, into WriteError, which says how much space there is."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+        free = shutil.disk_usage(place).free / 2**20
+        reason = getattr(error, "strerror", None) or error
+        message = f"{path} cannot be written ({reason}); {free:.1f} MiB are free in {place}"
+        raise WriteError(message, everywhere=True) from error  # the process that writes may be any
+
+
+# what building something from wrong settings raises, and what a damaged model folder makes of that
+BUILD_ERRORS = (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError)
+LOAD_ERRORS = (RuntimeError, UnpicklingError, ArithmeticError, AttributeError, LookupError, TypeError)
 
 
 @contextmanager
 def blame(key: str, source: Optional[str] = None) -> Iterator[None]:
     """Turn an error of building something into one about the setting that asked for it; `source` is the Hub id or path
-    that it names."""
+    that it names, whose files may be damaged."""
     try:
         yield
-    except ConfigError:
-        raise  # names its setting already
-    except (ValueError, OSError, ImportError, StrictDataclassError, SafetensorError) as error:
+    except (ConfigError, RunError):
+        raise  # says what is wrong already
+    except (*BUILD_ERRORS, *LOAD_ERRORS) as error:
+        if not isinstance(error, BUILD_ERRORS):
+            if source is None:
+                raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ConfigError(f"{key}: {source} cannot be loaded ({type(error).__name__}: {reason})") from error
         message = str(error)
         if message.startswith((key.split(".")[0] + ".", f"{key}:")):
             raise ConfigError(message) from error  # names its setting already
-        if isinstance(error, OSError) and source is not None and not Path(source).exists():
+        if isinstance(error, OSError) and source is not None and not os.path.exists(source):
             message = (
                 f"'{source}' is no local folder, is not in the cache {HF_HUB_CACHE}, and could not be fetched "
                 f"({message.split('. ')[0]}); {key} also takes the path of a local copy"
             )
+        elif source is not None and source not in message:
+            message = f"{source}: {message}"
         raise ConfigError(f"{key}: {message}") from error
 
 
@@ -83,6 +136,15 @@ def share_cores(accelerator: Accelerator, threads: Optional[int] = None) -> None
     one thread.)"""
     if accelerator.device.type == "cpu":
         torch.set_num_threads(threads or cores_of_process(accelerator))
+
+
+def compute_deterministically() -> None:
+    """From here on every operation takes an algorithm that gives the same bits each time, or raises RuntimeError where
+    it has none. To be called before anything runs on a GPU: cuBLAS reads its variable when it starts."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = True
+    torch.use_deterministic_algorithms(True)
 
 
 def seeded_generator(*key: int, device: Union[torch.device, str] = "cpu") -> torch.Generator:

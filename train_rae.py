@@ -19,21 +19,32 @@ import logging
 import math
 import os
 import shutil
+import socket
+import threading
 import time
 import uuid
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, TextIO
+from typing import Any, Optional, TextIO, Union
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import ProjectConfiguration, broadcast_object_list, set_seed
+from accelerate.utils import (
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+    broadcast_object_list,
+    gather_object,
+    set_seed,
+)
 from PIL import Image
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import ViTConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -47,13 +58,17 @@ from checkpointing import (
     checkpoints,
     fill,
     fill_optimizer,
+    is_whole_model,
+    last_checkpoint,
     lock_run_folder,
     newest_checkpoint,
     read_checkpoint,
     read_latent_stats,
     restore_folders,
     save_checkpoint,
+    whole,
     write_folder,
+    write_text,
 )
 from config import (
     Config,
@@ -84,16 +99,22 @@ from metrics import HIGHER_IS_BETTER, IMAGE_METRICS, evaluate_reconstructions, q
 from modeling_rae import RAEConfig, RAEModel, encoder_family, vision_config
 from pictures import plot_curves, progress_strip, reconstruction_grid, save_pairs
 from runtime import (
+    INTERRUPTED,
     ConfigError,
     RunError,
+    WriteError,
     alone,
     blame,
     check_precision,
+    compute_deterministically,
     quiet_transformers,
     run_main,
     seeded_generator,
     share_cores,
+    writing,
 )
+from sharding import check_launch, check_processes, fsdp_is_asked_for, plain_accelerator, shard
+from streams import Stream, StreamLoader, load_stream_eval_images, open_stream
 
 logger = logging.getLogger(__name__)
 
@@ -126,17 +147,23 @@ class Run:
     def model(self) -> RAEModel:
         return self.accelerator.unwrap_model(self.rae)
 
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self.rae, FSDPModule)
+
 
 @dataclass
 class RunState:
     """What a checkpoint holds beside networks and optimizers. Plain values."""
 
     step: int = 0
-    num_images: int = 0  # of the training split
+    num_images: Optional[int] = 0  # of the training split; None where a stream's number is not known
     frozen: dict = field(default_factory=dict)  # Run.frozen
     best: Optional[float] = None
     best_of: str = ""  # what `best` is comparable with: metric and number of images
     nonfinite_in_a_row: int = 0
+    skipped_steps: int = 0  # because of something not finite, over the whole run
+    stream: Optional[dict] = None  # of a streaming run: fingerprint of the shards, states of all lanes
 
 
 def build_accelerator(config: Config) -> Accelerator:
@@ -146,16 +173,23 @@ def build_accelerator(config: Config) -> Accelerator:
             raise ConfigError(
                 f"logging.report_to: expected trackers among {', '.join(LOGGER_TYPE_TO_CLASS)}, got {name!r}"
             )
-    with blame("train.mixed_precision"):
+    check_launch()
+    # a microsecond more: Accelerate takes ten minutes for its default and would not pass them on
+    timeout = timedelta(minutes=config.train.timeout_minutes, microseconds=1)
+    with blame("train.mixed_precision"), plain_accelerator():
         accelerator = Accelerator(
             mixed_precision=config.train.mixed_precision,
             log_with=list(config.logging.report_to) or None,
             project_config=ProjectConfiguration(project_dir=output, logging_dir=f"{output}/logs"),
             # buffers are the same on all processes by construction; a broadcast would change the discriminator's
             # spectral-norm vectors between its two forward passes
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True)],
+            kwargs_handlers=[
+                DistributedDataParallelKwargs(broadcast_buffers=False, gradient_as_bucket_view=True),
+                InitProcessGroupKwargs(timeout=timeout),
+            ],
         )
         check_precision(accelerator)
+    check_processes(accelerator)
     set_tf32(config.train.tf32, accelerator)
     share_cores(accelerator, config.train.cpu_threads)
     missing = set(config.logging.report_to) - {str(tracker) for tracker in accelerator.log_with}
@@ -332,7 +366,13 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
         frozen["gan.backbone"] = weights_digest(discriminator.backbone)
     if perceptual.weight > 0:
         frozen["perceptual.vgg_path"] = weights_digest(lpips)
-    rae, optimizer = accelerator.prepare(rae, adamw(rae.decoder.parameters(), config.optimizer))
+    sharded = fsdp_is_asked_for() and accelerator.use_distributed  # one process has nothing to share out
+    rae = shard(rae, accelerator) if sharded else accelerator.prepare(rae)
+    decoder = accelerator.unwrap_model(rae).decoder
+    optimizer = accelerator.prepare(adamw(decoder.parameters(), config.optimizer))  # of the sharded parameters
+    with blame("model.encoder", config.model.encoder), torch.no_grad(), accelerator.autocast():
+        blank = torch.zeros(1, 3, rae_config.image_size, rae_config.image_size, device=accelerator.device)
+        accelerator.unwrap_model(rae).encode(blank, add_noise=False)  # whether the encoder gives the tokens it should
     disc_optimizer = None
     if discriminator is not None:
         disc_optimizer = adamw(discriminator.parameters(), gan.optimizer)
@@ -352,7 +392,7 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
         disc_optimizer=disc_optimizer,
         perceptual=lpips,
         augment=DiffAug(gan.augment_prob, gan.augment_cutout),
-        ema=EMA(accelerator.unwrap_model(rae).decoder, config.ema.decay),
+        ema=EMA(decoder, config.ema.decay),
         steps_per_epoch=steps_per_epoch,
         lpips_start=start(perceptual.start_step, perceptual.start_epoch),
         gan_start=start(gan.start_step, gan.start_epoch),
@@ -390,13 +430,24 @@ def set_learning_rate(optimizer: Any, lr: float) -> None:
 
 
 def step_generator(run: Run, step: int, micro_batch: int) -> torch.Generator:
-    """Source of noise and augmentation: a function of seed, step, rank and micro-batch, so a resumed run repeats it."""
+    """Source of noise and augmentation: a function of seed, step and the micro-batch's place in the global batch, so a
+    resumed run repeats it, also with micro-batches of this size on other processes."""
     a = run.accelerator
-    return seeded_generator(run.config.train.seed, step, a.process_index, micro_batch, device=a.device)
+    place = micro_batch * a.num_processes + a.process_index  # as TrainBatches shares them out
+    return seeded_generator(run.config.train.seed, step, place, device=a.device)
 
 
 def no_sync_except_last(run: Run, network: nn.Module, i: int, count: int) -> Any:
+    if isinstance(network, FSDPModule):
+        network.set_requires_gradient_sync(i == count - 1)
+        return nullcontext()
     return nullcontext() if i == count - 1 else run.accelerator.no_sync(network)
+
+
+def gradient_norm(parameters: Iterable) -> torch.Tensor:
+    """Norm of all gradients together; of sharded ones the whole norm, on every process."""
+    norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def mean_over_processes(run: Run, values: list) -> list:
@@ -416,7 +467,9 @@ def train_step(run: Run, batches: list, step: int, stop: bool = False) -> dict:
         dict of floats, means over micro-batches and processes: loss, recon, lpips, gan, adaptive_weight, grad_norm,
         lr; disc_loss, logits_real, logits_fake, accuracy, disc_grad_norm, lr_disc (None where the discriminator does
         not train yet);
-        `stop`; and `nonfinite`: the name of a term that is nan or inf, in which case nothing was updated by it.
+        `stop`; and `nonfinite`: the name of a term that is nan or inf, in which case its network was not updated. A
+        term of the decoder leaves everything as it was; one of the discriminator comes after the decoder's update,
+        which stands.
     """
     generators = [step_generator(run, step, i) for i in range(len(batches))]
     with torch.no_grad(), run.accelerator.autocast():
@@ -493,7 +546,7 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
             sums += torch.stack([t.float() for t in vars(terms).values()])
     accelerator.unscale_gradients(run.optimizer)
     parameters = [p for p in model.decoder.parameters() if p.requires_grad]
-    grad_norm = nn.utils.get_total_norm([p.grad for p in parameters])
+    grad_norm = gradient_norm(parameters)
     if config.train.clip_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, config.train.clip_grad_norm, grad_norm)
     asked = torch.full((), float(stop), device=accelerator.device)
@@ -509,17 +562,18 @@ def discriminator_step(
 ) -> dict:
     """Update the discriminator on images and on reconstructions of clean latents with the updated decoder, or on the
     given `reconstructions` (gan.disc_input). `count`: updates of the discriminator so far."""
-    config, accelerator, model = run.config, run.accelerator, run.model
+    config, accelerator = run.config, run.accelerator
     lr = learning_rate(count, config.gan.optimizer.lr, config.gan.lr_schedule, run.steps_per_epoch)
     set_learning_rate(run.disc_optimizer, lr)
-    accelerator.unwrap_model(run.discriminator).train()
+    heads = accelerator.unwrap_model(run.discriminator).train().heads
+    spectral_vectors = {name: buffer.clone() for name, buffer in heads.named_buffers()}  # each forward pass moves them
     loss_function = DISCRIMINATOR_LOSSES[config.gan.loss]
     sums = torch.zeros(4, device=accelerator.device)
     for i, (pixels, latent, generator) in enumerate(zip(batches, latents, generators, strict=True)):
         with no_sync_except_last(run, run.discriminator, i, len(batches)):
             with torch.no_grad(), accelerator.autocast():
                 fresh = config.gan.disc_input == "fresh"
-                fake = model.decode(latent).sample if fresh else reconstructions[i]
+                fake = run.rae(latent=latent).sample if fresh else reconstructions[i]
                 fake = run.augment(to_discriminator_range(fake.float()), generator)
                 real = run.augment(2 * pixels - 1, generator)
             fake_logits, real_logits = run.discriminator(fake, real)
@@ -528,12 +582,14 @@ def discriminator_step(
             accuracy = (real_logits > fake_logits).float().mean()
             sums += torch.stack([loss.detach(), real_logits.detach().mean(), fake_logits.detach().mean(), accuracy])
     accelerator.unscale_gradients(run.disc_optimizer)
-    heads = accelerator.unwrap_model(run.discriminator).heads
-    grad_norm = nn.utils.get_total_norm([p.grad for p in heads.parameters()])
+    grad_norm = gradient_norm(heads.parameters())
     names = ("disc_loss", "logits_real", "logits_fake", "accuracy", "disc_grad_norm")
     values = mean_over_processes(run, [*(sums / len(batches)), grad_norm])
     record = dict(zip(names, values, strict=True))
     apply_update(run, run.disc_optimizer, record, ("disc_loss",), "disc_grad_norm")
+    if record["nonfinite"] is not None:
+        for name, buffer in heads.named_buffers():
+            buffer.copy_(spectral_vectors[name])
     return {**record, "lr_disc": lr}
 
 
@@ -554,7 +610,7 @@ def encoder_distance(run: Run) -> FrechetMetric:
 def reconstruct(run: Run, pixels: torch.Tensor) -> torch.Tensor:
     """Pixels (B, 3, S, S) in [0, 1] to their reconstructions, without noise."""
     with torch.no_grad(), run.accelerator.autocast():
-        return run.model.decode(run.model.encode(pixels, add_noise=False).latent).sample.float()
+        return run.rae(latent=run.model.encode(pixels, add_noise=False).latent).sample.float()
 
 
 class Reporter:
@@ -601,11 +657,21 @@ class Reporter:
         self.file.append({"kind": kind, **place, "time": round(time.time(), 3), **values})
         prefix = f"eval_{values['model']}" if kind == "eval" else kind
         numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
-        self.run.accelerator.log(numbers, step=step)
+        with writing(self.run_dir / "logs"):
+            self.run.accelerator.log(numbers, step=step)
+
+    def forget_after(self, step: int) -> None:
+        """Drop what there is of steps after `step`: the run goes on from there and writes it again."""
+        self.file.forget_after(step)
+        if self.run.accelerator.is_main_process:
+            for path in (*self.run_dir.glob("samples/step-*"), *self.run_dir.glob("pairs/step-*")):
+                if checkpoint_step(path) > step:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def train(self, record: dict, images_per_second: float) -> None:
         values = {k: v for k, v in record.items() if k not in ("stop", "nonfinite")}
-        self.write("train", {**values, "images_per_second": round(images_per_second, 3)})
+        counts = {"skipped_steps": self.state.skipped_steps, "images_per_second": round(images_per_second, 3)}
+        self.write("train", {**values, **counts})
 
     @torch.compiler.set_stance("force_eager")  # evaluation has shapes of its own: no graphs for them
     def evaluate(self) -> None:
@@ -625,6 +691,7 @@ class Reporter:
                     self.unreadable.add,
                     self.distances,
                     on_batch=partial(save_pairs, folder, saved),
+                    sharded=run.sharded,
                 )
             values = evaluation.summary()
             self.write("eval", {"model": model, **values})
@@ -643,28 +710,35 @@ class Reporter:
     def samples(self) -> None:
         """Write the sample grid of the averaged model, the curves and the strip; show the grid to the trackers."""
         run, path = self.run, self.run_dir / "samples" / f"step-{self.state.step:08d}.png"
+        run.model.eval()
+        images = self.shown.to(run.accelerator.device)
+        with run.ema.applied():
+            reconstructions = reconstruct(run, images)  # on all processes: a sharded model takes them all
         if run.accelerator.is_main_process:
-            run.model.eval()
-            with run.ema.applied():
-                images = self.shown.to(run.accelerator.device)
-                grid = reconstruction_grid(images, quantize(reconstruct(run, images))).numpy()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(grid).save(path)
+            grid = reconstruction_grid(images, quantize(reconstructions)).numpy()
+            with writing(path):
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(grid).save(path)
             plot_curves(self.file.read(), self.run_dir / "curves.png")
             progress_strip(sorted(path.parent.glob("step-*.png")), self.run_dir / "progress.png")
             for tracker in run.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                    tracker.log_images({"reconstructions": grid[None]}, step=self.state.step, **options)
+                    with writing(self.run_dir / "logs"):
+                        tracker.log_images({"reconstructions": grid[None]}, step=self.state.step, **options)
 
     def export(self, name: str) -> None:
         """Write the averaged model as a from_pretrained folder."""
         accelerator, model = self.run.accelerator, self.run.model
+        with torch.device("meta"):  # for its class and config: those of a sharded model are not what is to be saved
+            unsharded = RAEModel(model.config)
 
         def write(folder: Path) -> None:
+            with self.run.ema.applied():
+                state = whole(model.state_dict(), accelerator.is_main_process)
+                if accelerator.is_main_process:
+                    unsharded.save_pretrained(folder, state_dict=state)
             if accelerator.is_main_process:
-                with self.run.ema.applied():
-                    model.save_pretrained(folder)
                 (folder / IMAGE_PROCESSOR_NAME).write_text(image_processor_json(model.config.image_size))
 
         write_folder(self.run_dir / name, write, accelerator.is_main_process, accelerator.wait_for_everyone)
@@ -693,6 +767,8 @@ class Reporter:
         for name in self.run.config.eval.metrics:
             values = (line.get(name) for line in (first, last))
             rows.append(f"{name:<28}" + "".join(f"{'-' if v is None else f'{v:.4f}':>10}" for v in values))
+        if self.state.skipped_steps:
+            rows.append(f"steps skipped, not finite: {self.state.skipped_steps} of {self.state.step}")
         picture = self.run_dir / "samples" / f"step-{evals[-1]['step']:08d}.png"
         places = {
             "pictures": picture,
@@ -725,23 +801,101 @@ def check_run_folder(config: Config) -> Path:
         raise ConfigError(f"train.output_dir: {run_dir} cannot be made, {place} is no folder that can be written to")
     if saved.exists():
         check_same_config(config, saved)
-    elif run_dir.exists() and any(run_dir.iterdir()):
+        MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()  # or names the line that is damaged
+    elif run_dir.exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
         raise ConfigError(f"train.output_dir: {run_dir} is not empty and has no config.yaml of a run")
     return run_dir
 
 
 def take_run_folder(config: Config, run_dir: Path) -> TextIO:
     """Create the run folder, lock it against a second run, and write the config. Keep the result until the end."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = lock_run_folder(run_dir)
-    except BlockingIOError:
-        raise ConfigError(f"train.output_dir: another run is at work in {run_dir}") from None
-    restore_folders(run_dir)
-    beside = run_dir / ".config.partial"
-    beside.write_text(config_yaml(config))
-    beside.replace(run_dir / "config.yaml")
+    with writing(run_dir / ".lock"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = lock_run_folder(run_dir)
+        except BlockingIOError:
+            raise ConfigError(f"train.output_dir: another run is at work in {run_dir}") from None
+    with writing(run_dir):
+        restore_folders(run_dir)
+    write_text(run_dir / "config.yaml", config_yaml(config))
     return lock
+
+
+@dataclass
+class TrainingData:
+    """Training images, a numbered list or a stream, and evaluation images."""
+
+    images: Union[ImageSource, Stream]
+    batches: Optional[TrainBatches]  # the order in which a list is drawn; None for a stream
+    eval_images: ImageSource
+    num_images: Optional[int]  # None where a stream's number is not known
+    steps_per_epoch: int
+
+    @property
+    def shards(self) -> Optional[str]:
+        """Fingerprint of a stream's shards, None for a list."""
+        return self.images.fingerprint() if self.batches is None else None
+
+
+def open_data(config: Config, accelerator: Accelerator, micro_batch: int) -> TrainingData:
+    """Find the images. Settles the number of a stream's lanes, which the run folder then keeps. Raises DataError."""
+    if config.data.streaming:
+        if config.data.stream_lanes is None:
+            config.data.stream_lanes = accelerator.num_processes * max(1, config.data.num_workers)
+        stream = open_stream(config.data, config.train.global_batch_size, config.train.seed, accelerator)
+        eval_images = load_stream_eval_images(config.data, config.eval.num_samples)
+        return TrainingData(stream, None, eval_images, stream.num_images, stream.steps_per_epoch)
+    images, eval_images = load_splits(config.data, config.train.seed)
+    batches = TrainBatches(
+        len(images),
+        config.train.global_batch_size,
+        micro_batch,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.train.seed,
+        start_step=0,
+        total_steps=0,
+    )
+    return TrainingData(images, batches, eval_images, len(images), batches.steps_per_epoch)
+
+
+def open_loader(run: Run, data: TrainingData, state: RunState, total_steps: int) -> Iterable:
+    """This process's micro-batches from `state.step` on."""
+    config, accelerator, size = run.config, run.accelerator, run.config.model.image_size
+    if data.batches is None:
+        return StreamLoader(
+            data.images,
+            config.data,
+            size,
+            accelerator.process_index,
+            accelerator.num_processes,
+            config.train.gradient_accumulation_steps,
+            state.stream["lanes"],
+        )
+    data.batches.start_step, data.batches.total_steps = state.step, total_steps
+    resize_size, max_unreadable = config.data.resize_size, config.data.max_unreadable
+    return train_loader(data.images, data.batches, size, resize_size, max_unreadable, config.data.num_workers)
+
+
+def check_shared_folder(run_dir: Path, lock: Optional[TextIO], patience: float = 90) -> None:
+    """Raise ConfigError, on all processes, when some machine does not see the main process's run folder, from which
+    all of them read checkpoints. `lock`: the main process's, what `take_run_folder` gave. `patience`: seconds; a
+    network file system may remember for a minute that a file was not there."""
+    token = uuid.uuid4().hex
+    if lock is not None:
+        lock.write(token)
+        lock.flush()
+        os.fsync(lock.fileno())
+    [token] = broadcast_object_list([token])
+    file, deadline = run_dir / ".lock", time.monotonic() + patience
+    while not (seen := file.exists() and file.read_text() == token) and time.monotonic() < deadline:
+        time.sleep(1)
+    elsewhere = sorted({host for host in gather_object([None if seen else socket.gethostname()]) if host is not None})
+    if elsewhere:
+        raise ConfigError(
+            f"train.output_dir: {run_dir} on {', '.join(elsewhere)} is another folder than the main process's, "
+            "expected one on a file system that all machines share"
+        )
 
 
 def checkpoint_parts(run: Run, state: RunState) -> dict:
@@ -800,17 +954,43 @@ def load_checkpoint(run: Run, state: RunState, path: Path) -> None:
             )
 
 
+def continue_run(run: Run, state: RunState, data: TrainingData, run_dir: Path) -> bool:
+    """Load the newest whole checkpoint, if there is one; the result says so. Raises RunError when all are damaged, and
+    ConfigError when the run began with other images."""
+    state.num_images = data.num_images
+    state.stream = None if data.batches is not None else {"shards": data.shards, "lanes": None}
+    checkpoint = find_checkpoint(run.accelerator, run_dir)
+    if checkpoint is None:
+        return False
+    load_checkpoint(run, state, checkpoint)
+    tell(run, f"continuing from {checkpoint}")
+    other = f"choose another train.output_dir, with model.init_from {run_dir}/best"
+    if state.num_images != data.num_images:
+        raise ConfigError(
+            f"data.path: {run.config.data.path} has {data.num_images} training images, {run_dir} began with "
+            f"{state.num_images}; take out what was added, put back what is missing (an empty file with the name of a "
+            f"lost one will do: it is skipped), or {other}"
+        )
+    if data.batches is None and state.stream["shards"] != data.shards:
+        raise ConfigError(f"data.path: the shards are not those that {run_dir} began with; {other}")
+    return True
+
+
 def start_trackers(config: Config, accelerator: Accelerator, run_dir: Path, step: int) -> None:
     """Start the trackers; a run that continues at `step` goes on in the same wandb run, and tensorboard forgets what it
     has of later steps."""
-    options = {"tensorboard": {"purge_step": step + 1}} if step else {}
+    options = {"tensorboard": {"purge_step": step + 1 if step else 0}}  # step 0 is evaluated again
     if "wandb" in config.logging.report_to and accelerator.is_main_process:
         id_file = run_dir / "wandb_run_id.txt"
         if not id_file.exists():
-            id_file.write_text(uuid.uuid4().hex[:8])
+            write_text(id_file, uuid.uuid4().hex[:8])
         run_id = id_file.read_text().strip()
         options["wandb"] = {"id": run_id, "resume": "allow", "name": run_dir.name, "dir": str(run_dir)}
-    accelerator.init_trackers(config.logging.project, init_kwargs=options)
+    with writing(run_dir / "logs"):
+        accelerator.init_trackers(config.logging.project, init_kwargs=options)
+    # tensorboard writes in a thread, whose traceback would bury the one line that its error, raised here again, ends in
+    show = threading.excepthook
+    threading.excepthook = lambda failed: type(failed.thread).__name__ == "_AsyncWriterThread" or show(failed)
     if accelerator.is_main_process:
         for tracker in accelerator.trackers:
             if tracker.name != "tensorboard":  # its hyperparameter table takes no nested settings
@@ -826,11 +1006,25 @@ def stop_on_nonfinite(run: Run, state: RunState, record: dict, run_dir: Path) ->
         return
     state.nonfinite_in_a_row += 1
     limit = run.config.train.max_nonfinite_steps
-    saved = checkpoints(run_dir)
     where = f"{record['nonfinite']} is {record[record['nonfinite']]} at step {state.step}"
     if state.nonfinite_in_a_row > limit:
-        raise RunError(f"{where}; the last good checkpoint is {saved[-1] if saved else 'none'}")
+        raise RunError(f"{where}; {last_checkpoint(run_dir)}")
+    state.skipped_steps += 1
     tell(run, f"skipped: {where} ({state.nonfinite_in_a_row} in a row of at most {limit})")
+
+
+@contextmanager
+def resumable(run_dir: Path) -> Iterator[None]:
+    """Say what the run continues from when it ends by Ctrl-C or because something cannot be written."""
+    try:
+        yield
+    except WriteError as error:
+        message = f"{error}; {last_checkpoint(run_dir)}; the same command continues"
+        raise RunError(message, everywhere=True) from error
+    except KeyboardInterrupt:
+        raise RunError(
+            f"stopped by Ctrl-C; {last_checkpoint(run_dir)}; the same command continues", INTERRUPTED
+        ) from None
 
 
 def train(
@@ -890,6 +1084,8 @@ def train(
         elif config.hub.every_steps and due(config.hub.every_steps):
             reporter.push(publisher)
         if record["stop"] or due(config.train.save_every_steps, config.train.save_every_epochs):
+            if state.stream is not None:
+                state.stream["lanes"] = gather_object([loader.states[lane] for lane in sorted(loader.states)])
             parts = checkpoint_parts(run, state)
             save_checkpoint(accelerator, run_dir, state.step, parts, config.train.keep_last)
         clock += time.perf_counter() - pause  # images per second are those of training
@@ -904,28 +1100,22 @@ def train(
 def main() -> None:
     config = parse_config()
     quiet_transformers()
+    if config.train.deterministic:
+        compute_deterministically()
 
     # everything that can be wrong is looked at before anything expensive starts
     accelerator = build_accelerator(config)
-    run_dir = check_run_folder(config)
+    with blame("train.output_dir"):
+        run_dir = check_run_folder(config)
     micro_batch = micro_batch_size(config, accelerator.num_processes)
     rae_config = build_rae_config(config)
     check_hub(config, rae_config)
     training_resize_size(config.model.image_size, config.data.resize_size)
-    train_images, eval_images = load_splits(config.data, config.train.seed)
-    batches = TrainBatches(
-        len(train_images),
-        config.train.global_batch_size,
-        micro_batch,
-        accelerator.process_index,
-        accelerator.num_processes,
-        config.train.seed,
-        start_step=0,
-        total_steps=0,
-    )
-    total_steps = config.train.max_steps or max(1, round(config.train.epochs * batches.steps_per_epoch))
+    data = open_data(config, accelerator, micro_batch)
+    total_steps = config.train.max_steps or max(1, round(config.train.epochs * data.steps_per_epoch))
     saved = checkpoints(run_dir)
-    if saved and checkpoint_step(saved[-1]) >= total_steps and (run_dir / "final").exists():
+    finished = saved and checkpoint_step(saved[-1]) >= total_steps and is_whole_model(run_dir / "final")
+    if broadcast_object_list([finished])[0]:  # as the main process sees it: a machine may lack the folder
         if accelerator.is_main_process:
             done = checkpoint_step(saved[-1])
             print(f"{run_dir} is finished: {done} of {total_steps} steps, model in {run_dir / 'final'}")
@@ -938,42 +1128,27 @@ def main() -> None:
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
 
     # networks, and the state of an earlier part of this run
-    run = build_run(config, accelerator, rae_config, batches.steps_per_epoch)
+    run = build_run(config, accelerator, rae_config, data.steps_per_epoch)
     lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
-    accelerator.wait_for_everyone()
-    state = RunState(num_images=len(train_images), frozen=run.frozen)
-    checkpoint = find_checkpoint(accelerator, run_dir)
-    if checkpoint is not None:
-        load_checkpoint(run, state, checkpoint)
-        tell(run, f"continuing from {checkpoint}")
-        if state.num_images != len(train_images):
-            raise ConfigError(
-                f"data.path: {config.data.path} has {len(train_images)} training images, {run_dir} began with "
-                f"{state.num_images}; choose another train.output_dir, with model.init_from {run_dir}/best"
-            )
-    batches.start_step, batches.total_steps = state.step, total_steps
-    loader = train_loader(
-        train_images,
-        batches,
-        config.model.image_size,
-        config.data.resize_size,
-        config.data.max_unreadable,
-        config.data.num_workers,
-    )
+    check_shared_folder(run_dir, lock)
+    state = RunState(frozen=run.frozen)
+    continued = continue_run(run, state, data, run_dir)
+    loader = open_loader(run, data, state, total_steps)
     unreadable = UnreadableLog(config.data.max_unreadable)
-    reporter = Reporter(run, state, run_dir, eval_images, unreadable, distances)
-    reporter.file.forget_after(-1 if checkpoint is None else state.step)
+    reporter = Reporter(run, state, run_dir, data.eval_images, unreadable, distances)
+    reporter.forget_after(state.step if continued else -1)
     start_trackers(config, accelerator, run_dir, state.step)
-    tell(run, describe(run, len(train_images), len(eval_images), micro_batch, total_steps))
+    tell(run, describe(run, data, micro_batch, total_steps))
 
     if state.step < total_steps and accelerator.is_main_process:
         shutil.rmtree(run_dir / "final", ignore_errors=True)  # of this run when it was shorter
 
-    with alone(accelerator):
+    with alone(accelerator), resumable(run_dir):
         finished = train(run, state, reporter, publisher, loader, total_steps, run_dir)
-    if finished:
-        if not (run_dir / "final").exists():  # its checkpoints reach further than train.max_steps now does
+        # it may be damaged, or the checkpoints reach further than train.max_steps now does
+        if finished and not is_whole_model(run_dir / "final"):
             reporter.export("final")
+    if finished:
         tell(run, reporter.summary() if accelerator.is_main_process else "")
     accelerator.end_training()
     if finished and publisher is not None:
@@ -982,7 +1157,7 @@ def main() -> None:
         lock.close()
 
 
-def describe(run: Run, num_train: int, num_eval: int, micro_batch: int, total_steps: int) -> str:
+def describe(run: Run, data: TrainingData, micro_batch: int, total_steps: int) -> str:
     """What is about to happen, in a few lines."""
     c, a = run.config, run.accelerator
     decoder = sum(p.numel() for p in run.model.decoder.parameters()) / 1e6
@@ -993,10 +1168,11 @@ def describe(run: Run, num_train: int, num_eval: int, micro_batch: int, total_st
     return "\n".join(
         [
             f"encoder {c.model.encoder} {encoder:.1f}M frozen, decoder {decoder:.1f}M, {c.model.image_size} px",
-            f"{num_train} training and {num_eval} evaluation images, {run.steps_per_epoch} steps an epoch, "
-            f"{total_steps} steps; {', '.join(starts)}",
+            f"{data.num_images or 'streamed'} training and {len(data.eval_images)} evaluation images, "
+            f"{run.steps_per_epoch} steps an epoch, {total_steps} steps; {', '.join(starts)}",
             f"batch {c.train.global_batch_size} = {a.num_processes} processes x {micro_batch} images x "
-            f"{c.train.gradient_accumulation_steps} accumulated, precision {a.mixed_precision}, {a.device.type}",
+            f"{c.train.gradient_accumulation_steps} accumulated, precision {a.mixed_precision}, {a.device.type}"
+            + (", RAE sharded (FSDP2)" if run.sharded else ""),
         ]
     )
 

@@ -148,7 +148,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--presets", nargs="+", default=PRESETS, help="files in configs/, without .yaml")
     parser.add_argument("--mixed_precision", default="bf16", choices=["no", "bf16"])
-    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 16], help="at least two, ascending")
+    parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 64], help="at least two, ascending")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args, settings = parser.parse_known_args()
     if len(args.batch_sizes) < 2 or args.batch_sizes != sorted(set(args.batch_sizes)):

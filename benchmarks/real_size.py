@@ -2,6 +2,8 @@
 
     python benchmarks/real_size.py                 (make real-size; CPU: float32, 2 images, about 5 minutes, 20 GB disk)
     python benchmarks/real_size.py --batch_size 64 --mixed_precision bf16                                    (one GPU)
+    python benchmarks/real_size.py --batch_size 512 --mixed_precision bf16 --launch "--config_file FILE"       (8 GPUs,
+                                                   FILE of accelerate_configs/, such as fsdp2_8gpu.yaml)
 
 DINOv2-B, the discriminator's ViT-S/8 and VGG16 have random weights, saved locally in the formats of the published
 ones, so that everything is loaded as in a real run; the images are synthetic. The run itself is train_rae.py with
@@ -11,6 +13,7 @@ configs/dinov2_b.yaml. Prints a table of times, losses and peak memory; `--json 
 import argparse
 import json
 import resource
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -52,6 +55,8 @@ def main() -> None:
     parser.add_argument("--batch_size", type=int, default=2, help="images of one step")
     parser.add_argument("--mixed_precision", default="no", choices=["no", "bf16", "fp16"])
     parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--config", default="configs/dinov2_b.yaml", help="preset, of a DINOv2-B encoder")
+    parser.add_argument("--launch", metavar="ARGUMENTS", help="start with accelerate launch and these arguments")
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     args = parser.parse_args()
 
@@ -64,6 +69,7 @@ def main() -> None:
             "data.num_workers": 1,
             "train.output_dir": folder / "run",
             "train.global_batch_size": args.batch_size,
+            "train.gradient_accumulation_steps": 1,
             "train.max_steps": args.steps,
             "train.mixed_precision": args.mixed_precision,
             "gan.update_start_step": 0,
@@ -87,7 +93,8 @@ def main() -> None:
         )  # fmt: skip
         flags = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
         start = time.perf_counter()
-        command = [sys.executable, "train_rae.py", "--config", "configs/dinov2_b.yaml", *flags]
+        launcher = [] if args.launch is None else ["-m", "accelerate.commands.launch", *shlex.split(args.launch)]
+        command = [sys.executable, *launcher, "train_rae.py", "--config", args.config, *flags]
         subprocess.run(command, cwd=ROOT, check=True)
         seconds = time.perf_counter() - start
         lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
@@ -101,7 +108,7 @@ def main() -> None:
         values = [line[k] for k in ("loss", "recon", "lpips", "gan", "adaptive_weight", "disc_loss")]
         rate = args.batch_size / line["images_per_second"]
         print(f"{line['step']:>4}" + "".join(f"{v:>10.4f}" for v in values) + f"{rate:>10.2f}")
-    print(f"whole command {seconds:.0f} s, peak resident memory {peak:.1f} GiB")
+    print(f"whole command {seconds:.0f} s, peak resident memory of the largest process {peak:.1f} GiB")
     if args.json:
         result = {"steps": steps, "seconds": seconds, "peak_rss_gib": peak, "torch": torch.__version__, **vars(args)}
         Path(args.json).write_text(json.dumps(result, indent=1))

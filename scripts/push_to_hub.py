@@ -30,7 +30,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, Optional
 
-import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -52,6 +51,7 @@ from hub import (
 from metrics import HIGHER_IS_BETTER
 from modeling_rae import RAEConfig, RAEModel
 from runtime import ConfigError, blame, quiet_transformers, run_main
+from yaml_file import read_yaml
 
 MODELING_FILE = "modeling_rae.py"
 # what save_pretrained writes weights to: an earlier upload's are deleted, all other files are somebody's own
@@ -123,11 +123,11 @@ def read_model_folder(folder: Path) -> tuple[RAEConfig, list]:
     try:
         settings = json.loads((folder / CONFIG_NAME).read_text())
         kind, has_code = settings.get("model_type"), "auto_map" in settings
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(f"model: {folder / CONFIG_NAME} is no model config: {error}") from error
     if kind != RAEConfig.model_type or not has_code:
         raise ConfigError(f"model: {folder} has model_type {kind}{'' if has_code else ' and no auto_map'}, {expected}")
-    with blame("model"):
+    with blame("model", str(folder)):
         config = RAEConfig.from_pretrained(folder)
     names, keys = weight_files(folder)
     for part in ("decoder.", *(["encoder."] if config.encoder_bundled else [])):
@@ -158,11 +158,8 @@ def weight_files(folder: Path) -> tuple[list, set]:
 def leave_out_encoder(folder: Path, target: Path) -> None:
     """Write the model in `folder` to `target` without the encoder's weights. Raises ConfigError where the weights do
     not fit the config."""
-    with blame("model"):
-        try:
-            model = RAEModel.from_pretrained(folder)
-        except RuntimeError as error:
-            raise ConfigError(f"model: {folder} cannot be loaded: {str(error).strip().splitlines()[0]}") from error
+    with blame("model", str(folder)):
+        model = RAEModel.from_pretrained(folder)
         model.save_pretrained(target, include_encoder=False)
 
 
@@ -181,7 +178,7 @@ def run_folder(model: Path) -> Optional[Path]:
 def measured(row: dict, vgg_weights: str) -> dict:
     """The metrics in a line of results, without an LPIPS that comes from an untrained VGG16."""
     names = [name for name in HIGHER_IS_BETTER if name != "lpips" or vgg_weights == "pretrained"]
-    return {name: row[name] for name in names if row.get(name) is not None}
+    return {name: float(row[name]) for name in names if row.get(name) is not None}
 
 
 def figures_of_results(file: Path, model: Path) -> Figures:
@@ -363,9 +360,9 @@ def files_to_upload(settings: PushConfig, model: Path, weights_from: Path) -> di
     if run_dir:
         try:
             run_settings = (run_dir / "config.yaml").read_text()
-            run = yaml.safe_load(run_settings)
+            run = read_yaml(run_dir / "config.yaml")
             trained_on, figures = run["data"]["path"], figures_of_run(run_dir, run, model)
-        except (yaml.YAMLError, ValueError, LookupError, TypeError) as error:
+        except (ValueError, LookupError, TypeError) as error:
             raise ConfigError(f"model: config.yaml or metrics.jsonl of {run_dir} is damaged ({error!r})") from error
     if settings.results is not None:
         figures = figures_of_results(Path(settings.results), model)

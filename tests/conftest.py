@@ -70,6 +70,44 @@ def run_command(*args, launch: tuple = (), check: bool = True, **environment) ->
     return done
 
 
+def processes_on_cpu(count: int) -> tuple:
+    """Arguments of accelerate launch. Its `--cpu` starts several processes through MPI only, so this is its launcher
+    for GPUs, told by ACCELERATE_USE_CPU (above) to compute on the CPU."""
+    distributed = ("--multi_gpu",) if count > 1 else ("--cpu",)
+    return (*distributed, "--num_processes", str(count), "--num_machines", "1", "--mixed_precision", "no",
+            "--dynamo_backend", "no", "--main_process_port", "0")  # fmt: skip
+
+
+def run_ranks(*scenarios: dict) -> list:
+    """Run scenarios of tests/ranks.py, which says what they are. Gives {"ends", "left_behind", "out", "err"} of each,
+    the last two a text for each process. In argv, a dict stands for its settings as flags."""
+    for scenario in scenarios:
+        program, *rest = scenario["argv"]
+        scenario["argv"] = [program, *(str(f) for a in rest for f in (flags(a) if isinstance(a, dict) else [a]))]
+        scenario["folder"] = str(scenario["folder"])
+        scenario.setdefault("faults", [])
+    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
+        json.dump(scenarios, file)
+        file.flush()
+        subprocess.run(command("tests/ranks.py", file.name), cwd=ROOT, check=True, timeout=1800)
+    results = []
+    for scenario in scenarios:
+        folder = Path(scenario["folder"])
+        texts = {
+            name: [(folder / f"{rank}.{name}").read_text() for rank in range(scenario["processes"])]
+            for name in ("out", "err")
+        }
+        results.append({**json.loads((folder / "result.json").read_text()), **texts})
+    return results
+
+
+def error_line(stderr: str) -> str:
+    """The one line that says what was wrong."""
+    assert "Traceback" not in stderr, stderr
+    (line,) = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    return line
+
+
 def read_metrics(run_dir: Path) -> list:
     """Lines of metrics.jsonl without what a clock decides."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
@@ -85,15 +123,18 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(scope="session")
-def images(tmp_path_factory) -> Path:
+def make_images(folder: Path) -> Path:
     """24 training and 8 validation images of 40 px in 4 classes."""
-    folder = tmp_path_factory.mktemp("data") / "dummy"
     run_command(
         "scripts/prepare_data.py", "dummy", "--output", folder, "--num_images", 32, "--num_classes", 4,
         "--size", 40, "--splits", "train:0.75,validation:0.25",
     )  # fmt: skip
     return folder
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory) -> Path:
+    return make_images(tmp_path_factory.mktemp("data") / "dummy")
 
 
 def tiny_rae(**settings) -> RAEModel:

@@ -1,6 +1,7 @@
 """config.py through its command line: presets, precedence, error messages, and no dead settings. Seconds on a CPU."""
 
 import ast
+import copy
 import dataclasses
 import subprocess
 import sys
@@ -150,9 +151,9 @@ def test_without_a_file_the_default_preset_is_used(monkeypatch, tmp_path):
         ("gan: {key_depths: [one]}", "gan.key_depths"),
         ("gan: {weight: .nan}", "gan.weight"),
         ("train: {epochs: .inf}", "train.epochs"),
-        ("gan: [", "config"),
-        ("just words", "config"),
-        ("", "config"),
+        ("gan: [", "bad.yaml"),
+        ("just words", "bad.yaml"),
+        ("", "bad.yaml"),
         ("gan: words", "gan"),
     ],
 )
@@ -325,9 +326,11 @@ def test_a_run_folder_is_continued_with_its_own_settings_only(tmp_path):
     """The same config passes, and so does one that differs in a resumable key; any other key is an error that names
     the key, both values and the folder's file."""
     resumable = {
-        "data.num_workers", "data.max_unreadable", "model.gradient_checkpointing", "train.compile", "train.cpu_threads",
-        "train.epochs", "train.gradient_accumulation_steps", "train.keep_last", "train.max_nonfinite_steps",
-        "train.max_steps", "train.output_dir", "train.save_every_steps", "train.save_every_epochs",
+        "data.num_workers", "data.max_unreadable", "data.max_unreadable_shards", "data.shard_retries",
+        "model.gradient_checkpointing", "train.compile", "train.cpu_threads", "train.deterministic", "train.epochs",
+        "train.gradient_accumulation_steps", "train.timeout_minutes",
+        "train.keep_last", "train.max_nonfinite_steps", "train.max_steps", "train.output_dir",
+        "train.save_every_steps", "train.save_every_epochs",
     }  # fmt: skip
     config = parse_config([])
     saved = tmp_path / "config.yaml"
@@ -345,12 +348,26 @@ def test_a_run_folder_is_continued_with_its_own_settings_only(tmp_path):
         group[name] = other(value)
         saved.write_text(yaml.safe_dump(tree, sort_keys=False))
         try:
-            check_same_config(config, saved)
+            check_same_config(copy.deepcopy(config), saved)
             allowed.add(key)
         except ConfigError as error:
             message = str(error)
             assert f"{key} is {other(value)!r} there and {value!r} now" in message and str(saved) in message
+    resumable.add("data.stream_lanes")  # left open, it is what the run began with
     assert allowed == resumable | {key for key in keys if key.startswith(("eval.", "hub.", "logging."))}
+
+
+def test_the_lanes_of_a_continued_run(tmp_path):
+    """Left open, their number becomes that of the run folder; another one is an error."""
+    saved = tmp_path / "config.yaml"
+    config = parse_config(["--data.streaming", "--data.stream_lanes", "4"])
+    saved.write_text(config_yaml(config))
+    check_same_config(config, saved)
+    left_open = parse_config(["--data.streaming"])
+    check_same_config(left_open, saved)
+    assert left_open == config
+    with pytest.raises(ConfigError, match="data.stream_lanes is 4 there and 8 now"):
+        check_same_config(parse_config(["--data.streaming", "--data.stream_lanes", "8"]), saved)
 
 
 def test_a_run_folder_of_another_version(tmp_path):

@@ -19,7 +19,7 @@ from checkpointing import read_tensors
 from config import parse, parse_config
 from data import center_crop, load_split
 from modeling_rae import RAEModel
-from runtime import run_main
+from runtime import INTERRUPTED, run_main
 from scripts import compute_latent_stats
 from scripts.compute_latent_stats import LatentReader, LatentStatsConfig, check, latent_stats, load_images
 from train_rae import build_rae, build_rae_config
@@ -237,7 +237,7 @@ def test_interrupted_run_leaves_the_old_folder(run, model, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(RAEModel, "save_pretrained", interrupted)
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(SystemExit, match=str(INTERRUPTED)):
             run(model=model)
     assert folder_bytes(model) == before
     run(model=model)

@@ -1,0 +1,48 @@
+"""Runs of train_rae.py, one after the other in the processes of one launch, sharded or not.
+
+accelerate launch ... tests/distributed_runs.py RUNS.json
+
+RUNS.json: a list of {"fsdp": bool, "argv": [...]}. Each process writes RUNS.rank0.json, ...: for each run the bytes
+that it holds of the parameters, the moving average and the optimizer's state.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from accelerate.state import AcceleratorState, PartialState
+from torch.distributed import destroy_process_group
+from torch.distributed.tensor import DTensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train_rae  # noqa: E402
+
+file = Path(sys.argv[1])
+runs = json.loads(file.read_text())
+held, train = [], train_rae.train
+
+
+def local_bytes(tensors) -> int:
+    """Of what this process has of the tensors; single numbers, such as an optimizer's step, are left out."""
+    return sum((t.to_local() if isinstance(t, DTensor) else t).nbytes for t in tensors if t.ndim > 0)
+
+
+def train_and_measure(run, *rest) -> bool:
+    done = train(run, *rest)
+    state = [value for entries in run.optimizer.state.values() for value in entries.values()]
+    tensors = {"parameters": run.model.parameters(), "ema": run.ema.shadow.values(), "optimizer": state}
+    held.append({name: local_bytes(values) for name, values in tensors.items()})
+    return done
+
+
+train_rae.train = train_and_measure
+PartialState.destroy_process_group = lambda self, group=None: None  # a run ends it, and a second one cannot be made
+for run in runs:
+    os.environ["ACCELERATE_USE_FSDP"] = str(run["fsdp"]).lower()
+    sys.argv = ["train_rae.py", *run["argv"]]
+    train_rae.main()
+    AcceleratorState._reset_state()
+destroy_process_group()
+file.with_suffix(f".rank{os.environ['RANK']}.json").write_text(json.dumps(held))

@@ -1,0 +1,153 @@
+"""Runs of train_rae.py that go wrong on purpose, and what they must end with all the same."""
+
+import functools
+import multiprocessing
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from multiprocessing import forkserver
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+FOLDER = Path(__file__).resolve().parent
+sys.path[:0] = [str(FOLDER), str(FOLDER.parent), str(FOLDER.parent.parent)]
+
+from conftest import (  # noqa: E402
+    ROOT,
+    TINY,
+    checkpoint_state,
+    command,
+    flags,
+    processes_on_cpu,
+    read_metrics,
+    same,
+)
+
+# all losses, accumulation, evaluation of both models, grids, and checkpoints at other steps than evaluations
+BUSY = {
+    **TINY,
+    "train.gradient_accumulation_steps": "2",
+    "train.save_every_steps": "2",
+    "eval.raw": "true",
+    "logging.report_to": "[tensorboard]",
+    "logging.samples_every_steps": "6",
+}
+DEADLINE = 300  # seconds until a run counts as hanging
+
+
+@functools.cache
+def forks() -> Any:
+    """Starts processes as forks of one that has imported the libraries, which takes the most of a tiny run's time."""
+    multiprocessing.set_forkserver_preload(["trigger"])
+    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (FOLDER, FOLDER.parent, ROOT)))):
+        forkserver.ensure_running()
+    return multiprocessing.get_context("forkserver")
+
+
+def free_port() -> int:
+    """One below those that the system gives to outgoing connections: a rank that waits for it could be given it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+
+
+def run_rank(argv: list, environment: dict, log: Path, faults: tuple) -> None:
+    """In a forked process: the command line `train_rae.py ARGV` with these faults, and its output in `log`."""
+    import trigger
+
+    multiprocessing.set_start_method("fork", force=True)  # of data loading processes: the platform's usual one
+    os.environ.update(environment)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(file, 1)
+    os.dup2(file, 2)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.argv = ["train_rae.py", *argv]
+    for fault in faults:
+        trigger.arm(fault)
+    trigger.run_main(trigger.train_rae.main)
+
+
+class Training:
+    """A command line and its run folder. `go` may be called again and again, as a user gives the command again."""
+
+    def __init__(self, run_dir: Path, images: Path, **settings):
+        self.run_dir, self.log = run_dir, run_dir.with_name(f"{run_dir.name}.log")
+        self.settings = {**BUSY, "data.path": images, "train.output_dir": run_dir, **settings}
+
+    def start(self, processes: int = 1, faults: tuple = (), **settings) -> list:
+        """Start the command's processes, each as a launcher would; their output goes to a new log."""
+        self.log.unlink(missing_ok=True)
+        environment = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+                       "MASTER_PORT": str(free_port())}  # fmt: skip
+        argv = flags({**self.settings, **settings})
+        ranks = []
+        for rank in range(processes):
+            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
+            ranks.append(forks().Process(target=run_rank, args=(argv, own, self.log, faults)))
+            ranks[-1].start()
+        return ranks
+
+    def wait(self, ranks: list) -> list:
+        """Exit codes of the processes, minus the signal of those that died of one. AssertionError when one hangs."""
+        end = time.monotonic() + DEADLINE
+        for rank in ranks:
+            rank.join(max(0, end - time.monotonic()))
+        hanging = [rank for rank in ranks if rank.exitcode is None]
+        for rank in hanging:
+            rank.kill()
+        assert not hanging, f"{len(hanging)} of {len(ranks)} processes hang: {self.output()}"
+        return [rank.exitcode for rank in ranks]
+
+    def launch(self, processes: int, **settings) -> subprocess.Popen:
+        """Start the real command under accelerate launch, in a process group of its own."""
+        line = command("train_rae.py", *flags({**self.settings, **settings}), launch=processes_on_cpu(processes))
+        with self.log.open("w") as log:
+            return subprocess.Popen(line, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
+
+    def go(self, processes: int = 1, faults: tuple = (), **settings) -> list:
+        """One run of the command; see `start` and `wait`."""
+        return self.wait(self.start(processes, faults, **settings))
+
+    def output(self) -> str:
+        return self.log.read_text() if self.log.exists() else ""
+
+    def error(self) -> str:
+        """The one line that the run ended with. AssertionError when there is none, or a traceback."""
+        lines = [line for line in self.output().splitlines() if line.startswith("error: ")]
+        assert len(lines) == 1 and "Traceback" not in self.output(), self.output()
+        return lines[0]
+
+    def step(self) -> int:
+        """The last step in metrics.jsonl; -1 without."""
+        file = self.run_dir / "metrics.jsonl"
+        steps = re.findall(r'"step": (\d+).*\n', file.read_text()) if file.exists() else []
+        return int(steps[-1]) if steps else -1
+
+
+def folder_bytes(folder: Path) -> dict:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def differences(run_dir: Path, expected: Path) -> list:
+    """What of a run is not what the run `expected` has, bit for bit: the parts of its newest checkpoint (networks,
+    average, optimizers, counters), metrics.jsonl without times, best/, final/, pictures; and what a crash left over."""
+    parts, expected_parts = checkpoint_state(run_dir), checkpoint_state(expected)
+    names = sorted(parts.keys() | expected_parts.keys())
+    found = [name for name in names if not same(parts.get(name), expected_parts.get(name))]
+    if read_metrics(run_dir) != read_metrics(expected):
+        found.append("metrics.jsonl")
+    for folder in ("best", "final", "samples"):
+        if folder_bytes(run_dir / folder) != folder_bytes(expected / folder):
+            found.append(f"{folder}/")
+    for picture in ("curves.png", "progress.png"):
+        if (run_dir / picture).read_bytes() != (expected / picture).read_bytes():
+            found.append(picture)
+    return found + sorted(path.name for path in run_dir.rglob(".*") if path.name != ".lock")

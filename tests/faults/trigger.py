@@ -1,0 +1,106 @@
+"""train_rae.py with a fault at an exact place, for the tests: the process stops, kills or starves itself there.
+
+    RAE_FAULT='{"place": "os.rename .*/checkpoints/", "count": 2, "action": "kill"}' \
+        accelerate launch tests/faults/trigger.py --config ...
+
+`place` is a regular expression for `call NAME`, a call of a function of train_rae.py, or `EVENT PATH`, an operation
+that Python's audit hooks see: open (with its mode, `open w PATH`), os.mkdir, os.rename, os.remove, shutil.rmtree.
+`count` says which of the matching ones (1 is the first), `rank` in which process (0). `action` is
+
+    kill, term, usr1, int       that signal to itself, just before the operation ("term term" sends it twice)
+    half                        kill, and leave the file half-written
+    fill                        fill the file system `disk`, except for `leave` bytes
+    remove, garbage             delete the file or folder `disk`; put something else in the file's place
+    read-only                   let nobody, root included, make files in the folder `disk`
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Optional
+
+sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
+
+import train_rae  # noqa: E402
+from runtime import run_main  # noqa: E402
+
+SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
+
+
+def leave_half(path: Path, mode: Optional[str]) -> None:
+    """What a process that dies while it writes a file leaves behind."""
+    if mode == "a":
+        with path.open("a") as file:
+            file.write('{"kind": "tra')
+    elif path.exists():
+        os.truncate(path, path.stat().st_size // 2)
+    else:
+        path.write_bytes(b"\x89PNG\r\n\x1a\n half")
+
+
+def fill(disk: Path, leave: int) -> None:
+    """Write a file that takes what is free on a disk, except for `leave` bytes."""
+    free = os.statvfs(disk)
+    with (disk / "filler").open("wb") as file:
+        file.write(bytes(max(0, free.f_bavail * free.f_frsize - leave)))
+
+
+def strike(fault: dict, path: Optional[Path], mode: Optional[str]) -> None:
+    action, disk = fault["action"], Path(fault.get("disk", "/"))
+    if action == "half":
+        leave_half(path, mode)
+        action = "kill"
+    if action == "fill":
+        fill(disk, fault.get("leave", 0))
+    elif action == "remove":
+        shutil.rmtree(disk) if disk.is_dir() else disk.unlink()
+    elif action == "garbage":
+        disk.write_text("no image")
+    elif action == "read-only":
+        subprocess.run(["chattr", "+i", disk], check=True)
+    else:
+        for name in action.split():
+            os.kill(os.getpid(), SIGNALS[name])
+
+
+def arm(fault: dict) -> None:
+    """Have the fault happen in this process, once."""
+    if int(os.environ.get("RANK", 0)) != fault.get("rank", 0):
+        return
+    left, owner = fault["count"], os.getpid()
+
+    def pass_by(label: str, path: Optional[Path] = None, mode: Optional[str] = None) -> None:
+        nonlocal left
+        if left > 0 and os.getpid() == owner and re.search(fault["place"], label):
+            left -= 1
+            if left == 0:
+                strike(fault, path, mode)
+
+    def hook(event: str, arguments: tuple) -> None:
+        if event.split(".")[0] in ("open", "os", "shutil") and arguments and isinstance(arguments[0], (str, Path)):
+            path = Path(arguments[0])
+            if event == "os.remove" and arguments[1] >= 0:  # a name in a folder that is open
+                path = Path(os.readlink(f"/proc/self/fd/{arguments[1]}")) / path
+            mode = arguments[1] if event == "open" else None
+            pass_by(f"{event} {mode} {path}" if event == "open" else f"{event} {path}", path, mode)
+
+    def announced(name: str, function):
+        def call(*arguments, **keywords):
+            pass_by(f"call {name}")
+            return function(*arguments, **keywords)
+
+        return call
+
+    sys.addaudithook(hook)
+    for name in re.findall(r"^call (\w+)", fault["place"]):
+        setattr(train_rae, name, announced(name, getattr(train_rae, name)))
+
+
+if __name__ == "__main__":
+    arm(json.loads(os.environ["RAE_FAULT"]))
+    run_main(train_rae.main)

@@ -1,0 +1,264 @@
+"""Runs in which something breaks: killed while writing, damaged checkpoints, a full disk, files that vanish.
+
+tests/faults/kill.py (make faults) kills at many more moments.
+"""
+
+import contextlib
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from harness import Training, differences, folder_bytes
+from kill import PLACES, left_behind, named_life
+
+from checkpointing import checkpoints, damage, is_whole_model, newest_checkpoint
+
+# every loss but LPIPS, which has no state and is slow
+SETTINGS = {
+    "train.max_steps": 8,
+    "perceptual.weight": "0",
+    "eval.metrics": "[psnr]",
+    "eval.every_steps": 4,
+    "logging.samples_every_steps": 4,
+    "logging.report_to": "[]",
+}
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """A finished run that still has all its checkpoints, of steps 2, 4, 6 and 8."""
+    training = Training(tmp_path_factory.mktemp("whole") / "run", images, **SETTINGS)
+    assert training.go(**{"train.keep_last": 99}) == [0], training.output()
+    return training.run_dir
+
+
+def as_at(step: int, whole: Path, run_dir: Path, images: Path) -> Training:
+    """The same run, in a folder of its own, as if it had been killed some time after its checkpoint of that step."""
+    shutil.copytree(whole, run_dir)
+    shutil.rmtree(run_dir / "final")
+    for later in checkpoints(run_dir)[step // 2 :]:
+        shutil.rmtree(later)
+    return Training(run_dir, images, **SETTINGS)
+
+
+def test_killed_while_writing(images, whole, tmp_path):
+    """A few of the places at which make faults kills."""
+    training = Training(tmp_path / "run", images, **SETTINGS)
+    names = ("config.yaml half-written, first start", "metrics.jsonl, half a line", "checkpoint: a file cut in half",
+             "sample picture half-written", "best/: between its two renames", "final/: half-written")  # fmt: skip
+    rows = named_life(training, "1 process", {name: PLACES[name] for name in names})
+    assert [row["caught"] for row in rows] == [
+        ".config.yaml.partial", "half a line", ".step-00000004.partial", "-", ".best.old, .best.partial",
+        ".final.partial",
+    ]  # fmt: skip
+    assert training.go() == [0] and left_behind(training) == "-"
+    assert differences(training.run_dir, whole) == []
+
+
+# --------------------------------------------------------------------------------------------- damaged checkpoints
+
+
+def flip_bit(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def damages(checkpoint: Path) -> dict:
+    """Ways to damage a checkpoint, by name: what does it, and what is said of it."""
+    ways = {}
+    for file in sorted(path for path in checkpoint.iterdir() if path.name != "manifest.json"):
+        name, size = file.name, file.stat().st_size
+        ways[f"{name} truncated"] = (lambda f=file, s=size: os.truncate(f, s // 2), f"{name} has {size // 2} bytes")
+        ways[f"{name} flipped"] = (lambda f=file: flip_bit(f), f"{name} holds something else")
+        ways[f"{name} removed"] = (lambda f=file: f.unlink(), f"{name}: No such file")
+    manifest = checkpoint / "manifest.json"
+    ways["manifest removed"] = (manifest.unlink, "manifest.json: No such file")
+    ways["manifest truncated"] = (lambda: os.truncate(manifest, 100), "manifest.json is not readable")
+    ways["manifest of other content"] = (lambda: manifest.write_text("[]"), "manifest.json is not readable")
+    ways["emptied"] = (lambda: [file.unlink() for file in checkpoint.iterdir()], "manifest.json: No such file")
+    return ways
+
+
+def test_every_damage_is_known(whole, tmp_path):
+    """Each file truncated, flipped in one bit or removed: the checkpoint before is taken, and the reason said."""
+    assert newest_checkpoint(whole, pytest.fail).name == "step-00000008"
+    for i, name in enumerate(damages(whole / "checkpoints/step-00000008")):
+        run_dir = tmp_path / str(i)
+        shutil.copytree(whole / "checkpoints", run_dir / "checkpoints")
+        spoil, reason = damages(run_dir / "checkpoints/step-00000008")[name]
+        spoil()
+        said = []
+        assert newest_checkpoint(run_dir, said.append).name == "step-00000006", name
+        assert len(said) == 1 and f"is damaged ({reason}" in said[0] and "damaged-step-00000008" in said[0], said
+        assert (run_dir / "checkpoints/damaged-step-00000008").is_dir()
+
+
+def test_damaged_checkpoints(images, whole, tmp_path):
+    """The run goes on from the checkpoint before and ends the same. When none is whole it deletes nothing."""
+    training = as_at(6, whole, tmp_path / "run", images)
+    flip_bit(training.run_dir / "checkpoints/step-00000006/optimizer.pt")
+    everything = shutil.copytree(training.run_dir, tmp_path / "all")
+    assert training.go() == [0]
+    newest = training.run_dir / "checkpoints/step-00000006"
+    assert (f"checkpoint {newest} is damaged (optimizer.pt holds something else than was written), now "
+            "damaged-step-00000006; the one before is used") in training.output()  # fmt: skip
+    assert f"continuing from {training.run_dir}/checkpoints/step-00000004" in training.output()
+    assert differences(training.run_dir, whole) == []
+
+    training = Training(everything, images, **SETTINGS)
+    for checkpoint in checkpoints(everything):
+        (checkpoint / "manifest.json").write_text("{")
+    before = folder_bytes(everything / "checkpoints")
+    assert training.go() == [1]
+    newest = everything / "checkpoints/step-00000006"
+    assert training.error() == (
+        f"error: {newest} is damaged (manifest.json is not readable), and there is no older checkpoint that is whole"
+    )
+    assert folder_bytes(everything / "checkpoints") == before
+
+
+def test_damaged_final_model(images, whole, tmp_path):
+    """A finished run whose final/ was damaged writes it again from its last checkpoint."""
+    assert is_whole_model(whole / "final")
+    run_dir = shutil.copytree(whole, tmp_path / "run")
+    for name in ("config.json", "modeling_rae.py", "model.safetensors"):
+        folder = shutil.copytree(whole / "final", tmp_path / name)
+        (folder / name).unlink()
+        assert not is_whole_model(folder)
+    os.truncate(run_dir / "final/model.safetensors", 100_000)
+    training = Training(run_dir, images, **SETTINGS)
+    assert training.go() == [0] and "is finished" not in training.output()
+    assert differences(run_dir, whole) == []
+    assert training.go() == [0] and "is finished: 8 of 8 steps" in training.output()
+
+
+# ------------------------------------------------------------------------------------------- a disk that takes no more
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path):
+    """A file system of 24 MiB in memory."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=24m", "tmpfs", folder], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no file system can be mounted here: {mounted.stderr.decode().strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", folder], check=True)
+
+
+# where the disk gets full, but for how many bytes; what then cannot be written; settings
+FULL = {
+    "a network's file": (r"open w .*/\.step-\d+4\.partial/state", 100_000, "checkpoints/step-00000004", {}),
+    "an optimizer's file": (r"open w .*/\.step-\d+4\.partial/state", 300_000, "checkpoints/step-00000004", {}),
+    "best/": (r"os\.mkdir .*/\.best\.partial", 100_000, "best", {}),
+    "final/": (r"os\.mkdir .*/\.final\.partial", 100_000, "final", {}),
+    "sample picture": (r"open w\+ .*/samples/step-", 4096, "samples/step-00000004.png", {}),
+    "metrics.jsonl": (r"call train_step", 0, "metrics.jsonl", {"train.max_steps": 40, "train.save_every_steps": 99,
+                                                               "eval.every_steps": 99,
+                                                               "logging.samples_every_steps": 99}),
+    "tensorboard": (r"open w\+ .*/progress\.png", 0, "logs", {"logging.report_to": "[tensorboard]",
+                                                             "train.save_every_steps": 99}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FULL)
+def test_full_disk(name, images, whole, tmp_path):
+    """One line says what cannot be written, how much space there is and which checkpoint is left; with space again the
+    same command goes on."""
+    place, leave, path, settings = FULL[name]
+    with small_disk(tmp_path / "disk") as disk:
+        training = as_at(2, whole, disk / "run", images)
+        fault = {"place": place, "count": 1, "action": "fill", "disk": str(disk), "leave": leave}
+        assert training.go(faults=(fault,), **settings) == [1], training.output()
+        line = training.error()
+        assert line.startswith(f"error: {training.run_dir / path} cannot be written ("), line
+        assert "No space left on device" in line and f"MiB are free in {disk}" in line, line
+        last = checkpoints(training.run_dir)[-1]
+        assert line.endswith(f"; the last good checkpoint is {last}; the same command continues")
+        assert damage(last) is None and left_behind(training) in ("-", "half a line")
+        (disk / "filler").unlink()
+        if name in ("a network's file", "final/"):
+            assert training.go() == [0]
+            assert differences(training.run_dir, whole) == []
+
+
+def test_full_disk_with_two_processes(images, tmp_path):
+    """The main process finds the disk full; the other one does not wait for it."""
+    with small_disk(tmp_path / "disk") as disk:
+        training = Training(disk / "run", images, **SETTINGS)
+        place, leave, path, _ = FULL["a network's file"]
+        fault = {"place": place, "count": 1, "action": "fill", "disk": str(disk), "leave": leave}
+        codes = training.go(2, (fault,))
+        assert codes[0] == 1 and codes[1] != 0
+        assert f"error: {training.run_dir / path} cannot be written (" in training.output()
+        assert damage(training.run_dir / "checkpoints/step-00000002") is None
+        (disk / "filler").unlink()
+        assert training.go(2) == [0, 0]
+
+
+def test_run_folder_that_goes_away(images, whole, tmp_path):
+    """A run folder that is deleted, or in which nothing can be made any more."""
+    training = as_at(2, whole, tmp_path / "gone", images)
+    fault = {"place": "call train_step", "count": 2, "action": "remove", "disk": str(training.run_dir)}
+    assert training.go(faults=(fault,)) == [1]
+    line = training.error()
+    assert f"{training.run_dir}/metrics.jsonl cannot be written (No such file or directory)" in line
+    assert line.endswith("the last good checkpoint is none; the same command continues")
+
+    training = as_at(2, whole, tmp_path / "locked", images)
+    folder = training.run_dir / "checkpoints"
+    if subprocess.run(["chattr", "+i", folder], capture_output=True).returncode:
+        pytest.skip("no folder can be made read-only for root here")
+    subprocess.run(["chattr", "-i", folder], check=True)
+    try:
+        fault = {"place": "call train_step", "count": 2, "action": "read-only", "disk": str(folder)}
+        assert training.go(faults=(fault,)) == [1]
+    finally:
+        subprocess.run(["chattr", "-i", folder], check=True)
+    assert f"{folder}/step-00000004 cannot be written (Operation not permitted)" in training.error()
+    assert training.go() == [0]
+    assert differences(training.run_dir, whole) == []
+
+
+# ------------------------------------------------------------------------------------------- images that go away
+
+
+def test_images_that_vanish(images, tmp_path):
+    """An image that is deleted and one that becomes garbage in mid-run are skipped and named. The run then cannot be
+    continued as it is; with an empty file in the lost one's place it ends as the run that was not stopped."""
+    runs = {}
+    for name in ("whole", "stopped"):
+        data = shutil.copytree(images, tmp_path / "data")
+        lost, spoilt = sorted((data / "train").rglob("*.png"))[3:5]
+        training = runs[name] = Training(tmp_path / name, data, **SETTINGS)
+        faults = [
+            {"place": "call train_step", "count": 2, "action": "remove", "disk": str(lost)},
+            {"place": "call train_step", "count": 2, "action": "garbage", "disk": str(spoilt)},
+            {"place": "call train_step", "count": 7, "action": "kill"},
+        ]
+        assert training.go(faults=faults[: 2 if name == "whole" else 3]) == [0 if name == "whole" else -9]
+        for file in (lost, spoilt):
+            assert training.output().count(f": {file}: ") == 1, training.output()
+        if name == "whole":
+            shutil.rmtree(data)
+    assert training.go() == [2]
+    assert "has 23 training images" in training.error() and "began with 24; take out what was added" in training.error()
+    lost.touch()
+    assert training.go() == [0]
+    assert differences(training.run_dir, runs["whole"].run_dir) == []
+
+
+def test_class_that_vanishes(images, tmp_path):
+    """All images of a class deleted in mid-run, more than may be unreadable: the run stops with one line, also when
+    other processes load the data."""
+    data = shutil.copytree(images, tmp_path / "data")
+    folder = sorted((data / "train").iterdir())[0]
+    training = Training(tmp_path / "run", data, **{**SETTINGS, "data.num_workers": 2, "data.max_unreadable": 3})
+    fault = {"place": "call train_step", "count": 1, "action": "remove", "disk": str(folder)}
+    assert training.go(faults=(fault,), **{"train.max_steps": 30}) == [2]
+    assert training.error().startswith("error: data.max_unreadable: 4 images") and str(folder) in training.error()

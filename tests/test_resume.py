@@ -1,0 +1,97 @@
+"""A run that is stopped, however and wherever, and continued ends with the bits of the run that was not."""
+
+import time
+
+import psutil
+import pytest
+from harness import Training, differences
+
+from checkpointing import checkpoint_step, checkpoints
+
+# every loss but LPIPS, which has no state and is slow; 3 steps an epoch, 2 micro-batches a step
+SETTINGS = {
+    "train.max_steps": 12,
+    "perceptual.weight": "0",
+    "eval.metrics": "[psnr]",
+    "eval.every_steps": 4,
+    "logging.report_to": "[]",
+}
+# What stops each part of a run in turn, how many processes load its data, and the step that its last checkpoint has.
+# The signal comes at the `count`-th call of a function since the part began; SIGTERM and SIGUSR1 end it one step later.
+STOPS = [
+    ("usr1", "generator_gradient", 3, 0, 3),  # between the micro-batches of step 2; ends at an epoch's end
+    ("term", "discriminator_step", 1, 2, 5),  # GAN phase; ends mid-epoch
+    ("kill", "generator_gradient", 2, 2, 5),  # between the micro-batches of step 6
+    ("kill", "discriminator_step", 2, 0, 6),
+    ("term", "evaluate_reconstructions", 1, 2, 9),  # of step 8
+    ("kill", "train_step", 1, 0, 9),  # an epoch's end
+    ("term usr1", "save_checkpoint", 1, 0, 11),  # of step 10
+]
+
+
+@pytest.fixture(scope="module")
+def whole(images, tmp_path_factory):
+    """Finished runs of one and of two processes that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    runs = {n: Training(folder / str(n), images, **SETTINGS) for n in (1, 2)}
+    for processes, training in runs.items():
+        assert training.go(processes) == [0] * processes, training.output()
+    return {processes: training.run_dir for processes, training in runs.items()}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_resume_is_exact(processes, images, whole, tmp_path):
+    """Stopped by SIGTERM, SIGUSR1 and SIGKILL to one process, in the middle of an epoch and at its end, in
+    accumulation, GAN phase, evaluation and checkpoint writing, each part with another number of workers."""
+    training = Training(tmp_path / "run", images, **SETTINGS)
+    for i, (signals, function, count, workers, step) in enumerate(STOPS):
+        rank = i % processes
+        fault = {"place": f"call {function}", "count": count, "action": signals, "rank": rank}
+        codes = training.go(processes, (fault,), **{"data.num_workers": workers})
+        assert codes[rank] == (-9 if signals == "kill" else 0), training.output()
+        assert checkpoint_step(checkpoints(training.run_dir)[-1]) == step
+        if signals != "kill":
+            assert f"after step {step}, saved; the same command continues" in training.output()
+            assert "Traceback" not in training.output() and not any(codes)
+    assert training.go(processes, **{"data.num_workers": 2}) == [0] * processes
+    assert differences(training.run_dir, whole[processes]) == []
+
+
+def test_signals_before_the_loop_and_ctrl_c(images, whole, tmp_path):
+    """SIGTERM ends a run at once that has nothing to save yet; Ctrl-C ends it with one line that names the checkpoint
+    that it goes on from. Nothing is lost by either."""
+    training = Training(tmp_path / "run", images, **SETTINGS)
+    assert training.go(faults=({"place": "call load_splits", "count": 1, "action": "term"},)) == [-15]
+    assert not training.run_dir.exists()
+    assert training.go(faults=({"place": "call evaluate_reconstructions", "count": 1, "action": "term"},)) == [-15]
+    assert training.go(faults=({"place": "call build_run", "count": 1, "action": "int"},)) == [130]
+    assert training.error() == "error: stopped by Ctrl-C"
+    interrupt = {"place": "call generator_gradient", "count": 10, "action": "int"}
+    assert training.go(faults=(interrupt,), **{"data.num_workers": 2}) == [130]
+    saved = training.run_dir / "checkpoints/step-00000004"
+    line = f"error: stopped by Ctrl-C; the last good checkpoint is {saved}; the same command continues"
+    assert training.error() == line
+    assert training.go() == [0]
+    assert differences(training.run_dir, whole[1]) == []
+
+
+def test_stopping_a_launch_of_two(images, whole, tmp_path):
+    """SIGTERM to accelerate launch alone, which passes it on, then to every process there is, as Slurm sends it: both
+    times the run saves and ends, and nothing is left running."""
+    training = Training(tmp_path / "run", images, **SETTINGS)
+    for everyone in (False, True):
+        begin = training.step()
+        launcher = training.launch(2, **{"data.num_workers": 1})
+        while training.step() <= max(begin, 0):
+            assert launcher.poll() is None, training.output()
+            time.sleep(0.01)
+        processes = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
+        for process in processes if everyone else processes[:1]:
+            process.terminate()
+        launcher.wait(120)
+        assert psutil.wait_procs(processes, 60)[1] == []
+        step = training.step()
+        assert f"stopped by SIGTERM after step {step}, saved" in training.output() or step == 12, training.output()
+        assert checkpoint_step(checkpoints(training.run_dir)[-1]) == step
+    assert training.go(2) == [0, 0]
+    assert differences(training.run_dir, whole[2]) == []

@@ -1,0 +1,668 @@
+"""streams.py: shards into lanes, lanes into steps, exactly once and exactly again after a stop. Tiny images, real
+files, real workers, and a web server on loopback."""
+
+import io
+import itertools
+import json
+import shutil
+import signal
+import subprocess
+import tarfile
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import PLAIN, ROOT, checkpoint_state, command, flags, read_metrics, run_command, same
+from PIL import Image
+
+import streams
+from config import DataConfig, config_yaml, parse_config
+from data import DataError
+from streams import StreamLoader, expand_braces, list_shards, load_stream_eval_images, open_stream
+
+SIZE = 8
+
+
+def png(number, side=10):
+    """An image that says its number in two channels, with a texture of its own in the third."""
+    pixels = np.empty((side, side, 3), np.uint8)
+    pixels[..., 0], pixels[..., 1] = divmod(number, 256)
+    pixels[..., 2] = np.random.default_rng(number).integers(0, 256, (side, side))
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG")
+    return file.getvalue()
+
+
+def numbers(pixels):
+    """Which images (B, 3, S, S) are crops of."""
+    return (pixels[:, 0, 0, 0].int() * 256 + pixels[:, 1, 0, 0].int()).tolist()
+
+
+def write_parquet(path, ids, row_group_size=4, side=10, broken=()):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
+    rows = [{"bytes": b"no image" if i in broken else png(i, side), "path": None} for i in ids]
+    table = pa.table({"image": rows or pa.array([], features.arrow_schema.field("image").type), "label": list(ids)})
+    pq.write_table(table.cast(features.arrow_schema), path, row_group_size=row_group_size)
+
+
+def write_tar(path, ids, side=10):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for i in ids:
+            for name, content in ((f"{i:06}.png", png(i, side)), (f"{i:06}.txt", b"a caption")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                archive.addfile(member, io.BytesIO(content))
+
+
+def write_shards(folder, sizes, write, first=0, **options):
+    """Shards of the given sizes, numbered on; the ids that they hold."""
+    for i, size in enumerate(sizes):
+        suffix = "parquet" if write is write_parquet else "tar"
+        write(folder / f"train-{i:03}.{suffix}", range(first, first + size), **options)
+        first += size
+    return list(range(first - sum(sizes), first))
+
+
+def settings(path, **changed):
+    base = dict(path=str(path), streaming=True, shuffle_buffer=6, stream_lanes=4, num_workers=0, resize_size=10)
+    return DataConfig(**{**base, "shard_retries": 0, **changed})
+
+
+def open_(cfg, batch=8, world_size=1, seed=0):
+    return open_stream(cfg, batch, seed, SimpleNamespace(is_main_process=True, num_processes=world_size))
+
+
+def steps(cfg, count, batch=8, world_size=1, micro_batches=1, states=None, seed=0):
+    """(list of steps, pixels (B, 3, S, S) each as all ranks together see it; states of all lanes after each)."""
+    stream = open_(cfg, batch, world_size, seed)
+    loaders = [StreamLoader(stream, cfg, SIZE, rank, world_size, micro_batches, states) for rank in range(world_size)]
+    iterators = [iter(loader) for loader in loaders]
+    pixels, after = [], []
+    for _ in range(count):
+        parts = [next(iterator)["pixels"] for iterator in iterators for _ in range(micro_batches)]
+        assert all(len(part) == batch // world_size // micro_batches for part in parts)
+        pixels.append(torch.cat(parts))
+        states = [loader.states[lane] for loader in loaders for lane in sorted(loader.states)]
+        after.append(json.loads(json.dumps(states)))
+    return pixels, after
+
+
+def same_steps(a, b):
+    return len(a) == len(b) and all(map(torch.equal, a, b))
+
+
+# Which shards ---------------------------------------------------------------------------------------------------------
+
+
+def test_names_of_shards(tmp_path):
+    assert expand_braces("a-{08..11}.tar") == ["a-08.tar", "a-09.tar", "a-10.tar", "a-11.tar"]
+    assert expand_braces("{x,y}/{0..1}.tar") == ["x/0.tar", "x/1.tar", "y/0.tar", "y/1.tar"]
+    for name in ("b.tar", "a.tar", "index.json"):
+        (tmp_path / name).touch()
+    a, b = str(tmp_path / "a.tar"), str(tmp_path / "b.tar")
+    assert list_shards(f"{tmp_path}/*", "data.path") == [a, b]
+    listed = tmp_path / "all.txt"
+    listed.write_text(f"https://host/{{0..1}}.tar?key=1\n\n{tmp_path}/*.tar\n")
+    assert list_shards(str(listed), "data.path") == ["https://host/0.tar?key=1", "https://host/1.tar?key=1", a, b]
+
+
+def test_shards_of_a_hub_data_set(tmp_path, monkeypatch):
+    """`datasets` says which files a data set has; a commit in their names does not make it another one."""
+    write_shards(tmp_path / "a@0123456789012345678901234567890123456789", [10, 10], write_parquet)
+    shutil.copytree(tmp_path / "a@0123456789012345678901234567890123456789", tmp_path / "a@" / ("8" * 40))
+    fingerprints, asked = [], []
+    for folder in sorted(tmp_path.glob("a@*")):
+        files = {datasets.Split.TRAIN: [str(path) for path in sorted(folder.rglob("*.parquet"))]}
+        builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
+        monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, b=builder, **k: asked.append((a, k)) or b)
+        stream = open_(settings("user/name", config_name="small"))
+        assert asked.pop() == (("user/name",), {"name": "small"}) and stream.num_images == 20
+        fingerprints.append(stream.fingerprint())
+    assert fingerprints[0] == fingerprints[1]
+
+
+def test_splits_of_a_folder(tmp_path):
+    """Shards of a folder belong to splits as `datasets` finds them; evaluation images are held."""
+    write_parquet(tmp_path / "data/train-00000-of-00002.parquet", range(9))
+    write_parquet(tmp_path / "data/train-00001-of-00002.parquet", range(9, 20))
+    write_parquet(tmp_path / "data/validation-00000-of-00002.parquet", range(100, 103))
+    write_parquet(tmp_path / "data/validation-00001-of-00002.parquet", range(103, 120))
+    cfg = settings(tmp_path)
+    stream = open_(cfg)
+    assert stream.num_images == 20 and stream.steps_per_epoch == 2
+    held = load_stream_eval_images(cfg, 8)
+    shown = [np.asarray(held.load(i))[0, 0, 1] for i in range(len(held))]
+    assert shown == [100, 101, 102, 103, 104, 105, 106, 107]  # a short shard is made up for by the next
+    assert held.name(3).endswith("validation-00001-of-00002.parquet[0]") and held.label(3) is None
+    assert held.fingerprint() == load_stream_eval_images(cfg, 8).fingerprint()
+    assert held.fingerprint() != load_stream_eval_images(cfg, 7).fingerprint()
+
+
+def test_evaluation_images_from_elsewhere(tmp_path, images):
+    write_shards(tmp_path, [10, 10], write_tar)
+    cfg = settings(f"{tmp_path}/train-{{000..001}}.tar", steps_per_epoch=2)
+    assert len(load_stream_eval_images(replace(cfg, eval_path=str(images), image_column="png"), None)) == 8
+    column = [{"bytes": png(5), "path": None}] * 3
+    saved = datasets.Dataset.from_dict({"a": column, "b": column}).cast_column("a", datasets.Image())
+    saved.cast_column("b", datasets.Image()).save_to_disk(tmp_path / "saved")
+    elsewhere = replace(cfg, eval_path=f"{tmp_path}/saved", image_column="b")
+    assert len(load_stream_eval_images(elsewhere, None)) == 3
+    held = load_stream_eval_images(replace(cfg, eval_path=cfg.path, config_name="of the training images"), 4)
+    assert [held.name(i).rpartition("/")[2] for i in range(4)] == [
+        "train-000.tar:000000.png", "train-000.tar:000001.png", "train-001.tar:000010.png", "train-001.tar:000011.png",
+    ]  # fmt: skip
+    assert len(load_stream_eval_images(replace(cfg, eval_split="train"), 5)) == 5
+
+
+# Exactly once ---------------------------------------------------------------------------------------------------------
+
+UNEVEN = [7, 1, 0, 30, 13, 2, 18]  # 71 rows, 8 steps of 8 and 7 rows over
+
+
+def test_every_image_once_an_epoch(tmp_path):
+    """Two processes with two workers each; what does not fill a batch is another one in each epoch."""
+    ids = write_shards(tmp_path, UNEVEN, write_parquet)
+    cfg = settings(tmp_path, num_workers=2)
+    assert open_(cfg).steps_per_epoch == 8
+    pixels, _ = steps(cfg, 24, world_size=2)
+    seen = [numbers(torch.cat(pixels[epoch : epoch + 8])) for epoch in (0, 8, 16)]
+    for epoch in seen:
+        assert len(epoch) == 64 == len(set(epoch)) and set(epoch) <= set(ids)
+        assert epoch != sorted(epoch)
+    assert len({tuple(epoch) for epoch in seen}) == 3
+    assert set().union(*seen) == set(ids)
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_tar])
+@pytest.mark.parametrize("sizes", [[20], [9, 15], [5, 9, 14, 8, 6, 7, 10, 6, 5]], ids=len)
+def test_a_lane_gives_all_its_own_before_any_again(tmp_path, write, sizes):
+    """Of unknown length, or with epochs of a given length: whatever the number of shards beside 4 lanes."""
+    ids = write_shards(tmp_path, sizes, write)
+    cfg = settings(f"{tmp_path}/*", steps_per_epoch=3)
+    stream = open_(cfg)
+    parts = []
+    for lane in range(4):
+        source = streams.LaneSource(stream, 0, lane, 6, 0)
+        rows = sum(
+            len(range(start, min(stop or 99, sizes[shard]), step))
+            for shard, start, stop, step in stream.share(0, lane, 0)
+        )
+        given = [source.draw()[0] for _ in range(3 * rows)]
+        passes = [given[i : i + rows] for i in (0, rows, 2 * rows)]
+        assert len(set(passes[0])) == rows and all(set(p) == set(passes[0]) for p in passes)
+        assert rows == 1 or passes[0] != passes[1]
+        parts.append(set(passes[0]))
+    assert sum(map(len, parts)) == len(set().union(*parts)) == len(ids)
+
+
+def test_the_buffer_shuffles(tmp_path):
+    """A window of one keeps the order; larger ones mix within the window and no further."""
+    ids = write_shards(tmp_path, [40], write_tar)
+    cfg = settings(f"{tmp_path}/*", stream_lanes=1, steps_per_epoch=1)
+    orders = {}
+    for size in (1, 10, 40, 1000):
+        pixels, _ = steps(replace(cfg, shuffle_buffer=size), 10, batch=4)
+        orders[size] = numbers(torch.cat(pixels))
+        assert sorted(orders[size]) == ids
+    assert orders[1] == ids
+    assert [sorted(orders[10][i : i + 10]) for i in (0, 10, 20, 30)] == [ids[i : i + 10] for i in (0, 10, 20, 30)]
+    assert orders[10] != ids and orders[40] == orders[1000] != ids
+
+
+def test_only_the_buffer_is_held(tmp_path):
+    write_shards(tmp_path, [40, 40], write_parquet)
+    source = streams.LaneSource(open_(settings(tmp_path, stream_lanes=1)), 0, 0, 10, 0)
+    for _ in range(200):
+        source.draw()
+        assert len(source.left) + len(source.next) <= 10
+
+
+# Independence ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_tar])
+def test_steps_depend_on_nothing_but_seed_and_lanes(tmp_path, write):
+    """Processes, workers and accumulation share out the same images, to the last pixel."""
+    write_shards(tmp_path, UNEVEN, write)
+    cfg = settings(f"{tmp_path}/*", steps_per_epoch=None if write is write_parquet else 5)
+    whole, after = steps(cfg, 12)
+    for world_size, workers, micro_batches in ((1, 4, 1), (2, 0, 2), (2, 2, 1), (4, 1, 2)):
+        again, after_again = steps(replace(cfg, num_workers=workers), 12, 8, world_size, micro_batches)
+        assert same_steps(whole, again) and after == after_again, (world_size, workers, micro_batches)
+    assert not same_steps(whole, steps(cfg, 12, seed=1)[0])
+    assert not same_steps(whole, steps(replace(cfg, stream_lanes=2), 12)[0])
+
+
+def test_mixture(tmp_path):
+    """Images come from the sources in the proportion of their weights, and each source goes its own way."""
+    a = write_shards(tmp_path / "a", [30, 30], write_parquet)
+    b = write_shards(tmp_path / "b", [25, 40, 12], write_tar, first=100)
+    c = write_shards(tmp_path / "c", [50], write_tar, first=200)
+    mixture = {f"{tmp_path}/a": 1.0, f"{tmp_path}/b/*": 2.0, f"{tmp_path}/c/train-000.tar": 5.0}
+    cfg = settings("", mixture=mixture, steps_per_epoch=10, stream_lanes=2)
+    pixels, _ = steps(cfg, 200)
+    seen = numbers(torch.cat(pixels))
+    shares = [sum(number in ids for number in seen) / len(seen) for ids in (a, b, c)]
+    assert np.allclose(shares, [1 / 8, 2 / 8, 5 / 8], atol=0.04)  # 1600 draws: 3 standard deviations
+    for ids in (a, b, c):
+        times = Counter(number for number in seen if number in ids)
+        assert set(times) == set(ids) and max(times.values()) - min(times.values()) <= 3  # lanes draw unequally often
+    again = steps(replace(cfg, num_workers=1), 200, world_size=2)[0]
+    assert same_steps(pixels, again)
+
+
+# Stop and go on -------------------------------------------------------------------------------------------------------
+
+
+def cases(tmp_path):
+    write_shards(tmp_path / "parquet", UNEVEN, write_parquet, broken=(3, 40, 41))
+    write_shards(tmp_path / "tar", [9, 14, 5, 8, 6], write_tar, first=100)
+    whole = (tmp_path / "tar/train-001.tar").read_bytes()
+    (tmp_path / "tar/train-001.tar").write_bytes(whole[: len(whole) // 2])
+    write_shards(tmp_path / "few", [13, 15], write_tar, first=200)
+    write_shards(tmp_path / "gone", [9, 9, 9, 9], write_tar)
+    (tmp_path / "gone/train-002.tar").write_bytes(b"no tar" * 500)
+    write_shards(tmp_path / "damaged", [16, 16, 16, 16], write_parquet)
+    damage(tmp_path / "damaged/train-002.parquet", length=400)
+    mixture = {f"{tmp_path}/{name}/*": weight for name, weight in (("parquet", 1.0), ("tar", 2.0), ("few", 0.5))}
+    return {
+        "epochs": settings(tmp_path / "parquet"),
+        "broken": settings(f"{tmp_path}/tar/*", steps_per_epoch=4),
+        "a lane without any": settings(f"{tmp_path}/gone/*", steps_per_epoch=4),
+        "epochs of damaged files": settings(tmp_path / "damaged"),
+        "few shards": settings(f"{tmp_path}/few/*", steps_per_epoch=4, shuffle_buffer=3),
+        "no buffer": settings(f"{tmp_path}/parquet/*", steps_per_epoch=3, shuffle_buffer=1),
+        "mixture": settings("", mixture=mixture, steps_per_epoch=4, shuffle_buffer=9),
+        "large buffer": settings(tmp_path / "parquet", shuffle_buffer=50),
+    }
+
+
+def test_a_stopped_stream_goes_on_exactly(tmp_path):
+    """Stopped after any step: the rest is the rest of the uninterrupted stream, and so are the states."""
+    for name, cfg in cases(tmp_path).items():
+        whole, after = steps(cfg, 20)
+        for stop in range(1, 20):
+            length = min(3, 20 - stop) if stop % 5 else 20 - stop  # some to the end
+            rest, rest_after = steps(cfg, length, states=after[stop - 1])
+            assert same_steps(rest, whole[stop : stop + length]), (name, stop)
+            assert rest_after == after[stop : stop + length], (name, stop)
+        rest, _ = steps(replace(cfg, num_workers=2), 6, world_size=2, micro_batches=2, states=after[6])
+        assert same_steps(rest, whole[7:13]), name
+
+
+def test_states_are_small(tmp_path):
+    """They don't grow with the buffer."""
+    write_shards(tmp_path, [60, 60], write_parquet)
+    _, small = steps(settings(tmp_path), 3)
+    _, large = steps(settings(tmp_path, shuffle_buffer=100), 3)
+    assert len(json.dumps(large[-1])) < len(json.dumps(small[-1])) + 20 < 600
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """19 training images in three uneven parquet files, as many in tars, evaluation images beside them."""
+    folder = tmp_path_factory.mktemp("shards")
+    for i, ids in enumerate((range(7), range(7, 9), range(9, 19))):
+        write_parquet(folder / f"p/train-{i:05}-of-00003.parquet", ids, side=40)
+        write_tar(folder / f"t/{i:03}.tar", ids, side=40)
+    write_parquet(folder / "p/validation-00000-of-00001.parquet", range(30, 36), side=40)
+    return folder
+
+
+def wait_and_stop(settings, run_dir):
+    """Start training, stop it with SIGTERM after its first step."""
+    process = subprocess.Popen(command("train_rae.py", *flags(settings)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while not (run_dir / "metrics.jsonl").exists() or len(read_metrics(run_dir)) < 2:
+        assert process.poll() is None and time.time() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0 and "the same command continues" in output, output
+
+
+def forget_after(run_dir, step):
+    """The run folder as if the run had been killed after the checkpoint of `step`."""
+    for folder in (run_dir / "checkpoints").glob("step-*"):
+        if int(folder.name.removeprefix("step-")) > step:
+            shutil.rmtree(folder)
+    shutil.rmtree(run_dir / "final")
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_train_stop_and_resume_is_exact(shards, tmp_path, processes):
+    """The real command line: an uninterrupted run, and one that was stopped and continued with another number of
+    workers, of 0 and 2. Networks, moving average, optimizers, counters, places in the stream and metrics are equal."""
+    settings = {
+        1: {"data.path": shards / "p", "data.eval_split": "validation"},
+        2: {"data.path": f"{shards}/t/{{000..002}}.tar", "data.eval_path": shards / "p", "data.steps_per_epoch": "3"},
+    }[processes]
+    settings = {**PLAIN, **settings, "data.streaming": "true", "data.shuffle_buffer": "5", "data.stream_lanes": "4"}
+    settings |= {"eval.num_samples": "4", "train.save_every_steps": "2", "train.keep_last": "9"}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    launch = ("--multi_gpu", "--num_processes", "2", "--main_process_port", "0") if processes == 2 else ()
+    run_command("train_rae.py", *flags({**settings, "train.output_dir": whole}), launch=launch)
+    if processes == 1:
+        wait_and_stop({**settings, "train.output_dir": stopped, "data.num_workers": "2"}, stopped)
+    else:
+        shutil.copytree(whole, stopped)
+        forget_after(stopped, 2)
+    workers = str(2 * processes - 2)  # 1 process: 0, 2 and 0 again; 2 processes: 0 and 2
+    run_command(
+        "train_rae.py", *flags({**settings, "train.output_dir": stopped, "data.num_workers": workers}), launch=launch
+    )
+    assert read_metrics(stopped) == read_metrics(whole)
+    assert same(checkpoint_state(stopped), checkpoint_state(whole))
+
+
+# What cannot be read --------------------------------------------------------------------------------------------------
+
+
+class Server(ThreadingHTTPServer):
+    """Files of a folder on loopback, in ranges. `failures[path]`: statuses of its next answers, "cut" half one."""
+
+    def __init__(self, folder):
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.folder, self.failures = folder, {}
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.shutdown()
+        self.server_close()
+
+
+class Handler(BaseHTTPRequestHandler):
+    def do_GET(self):
+        path = self.path.split("?")[0]
+        file = self.server.folder / path.lstrip("/")
+        content = file.read_bytes() if file.is_file() else b""
+        failures = self.server.failures.get(path, [])
+        status = 200 if file.is_file() else 404
+        if failures and self.command == "GET":
+            status = failures.pop(0)
+        if status not in (200, "cut"):
+            self.send_error(status)
+            return
+        first, last = 0, len(content) - 1
+        if "Range" in self.headers:
+            first, last = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+            last = min(last, len(content) - 1)
+        self.send_response(206 if "Range" in self.headers else 200)
+        self.send_header("Accept-Ranges", "bytes")
+        self.send_header("Content-Length", str(last + 1 - first))
+        if "Range" in self.headers:
+            self.send_header("Content-Range", f"bytes {first}-{last}/{len(content)}")
+        self.end_headers()
+        if self.command == "GET":
+            part = content[first : last + 1]
+            self.wfile.write(part[: len(part) // 2] if status == "cut" else part)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture
+def pauses(monkeypatch):
+    """Seconds of the pauses that were asked for and not made."""
+    asked = []
+    monkeypatch.setattr(streams.time, "sleep", asked.append)
+    return asked
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_tar])
+def test_shards_of_a_web_server(tmp_path, write):
+    """The same as from disk, with workers, from a range of URLs with a query and from a list."""
+    write_shards(tmp_path, [12, 5, 20, 9], write)
+    suffix = "parquet" if write is write_parquet else "tar"
+    local = settings(f"{tmp_path}/*.{suffix}", steps_per_epoch=4)
+    whole, _ = steps(local, 8)
+    (tmp_path / "list.txt").write_text("".join(f"{tmp_path}/train-00{i}.{suffix}\n" for i in range(4)))
+    with Server(tmp_path) as server:
+        url = f"{server.url}/train-{{000..003}}.{suffix}?signature=1"
+        assert same_steps(whole, steps(replace(local, path=url, num_workers=2), 8, world_size=2)[0])
+        assert same_steps(whole, steps(replace(local, path=f"{server.url}/list.txt"), 8)[0])
+        if write is write_parquet:
+            assert open_(replace(local, path=url, steps_per_epoch=None)).num_images == 46
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_tar])
+@pytest.mark.parametrize("failure", [503, "cut"])
+def test_a_server_that_fails_twice(tmp_path, pauses, write, failure):
+    """Tried again after pauses, at the place where it broke: nothing is lost and nothing comes twice."""
+    write_shards(tmp_path, [40, 25], write)
+    suffix = "parquet" if write is write_parquet else "tar"
+    local = settings(f"{tmp_path}/*.{suffix}", steps_per_epoch=4, shard_retries=2)
+    whole, _ = steps(local, 20)
+    with Server(tmp_path) as server:
+        cfg = replace(local, path=f"{server.url}/train-{{000..001}}.{suffix}")
+        stream = open_(cfg)
+        loader = iter(StreamLoader(stream, cfg, SIZE, 0, 1, 1))
+        again = [next(loader)["pixels"] for _ in range(3)]
+        server.failures[f"/train-000.{suffix}"] = [failure] * 2
+        server.failures[f"/train-001.{suffix}"] = [failure] * 2
+        again += [next(loader)["pixels"] for _ in range(17)]
+        assert same_steps(whole, again) and set(pauses) <= {1, 4}
+        assert not any(server.failures.values()) and pauses
+
+
+def test_a_missing_shard_is_skipped(tmp_path, caplog):
+    """Of a server and on disk: said once, though several lanes look for it."""
+    ids = write_shards(tmp_path, [10, 10], write_tar)
+    with Server(tmp_path) as server:
+        for place in (server.url, tmp_path):
+            caplog.clear()
+            cfg = settings(f"{place}/train-{{000..002}}.tar", steps_per_epoch=4, max_unreadable_shards=1)
+            pixels, after = steps(cfg, 20)
+            assert set(numbers(torch.cat(pixels))) == set(ids)
+            assert (
+                caplog.text.count("unreadable shard 1 (at most 1)") == 1
+                and "train-002.tar: FileNotFound" in caplog.text
+            )
+            with pytest.raises(DataError, match="data.max_unreadable_shards: 1 shards cannot be read.*train-002.tar"):
+                steps(replace(cfg, max_unreadable_shards=0), 20)
+
+
+def damage(path, start=0.5, length=200):
+    content = bytearray(path.read_bytes())
+    first = int(len(content) * start)
+    content[first : first + length] = b"\xa5" * length
+    path.write_bytes(bytes(content))
+
+
+@pytest.mark.parametrize("how", ["cut", "damaged header", "no tar", "empty", "two images"])
+def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, caplog, pauses, how):
+    """Then tried again, skipped and said; all other images go on to come."""
+    ids = write_shards(tmp_path, [10, 10, 10, 10], write_tar)
+    tar = tmp_path / "train-001.tar"
+    whole = tar.read_bytes()
+    headers = [m.offset for m in tarfile.open(tar).getmembers()]
+    if how == "cut":
+        tar.write_bytes(whole[: headers[8] + 700])
+    elif how == "damaged header":
+        tar.write_bytes(whole[: headers[8]] + b"\xa5" * 512 + whole[headers[8] + 512 :])
+    elif how == "two images":  # of sample 14
+        tar.write_bytes(whole[: headers[9]] + whole[headers[8] : headers[9]] + whole[headers[9] :])
+    else:
+        tar.write_bytes(b"" if how == "empty" else b"\xa5" * 5000)
+    first = {"cut": 4, "damaged header": 4, "two images": 5}.get(how, 0)
+    lost = set(range(10 + first, 20))
+    cfg = settings(f"{tmp_path}/*.tar", steps_per_epoch=4, shard_retries=2, shuffle_buffer=3, stream_lanes=2)
+    pixels, after = steps(cfg, 16)
+    assert set(numbers(torch.cat(pixels))) == set(ids) - lost
+    assert caplog.text.count("unreadable shard") == 1
+    assert f"skipped from image {first} on" in caplog.text
+    assert pauses == ([] if how == "two images" else [1, 4])  # the lane that has it, once: later passes know
+    again, after_again = steps(cfg, 6, states=after[9])
+    assert same_steps(again, pixels[10:]) and after_again == after[10:]
+
+
+def test_damaged_parquet_files(tmp_path, caplog, pauses):
+    """One without a footer counts as empty; one with damaged pages is read up to them."""
+    ids = write_shards(tmp_path, [16, 16, 16, 16], write_parquet)
+    (tmp_path / "train-000.parquet").write_bytes(b"no parquet file")
+    damage(tmp_path / "train-002.parquet", length=400)
+    cfg = settings(tmp_path, shard_retries=1, max_unreadable_shards=2)
+    stream = open_(cfg)
+    assert stream.num_images == 48 and stream.steps_per_epoch == 6 and pauses == [1]
+    pixels, _ = steps(cfg, 30)
+    seen = set(numbers(torch.cat(pixels)))
+    assert set(ids[16:32] + ids[48:]) <= seen and not seen & set(ids[:16]) and 4 <= len(seen & set(ids[32:48])) < 16
+    assert "train-000.parquet: ArrowInvalid" in caplog.text and "train-002.parquet: OSError" in caplog.text
+    with pytest.raises(DataError, match="data.max_unreadable_shards: 2 shards cannot be read, expected at most 1"):
+        steps(replace(cfg, max_unreadable_shards=1), 30)
+    with pytest.raises(DataError, match="data.max_unreadable_shards: 1 shards cannot be read.*train-000.parquet"):
+        open_(replace(cfg, max_unreadable_shards=0))
+
+
+def test_nothing_left_to_read_is_an_error(tmp_path):
+    """Not an endless search. As long as there are images, a lane whose own shards are gone reads those of others."""
+    ids = write_shards(tmp_path, [10, 10, 10, 10], write_tar)
+    cfg = settings(f"{tmp_path}/*.tar", steps_per_epoch=4, shuffle_buffer=2)
+    stream = open_(cfg)
+    for i in (0, 2, 3):
+        (tmp_path / f"train-00{i}.tar").unlink()
+    loader = iter(StreamLoader(stream, cfg, SIZE, 0, 1, 1))
+    assert set(numbers(torch.cat([next(loader)["pixels"] for _ in range(10)]))) == set(ids[10:20])
+    (tmp_path / "train-001.tar").unlink()
+    with pytest.raises(DataError, match=r"data.path: none of 4 shards gives an image.*train-00\d.tar: FileNotFound"):
+        next(iter(StreamLoader(stream, cfg, SIZE, 0, 1, 1)))
+    write_shards(tmp_path, [10, 10, 10, 10], write_tar)
+    other = replace(stream, sources=[replace(stream.sources[0], column="jpg")])
+    with pytest.raises(DataError, match=r"data.path: none of 4 shards gives an image, the first is .*train-000.tar$"):
+        next(iter(StreamLoader(other, cfg, SIZE, 0, 1, 1)))
+
+
+def test_unreadable_images_are_replaced_and_bounded(tmp_path):
+    """By the next of the lane; an epoch still has its size."""
+    ids = write_shards(tmp_path, [20, 20], write_parquet, broken=(3, 21))
+    cfg = settings(tmp_path, stream_lanes=2)
+    stream = open_(cfg, batch=9 * 2)
+    batches = list(itertools.islice(StreamLoader(stream, cfg, SIZE, 0, 1, 3), 6))
+    assert [name for batch in batches for name in batch["unreadable"]] and len(batches[0]["pixels"]) == 6
+    for step in (batches[:3], batches[3:]):
+        seen = numbers(torch.cat([batch["pixels"] for batch in step]))
+        assert len(set(seen)) == 18 and not {3, 21} & set(seen) and set(seen) <= set(ids)
+    (tmp_path / "train-001.parquet").unlink()
+    write_parquet(tmp_path / "train-000.parquet", ids[:20], broken=ids)
+    with pytest.raises(DataError, match="data.max_unreadable: 3 images in a row cannot be read, expected at most 2"):
+        steps(replace(cfg, max_unreadable=2), 1)
+
+
+# Settings -------------------------------------------------------------------------------------------------------------
+
+
+def test_bad_settings_are_one_line(tmp_path):
+    write_shards(tmp_path / "p", [10, 10], write_parquet)
+    write_shards(tmp_path / "t", [10, 10], write_tar)
+    (tmp_path / "images").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "images/1.png")
+    datasets.Dataset.from_dict({"image": [1]}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "list.txt").write_text("a.zip\n")
+    with tarfile.open(tmp_path / "twice.tar", "w") as archive:
+        for name in ("a.jpg", "a.mask.png"):
+            archive.addfile(tarfile.TarInfo(name))
+    good, tar = settings(tmp_path / "p"), {"path": f"{tmp_path}/t/*.tar", "steps_per_epoch": 2}
+    two = {f"{tmp_path}/t/*.tar": 1.0, f"{tmp_path}/p": 1.0}
+    for changed, words in (
+        ({"path": f"{tmp_path}/nothing"}, "data.path: .*/nothing is no folder, glob or URL"),
+        ({"path": "user/name"}, "data.path: user/name is .* nor a Hub data set that can be reached"),
+        ({"path": f"{tmp_path}/nothing*.tar"}, "data.path: .* names no shards"),
+        ({"path": f"{tmp_path}/x.tar", "steps_per_epoch": 1}, "none of the first 1 shards gives an image.*x.tar: File"),
+        ({"path": f"{tmp_path}/images"}, "data.path: .*images is made of files like 1.png; expected .parquet or tar"),
+        ({"path": f"{tmp_path}/saved"}, "data.path: .* is a saved data set"),
+        ({"path": f"{tmp_path}/list.txt"}, "data.path: a.zip is no shard"),
+        ({"path": f"{tmp_path}/none.txt"}, "data.path: list .*none.txt cannot be read"),
+        ({"path": f"{tmp_path}/{{t,t}}/*.tar"}, "data.path: .* names .*train-000.tar twice"),
+        ({"path": f"{tmp_path}/*/train-000.*"}, "data.path: expected either parquet files or tar shards"),
+        ({"path": f"{tmp_path}/twice.tar", "steps_per_epoch": 1}, "data.image_column: sample a of .*twice.tar"),
+        ({**tar, "steps_per_epoch": None}, "data.steps_per_epoch: needed, because the number of images in"),
+        ({**tar, "image_column": "webp"}, "data.path: none of the first 2 shards gives an image; .* no images in it"),
+        ({**tar, "config_name": "a"}, "data.config_name: 'a' is for Hub data sets"),
+        ({"train_split": "other"}, "data.path: there is no split 'other' in .*, it has train"),
+        ({"image_column": "label"}, "data.image_column: column 'label'"),
+        ({"holdout_fraction": 0.1}, "data.holdout_fraction: 0.1, but a stream holds no images out"),
+        ({"stream_lanes": 3}, "data.stream_lanes: 3 .* is no divisor of the global batch of 8"),
+        ({"stream_lanes": 1}, "data.stream_lanes: 1 is not a multiple of 2 processes"),
+        ({"num_workers": 3}, "data.num_workers: 3 workers do not share 2 lanes of a process evenly"),
+        ({"mixture": {**two, f"{tmp_path}/x.tar": 1.0}}, "data.mixture: none of the first 1 shards gives an image"),
+    ):  # fmt: skip
+        with pytest.raises(DataError, match=words) as raised:
+            open_(replace(good, **changed), world_size=2)
+        assert "\n" not in str(raised.value)
+    done = run_command(
+        "train_rae.py", "--data.streaming", "--data.path", tmp_path / "saved", "--train.output_dir", tmp_path / "run",
+        check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and done.stderr.startswith("error: data.path: ") and done.stderr.count("\n") == 1
+    with pytest.raises(DataError, match="data.path: 20 training images are fewer than one global batch of 24"):
+        open_(good, batch=24)
+    (tmp_path / "text").mkdir()
+    for changed, num_samples, words in (
+        ({}, None, "eval.num_samples: needed, because evaluation images of .* are held in memory"),
+        ({}, 4, "data.eval_split: there is no split 'validation'"),
+        (tar, 4, "data.eval_path: needed, because .* has no split level"),
+        ({"eval_path": f"{tmp_path}/nothing"}, 4, "data.eval_path: .*nothing is no folder"),
+        ({"eval_path": f"{tmp_path}/nothing.tar"}, 4, "data.eval_path: none of .*nothing.tar: FileNotFoundError"),
+        ({"eval_path": f"{tmp_path}/text"}, 4, "data.eval_path: .*text holds no image files"),
+        ({"eval_path": f"{tmp_path}/saved"}, 4, "data.image_column: column|data.image_column: no image column"),
+    ):
+        with pytest.raises(DataError, match=words):
+            load_stream_eval_images(replace(good, **changed), num_samples)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data.eval_path", "x"], "data.eval_path: expected nothing unless data.streaming is true, got 'x'"),
+        (["--data.shuffle_buffer", "5"], "data.shuffle_buffer: expected nothing unless data.streaming is true, got 5"),
+        (["--data.mixture", '{"a": 1, "b": 2}'], "data.mixture: expected nothing unless data.streaming is true"),
+        (["--data.streaming", "--data.mixture", '{"a": 1}'], "data.mixture: expected several sources"),
+        (["--data.streaming", "--data.mixture", '{"a": 1, "b": 0}'], "data.mixture: expected a positive weight for b"),
+        (["--data.streaming", "--data.mixture", '{"a": 1, "b/c.tar": 2}'], "data.steps_per_epoch: expected a value"),
+        (["--data.streaming", "--data.shard_retries", "-1"], "data.shard_retries: expected a number of at least 0"),
+        (["--data.streaming", "--data.stream_lanes", "0"], "data.stream_lanes: expected a positive number"),
+    ],
+)
+def test_bad_flags_are_one_line(capsys, arguments, words):
+    with pytest.raises(SystemExit) as stopped:
+        parse_config(arguments)
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert words in error and error.count("\n") == 1
+
+
+def test_a_mixture_survives_the_run_folder(tmp_path):
+    """Names with dots, braces and colons, from a flag and back from the resolved config."""
+    mixture = {"https://host/a-{000..127}.tar": 0.5, "user/name": 2.0}
+    arguments = ["--data.streaming", "--data.mixture", json.dumps(mixture), "--data.eval_path", "x"]
+    config = parse_config([*arguments, "--data.steps_per_epoch", "10"])
+    assert config.data.mixture == mixture
+    (tmp_path / "config.yaml").write_text(config_yaml(config))
+    assert parse_config(["--config", str(tmp_path / "config.yaml")]) == config
+
+
+def test_other_shards_are_another_run(tmp_path):
+    write_shards(tmp_path / "a", [10, 10], write_tar)
+    cfg = settings(f"{tmp_path}/a/*.tar", steps_per_epoch=2)
+    before = open_(cfg).fingerprint()
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    assert open_(replace(cfg, path=f"{tmp_path}/b/*.tar")).fingerprint() == before
+    write_shards(tmp_path / "a", [10, 10, 1], write_tar)
+    assert open_(cfg).fingerprint() != before
