@@ -197,7 +197,7 @@ class PerSampleNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.instance_norm(x.float(), weight=self.weight, bias=self.bias, eps=self.eps)
+        return F.instance_norm(x.to(self.weight.dtype), weight=self.weight, bias=self.bias, eps=self.eps)
 
 
 class Residual(nn.Module):

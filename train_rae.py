@@ -574,7 +574,7 @@ def discriminator_step(
             with torch.no_grad(), accelerator.autocast():
                 fresh = config.gan.disc_input == "fresh"
                 fake = run.rae(latent=latent).sample if fresh else reconstructions[i]
-                fake = run.augment(to_discriminator_range(fake.float()), generator)
+                fake = run.augment(to_discriminator_range(fake.to(pixels.dtype)), generator)
                 real = run.augment(2 * pixels - 1, generator)
             fake_logits, real_logits = run.discriminator(fake, real)
             loss = loss_function(real_logits.float(), fake_logits.float())

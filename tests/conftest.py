@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import forks, run_script
 
 # before huggingface_hub and accelerate are imported, here and in every command that a test starts
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -56,15 +57,31 @@ def command(*args, launch: tuple = ()) -> list:
     return [*start, *map(str, args)]
 
 
-def run_command(*args, launch: tuple = (), check: bool = True, **environment) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        command(*args, launch=launch),
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+def environment() -> dict:
+    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+
+
+ENVIRONMENT = environment()
+
+
+def run_command(*args, launch: tuple = (), check: bool = True, **variables) -> subprocess.CompletedProcess:
+    """A command of this repository, run to its end, in at most 300 seconds. A script by itself starts in a process that
+    has the libraries already; under accelerate launch, or with environment variables of its own, it imports them."""
+    line = command(*args, launch=launch)
+    if launch or variables or environment() != ENVIRONMENT:
+        variables = {**os.environ, **variables}
+        done = subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            folder = Path(folder)
+            process = forks().Process(target=run_script, args=(line[1:], folder))
+            process.start()
+            process.join(300)
+            if process.exitcode is None:
+                process.kill()
+                raise subprocess.TimeoutExpired(line, 300, (folder / "out").read_text(), (folder / "err").read_text())
+            texts = (folder / "out").read_text(), (folder / "err").read_text()
+            done = subprocess.CompletedProcess(line, process.exitcode, *texts)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done

@@ -22,6 +22,8 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import matplotlib.figure  # noqa: E402, F401
+import torchmetrics  # noqa: E402, F401
 import training_steps  # noqa: E402
 
 import checkpointing  # noqa: E402

@@ -2,7 +2,7 @@
 
 training_steps.py FILE [flags of train_rae.py]
 
-Takes train.max_steps steps, in float64 when FILE is called double. What rank r has goes to FILE.rank<r>.safetensors.
+Takes train.max_steps steps, in float64 when FILE's name ends in it. What rank r has goes to FILE.rank<r>.safetensors.
 """
 
 import sys
@@ -18,7 +18,7 @@ from train_rae import build_accelerator, build_rae_config, build_run, micro_batc
 
 def main() -> None:
     output, argv = Path(sys.argv[1]), sys.argv[2:]
-    dtype = torch.float64 if output.name == "double" else torch.float32
+    dtype = torch.float64 if output.name.endswith("float64") else torch.float32
     torch.set_default_dtype(dtype)
     config = parse_config(argv)
     accelerator = build_accelerator(config)

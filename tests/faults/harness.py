@@ -1,19 +1,13 @@
 """Runs of train_rae.py that go wrong on purpose, and what they must end with all the same."""
 
-import functools
-import multiprocessing
 import os
 import random
 import re
-import signal
 import socket
 import subprocess
 import sys
 import time
-from multiprocessing import forkserver
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 FOLDER = Path(__file__).resolve().parent
 sys.path[:0] = [str(FOLDER), str(FOLDER.parent), str(FOLDER.parent.parent)]
@@ -28,6 +22,7 @@ from conftest import (  # noqa: E402
     read_metrics,
     same,
 )
+from forked import become_command, forks  # noqa: E402
 
 # all losses, accumulation, evaluation of both models, grids, and checkpoints at other steps than evaluations
 BUSY = {
@@ -39,15 +34,6 @@ BUSY = {
     "logging.samples_every_steps": "6",
 }
 DEADLINE = 300  # seconds until a run counts as hanging
-
-
-@functools.cache
-def forks() -> Any:
-    """Starts processes as forks of one that has imported the libraries, which takes the most of a tiny run's time."""
-    multiprocessing.set_forkserver_preload(["trigger"])
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (FOLDER, FOLDER.parent, ROOT)))):
-        forkserver.ensure_running()
-    return multiprocessing.get_context("forkserver")
 
 
 def free_port() -> int:
@@ -63,13 +49,8 @@ def run_rank(argv: list, environment: dict, log: Path, faults: tuple) -> None:
     """In a forked process: the command line `train_rae.py ARGV` with these faults, and its output in `log`."""
     import trigger
 
-    multiprocessing.set_start_method("fork", force=True)  # of data loading processes: the platform's usual one
     os.environ.update(environment)
-    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(file, 1)
-    os.dup2(file, 2)
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    sys.argv = ["train_rae.py", *argv]
+    become_command(["train_rae.py", *argv], log)
     for fault in faults:
         trigger.arm(fault)
     trigger.run_main(trigger.train_rae.main)
