@@ -42,6 +42,9 @@ from transformers.utils import ModelOutput, cached_file
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 LATENT_VAR_EPS = 1e-5  # added to the variance, as the published code does
+# of a config.json; a damaged one asks for a billion blocks, which would be built for hours
+MAX_BLOCKS = 1000
+MAX_WIDTH = 1_000_000  # of hidden sizes, and pixels of images and patches
 HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download")  # of from_pretrained: for the encoder too
 BLOCK_OUTPUTS_LOCK = threading.Lock()  # of the module: a model with a lock of its own cannot be copied or pickled
 
@@ -135,6 +138,11 @@ def vision_config(config: Union[PreTrainedConfig, dict]) -> PreTrainedConfig:
         kind = settings.pop("model_type")
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             raise ValueError(f"encoder model_type {kind!r} is none that transformers {transformers.__version__} knows")
+        for part in (settings, settings.get("vision_config")):  # before transformers names every block
+            for name, most in (("hidden_size", MAX_WIDTH), ("num_hidden_layers", MAX_BLOCKS)):
+                value = part.get(name) if isinstance(part, dict) else None
+                if isinstance(value, int) and value > most:
+                    raise ValueError(f"encoder_config: {name} is {value}, expected at most {most}")
         config = AutoConfig.for_model(kind, **settings)
     config = getattr(config, "vision_config", config)
     family = ENCODER_FAMILIES.get(config.model_type)
@@ -336,10 +344,15 @@ class RAEConfig(PreTrainedConfig):
 
         for names, condition, expected in (
             (
-                "encoder_input_size decoder_hidden_size decoder_num_hidden_layers decoder_num_attention_heads "
-                "decoder_intermediate_size decoder_patch_size",
-                lambda value: type(value) is int and value > 0,
-                "a positive integer",
+                "encoder_input_size decoder_hidden_size decoder_num_attention_heads decoder_intermediate_size "
+                "decoder_patch_size",
+                lambda value: type(value) is int and 0 < value <= MAX_WIDTH,
+                f"an integer from 1 to {MAX_WIDTH}",
+            ),
+            (
+                "decoder_num_hidden_layers",
+                lambda value: type(value) is int and 0 < value <= MAX_BLOCKS,
+                f"an integer from 1 to {MAX_BLOCKS}",
             ),
             (
                 "encoder_bundled encoder_add_spatial_mean denormalize_output train_position_embedding use_latent_stats",
