@@ -4,9 +4,9 @@
 
 Every loss is on, two processes load the data; evaluation, sample grids, curves and tensorboard every 20 steps, a
 checkpoint every 15. The run is ended with SIGTERM, as a scheduler does. What is compared is the median of the first
-and of the last quarter of the steps after WARM_UP. Exit code 1 when memory grows by more than MAX_GROWTH, or open
-files, threads, processes or the folders of fixed size by anything. metrics.jsonl, samples/ and logs/ are a record and
-may grow; how fast is printed. `--json FILE` writes all samples.
+and of the last quarter of the steps after WARM_UP. Exit code 1 when memory grows by more than MAX_GROWTH, open files,
+threads or processes by anything, or the folders of fixed size by more than MAX_TEXT. metrics.jsonl, samples/ and logs/
+are a record and may grow; how fast is printed. `--json FILE` writes all samples.
 """
 
 import argparse
@@ -31,6 +31,7 @@ WARM_UP = 0.2  # share of the steps in which caches and allocators fill
 # MiB of anonymous memory, all processes together (about 3200): what the C library's allocator keeps of freed memory
 # moves by some tens of MiB when steps, evaluations and pictures alternate
 MAX_GROWTH = 64
+MAX_TEXT = 1024  # bytes of a folder of fixed size: numbers in its texts get more digits
 SETTINGS = {
     "train.max_steps": 100_000_000,
     "train.global_batch_size": 4,
@@ -47,7 +48,7 @@ SETTINGS = {
     "logging.every_steps": 10,
     "logging.progress_bar": "false",
 }
-FLAT = ("open_files", "threads", "processes", "checkpoints", "best")  # beside memory
+FLAT = {"open_files": 0, "threads": 0, "processes": 0, "checkpoints": MAX_TEXT, "best": MAX_TEXT}  # beside memory
 GROWING = ("metrics.jsonl", "samples", "logs")
 
 
@@ -163,8 +164,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         samples = watch(args.minutes, args.every, Path(folder))
     rows = {name: growth(samples, name) for name in ("memory", *FLAT, *GROWING)}
-    failed = [name for name in FLAT if rows[name][1] > rows[name][0]]
-    failed += ["memory"] if rows["memory"][1] - rows["memory"][0] > MAX_GROWTH else []
+    failed = [name for name, most in {"memory": MAX_GROWTH, **FLAT}.items() if rows[name][1] - rows[name][0] > most]
 
     steps = samples[-1]["step"] - samples[0]["step"]
     print(f"{steps} steps in {samples[-1]['seconds'] / 60:.1f} minutes, {len(samples)} samples")
