@@ -7,11 +7,12 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from forked import forks, run_script
+from forked import forks, rank_environments, run_script
 
 # before huggingface_hub and accelerate are imported, here and in every command that a test starts
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -64,26 +65,37 @@ def environment() -> dict:
 ENVIRONMENT = environment()
 
 
-def run_command(*args, launch: tuple = (), check: bool = True, **variables) -> subprocess.CompletedProcess:
-    """A command of this repository, run to its end, in at most 300 seconds. A script by itself starts in a process that
-    has the libraries already; under accelerate launch, or with environment variables of its own, it imports them."""
+def run_command(
+    *args, launch: tuple = (), processes: int = 1, check: bool = True, **variables
+) -> subprocess.CompletedProcess:
+    """A command of this repository, run to its end, in at most 300 seconds. A script by itself starts in processes that
+    have the libraries already, told what a launcher tells them where there are several; under accelerate launch, or
+    with environment variables of its own, it imports them."""
     line = command(*args, launch=launch)
     if launch or variables or environment() != ENVIRONMENT:
         variables = {**os.environ, **variables}
         done = subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            folder = Path(folder)
-            process = forks().Process(target=run_script, args=(line[1:], folder))
-            process.start()
-            process.join(300)
-            if process.exitcode is None:
-                process.kill()
-                raise subprocess.TimeoutExpired(line, 300, (folder / "out").read_text(), (folder / "err").read_text())
-            texts = (folder / "out").read_text(), (folder / "err").read_text()
-            done = subprocess.CompletedProcess(line, process.exitcode, *texts)
+            done = run_forked(line, Path(folder), processes)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def run_forked(line: list, folder: Path, processes: int) -> subprocess.CompletedProcess:
+    ranks = [forks().Process(target=run_script, args=(line[1:], folder, own)) for own in rank_environments(processes)]
+    for rank in ranks:
+        rank.start()
+    deadline = time.monotonic() + 300
+    for rank in ranks:
+        rank.join(max(0, deadline - time.monotonic()))
+    hanging = [rank for rank in ranks if rank.exitcode is None]
+    for rank in hanging:
+        rank.kill()
+    texts = ((folder / name).read_text() if (folder / name).exists() else "" for name in ("out", "err"))
+    done = subprocess.CompletedProcess(line, next((r.exitcode for r in ranks if r.exitcode), 0), *texts)
+    assert not hanging, f"{len(hanging)} of {processes} processes hang: {done}"
     return done
 
 

@@ -4,8 +4,10 @@ import atexit
 import functools
 import multiprocessing
 import os
+import random
 import runpy
 import signal
+import socket
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -19,7 +21,9 @@ TESTS = Path(__file__).resolve().parent
 def forks() -> Any:
     """Starts processes as forks of one that has imported the libraries."""
     multiprocessing.set_forkserver_preload(["trigger", "lpips", "torchmetrics", "matplotlib.figure"])
-    with mock.patch.dict(os.environ, PYTHONPATH=os.pathsep.join(map(str, (TESTS / "faults", TESTS, TESTS.parent)))):
+    path = os.pathsep.join(map(str, (TESTS / "faults", TESTS, TESTS.parent)))
+    # one thread each, as under a launcher: more of them would only wait for each other
+    with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
         forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")
 
@@ -33,9 +37,28 @@ def become_command(argv: list, output: Path, errors: Optional[Path] = None) -> N
     sys.argv = argv
 
 
-def run_script(argv: list, folder: Path) -> None:
+def free_port() -> int:
+    """One below those that the system gives to outgoing connections: a rank that waits for it could be given it."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
+
+
+def rank_environments(processes: int) -> list:
+    """What a launcher tells each of its processes; nothing to a single one."""
+    if processes == 1:
+        return [{}]
+    shared = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
+              "MASTER_PORT": str(free_port())}  # fmt: skip
+    return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
+
+
+def run_script(argv: list, folder: Path, variables: dict) -> None:
     """In a forked process: the script argv[0], as `python argv...` in the repository runs it."""
     become_command(argv, folder / "out", folder / "err")
+    os.environ.update(variables)
     os.chdir(TESTS.parent)
     sys.path[0] = str(Path(argv[0]).resolve().parent)
     try:

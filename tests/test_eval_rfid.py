@@ -190,8 +190,7 @@ def test_batches_and_processes_change_nothing(evaluate, model, images, inception
         settings = {"data.path": images, "data.eval_split": "train", "data.train_split": "none", "data.num_workers": 0}
         settings.update({**noisy, "metrics": "[rfid]", "batch_size": size, "inception_path": inception})
         settings.update({"model": model, "output_dir": output, "reference_cache": output / "cache"})
-        launch = ("--multi_gpu", "--num_processes", str(processes), "--main_process_port", "0")
-        done = run_command("eval_rfid.py", *flags(settings), "--save_npz", "true", launch=launch)
+        done = run_command("eval_rfid.py", *flags(settings), "--save_npz", "true", processes=processes)
         assert done.stdout.count("rfdd: Frechet distance") == 1  # one report
         rows[f"{processes} processes"] = json.loads((output / "results.json").read_text())["rows"]
         with np.load(output / "run-final" / "reconstructions.npz") as arrays:

@@ -122,7 +122,7 @@ def test_two_processes(images, model, pixels, tmp_path):
     outputs = {"stats_file": tmp_path / "stats.pt", "json": tmp_path / "table.json"}
     done = run_command(
         "scripts/compute_latent_stats.py", *flags({**settings, **outputs}),
-        launch=("--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
+        processes=2,
     )  # fmt: skip
     expected = direct_stats(before, pixels)
     assert_same_stats(read_tensors(outputs["stats_file"], "stats_file"), expected)

@@ -44,7 +44,6 @@ from runtime import run_main
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TWO_PROCESSES = ("--multi_gpu", "--num_processes", "2", "--main_process_port", "0")
 CPU = torch.device("cpu")
 
 
@@ -200,7 +199,7 @@ def test_digits(digits_run, digits):
 def test_two_processes_give_the_same(digits_run, model, digits, tmp_path):
     settings = {**DIGITS, "model": model, "data.path": digits, "output_dir": tmp_path / "out"}
     settings |= {"features.cache_dir": tmp_path / "cache", "features.batch_size": 100}
-    run_command("linear_probe.py", *flags(settings), launch=TWO_PROCESSES)
+    run_command("linear_probe.py", *flags(settings), processes=2)
     one, two = cached(digits_run / "cache"), cached(tmp_path / "cache")
     assert one.keys() == two.keys() == {1437, 180}
     for count in one:

@@ -122,7 +122,7 @@ def test_two_processes(model, photos, tmp_path):
     done = run_command(
         "scripts/reconstruct.py", "--input", photos, single, single, "--save_latents", *flags(settings),
         "--json", output / "table.json",
-        launch=("--multi_gpu", "--num_processes", "2", "--main_process_port", "0"),
+        processes=2,
     )  # fmt: skip
 
     files = {

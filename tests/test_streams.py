@@ -351,8 +351,7 @@ def test_train_stop_and_resume_is_exact(shards, tmp_path, processes):
     settings = {**PLAIN, **settings, "data.streaming": "true", "data.shuffle_buffer": "5", "data.stream_lanes": "4"}
     settings |= {"eval.num_samples": "4", "train.save_every_steps": "2", "train.keep_last": "9"}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    launch = ("--multi_gpu", "--num_processes", "2", "--main_process_port", "0") if processes == 2 else ()
-    run_command("train_rae.py", *flags({**settings, "train.output_dir": whole}), launch=launch)
+    run_command("train_rae.py", *flags({**settings, "train.output_dir": whole}), processes=processes)
     if processes == 1:
         wait_and_stop({**settings, "train.output_dir": stopped, "data.num_workers": "2"}, stopped)
     else:
@@ -360,7 +359,9 @@ def test_train_stop_and_resume_is_exact(shards, tmp_path, processes):
         forget_after(stopped, 2)
     workers = str(2 * processes - 2)  # 1 process: 0, 2 and 0 again; 2 processes: 0 and 2
     run_command(
-        "train_rae.py", *flags({**settings, "train.output_dir": stopped, "data.num_workers": workers}), launch=launch
+        "train_rae.py",
+        *flags({**settings, "train.output_dir": stopped, "data.num_workers": workers}),
+        processes=processes,
     )
     assert read_metrics(stopped) == read_metrics(whole)
     assert same(checkpoint_state(stopped), checkpoint_state(whole))

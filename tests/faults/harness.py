@@ -1,9 +1,7 @@
 """Runs of train_rae.py that go wrong on purpose, and what they must end with all the same."""
 
 import os
-import random
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -22,7 +20,7 @@ from conftest import (  # noqa: E402
     read_metrics,
     same,
 )
-from forked import become_command, forks  # noqa: E402
+from forked import become_command, forks, rank_environments  # noqa: E402
 
 # all losses, accumulation, evaluation of both models, grids, and checkpoints at other steps than evaluations
 BUSY = {
@@ -34,15 +32,6 @@ BUSY = {
     "logging.samples_every_steps": "6",
 }
 DEADLINE = 300  # seconds until a run counts as hanging
-
-
-def free_port() -> int:
-    """One below those that the system gives to outgoing connections: a rank that waits for it could be given it."""
-    while True:
-        port = random.SystemRandom().randrange(20_000, 32_000)
-        with socket.socket() as probe:
-            if probe.connect_ex(("127.0.0.1", port)) != 0:
-                return port
 
 
 def run_rank(argv: list, environment: dict, log: Path, faults: tuple) -> None:
@@ -66,13 +55,9 @@ class Training:
     def start(self, processes: int = 1, faults: tuple = (), **settings) -> list:
         """Start the command's processes, each as a launcher would; their output goes to a new log."""
         self.log.unlink(missing_ok=True)
-        environment = {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes), "MASTER_ADDR": "127.0.0.1",
-                       "MASTER_PORT": str(free_port())}  # fmt: skip
-        argv = flags({**self.settings, **settings})
-        ranks = []
-        for rank in range(processes):
-            own = {**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)} if processes > 1 else {}
-            ranks.append(forks().Process(target=run_rank, args=(argv, own, self.log, faults)))
+        argv, ranks = flags({**self.settings, **settings}), []
+        for environment in rank_environments(processes):
+            ranks.append(forks().Process(target=run_rank, args=(argv, environment, self.log, faults)))
             ranks[-1].start()
         return ranks
 

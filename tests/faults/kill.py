@@ -31,6 +31,7 @@ from harness import DEADLINE, Training, differences  # noqa: E402
 STEPS = 18
 SETTINGS = {"train.max_steps": STEPS}
 KILLS_A_LIFE = 5
+STREAM = {"data.streaming": "true", "data.shuffle_buffer": 5, "data.stream_lanes": 4}
 # what a life runs as: processes, settings, whether accelerate launch starts it
 SCENARIOS = {
     "1 process": (1, {}, False),
@@ -38,6 +39,8 @@ SCENARIOS = {
     "2 processes": (2, {}, False),
     "2 processes, 2 workers": (2, {"data.num_workers": 2}, False),
     "accelerate launch, 2 processes": (2, {}, True),
+    "1 process, streaming, 2 workers": (1, {**STREAM, "data.num_workers": 2}, False),
+    "2 processes, streaming": (2, STREAM, False),
 }
 PARTIAL = r"/checkpoints/\.step-\d+\.partial"
 PLACES = {
@@ -160,6 +163,7 @@ def finish(training: Training, scenario: str, reference: Path, rows: list) -> No
 
 def main() -> None:
     from conftest import make_images
+    from test_streams import write_parquet
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=50, help="kills at random moments")
@@ -169,33 +173,43 @@ def main() -> None:
     chance, begin = random.Random(arguments.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         folder = Path(folder)
-        images = make_images(folder / "images")
+        images, shards = make_images(folder / "images"), folder / "shards"
+        for i in range(3):
+            write_parquet(shards / f"train-{i:05}-of-00003.parquet", range(8 * i, 8 * i + 8), side=40)
+        write_parquet(shards / "validation-00000-of-00001.parquet", range(24, 32), side=40)
+
+        def training(name: str, scenario: str) -> Training:
+            streams = "data.streaming" in SCENARIOS[scenario][1]
+            return Training(folder / name, shards if streams else images, **SETTINGS)
+
         references, pace = {}, {}
-        for processes in (1, 2):
-            whole = Training(folder / f"whole-{processes}", images, **SETTINGS)
-            started = time.time()
-            assert whole.go(processes) == [0] * processes, whole.output()
-            lines = [json.loads(line) for line in (whole.run_dir / "metrics.jsonl").read_text().splitlines()]
-            seconds = lines[-1]["time"] - lines[0]["time"]
-            pace[processes] = {"start": lines[0]["time"] - started, "step": seconds / STEPS}
-            references[processes] = whole.run_dir
+        for scenario, (processes, settings, _) in SCENARIOS.items():
+            kind = (processes, "data.streaming" in settings)  # workers and launcher change nothing
+            if kind not in pace:
+                whole = training(f"whole-{len(pace)}", scenario)
+                started = time.time()
+                assert whole.go(processes, **settings) == [0] * processes, whole.output()
+                lines = [json.loads(line) for line in (whole.run_dir / "metrics.jsonl").read_text().splitlines()]
+                seconds = lines[-1]["time"] - lines[0]["time"]
+                pace[kind] = {"start": lines[0]["time"] - started, "step": seconds / STEPS}
+                references[kind] = whole.run_dir
+            references[scenario], pace[scenario] = references[kind], pace[kind]
         print(f"{'run':<32}{'killed at':<42}{'what':<15}{'caught':<32}differs from the uninterrupted run")
         rows, number = [], 0
         for scenario in cycle(SCENARIOS):
             if len(rows) >= arguments.kills:
                 break
-            training = Training(folder / f"life-{number}", images, **SETTINGS)
+            life = training(f"life-{number}", scenario)
             number += 1
             kills = min(KILLS_A_LIFE, arguments.kills - len(rows))
-            processes = SCENARIOS[scenario][0]
-            life = random_life(training, scenario, kills, chance, pace[processes])
-            finish(training, scenario, references[processes], life)
-            rows += life
+            killed = random_life(life, scenario, kills, chance, pace[scenario])
+            finish(life, scenario, references[scenario], killed)
+            rows += killed
         for scenario in ("1 process, 2 workers", "2 processes"):
-            training = Training(folder / f"named-{scenario.replace(' ', '-')}", images, **SETTINGS)
-            life = named_life(training, scenario, PLACES)
-            finish(training, scenario, references[SCENARIOS[scenario][0]], life)
-            rows += life
+            life = training(f"named-{scenario.replace(' ', '-')}", scenario)
+            killed = named_life(life, scenario, PLACES)
+            finish(life, scenario, references[scenario], killed)
+            rows += killed
     bad = sum(row["differs"] != "nothing" for row in rows)
     minutes = (time.monotonic() - begin) / 60
     print(f"{len(rows)} kills in {minutes:.0f} minutes, {bad} of them in lives that ended otherwise")
