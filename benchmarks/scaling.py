@@ -1,6 +1,6 @@
 """What the processes of a training step exchange, counted in a real step, and images per second from 1 to 64 GPUs.
 
-    python benchmarks/scaling.py        (1 GB, 2 minutes on 2 CPU cores, nothing is downloaded)
+    python benchmarks/scaling.py        (2 GB, 2 minutes on 2 CPU cores, nothing is downloaded)
 
 1. Two processes on CPUs take steps of a small run with every loss on, with DDP and FSDP2, and each collective of one
    step is recorded: what asked for it, its bytes, and how far the backward pass had come when it began. The command
@@ -98,7 +98,7 @@ class Collectives(TorchDispatchMode):
             return NotImplemented  # what the DTensor does with its local tensors comes here again
         backward = torch._C._current_graph_task_id()  # -1 outside
         name = func.__name__.split(".")[0].strip("_")
-        if func.namespace in ("c10d", "_c10d_functional") and not name.startswith("wrap_tensor"):
+        if func.namespace in ("c10d", "_c10d_functional") and not name.startswith(("wait", "wrap")):
             size = max(leaf.nbytes for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor))
             self._calls.append((name, self._asked_by(), size, backward, self._flops[backward]))
         result = func(*args, **(kwargs or {}))
@@ -220,7 +220,8 @@ def run_rank(rank: int, port: int, cases: list, settings: dict, measured: bool, 
 
 
 def run_processes(cases: list, settings: dict, measured: bool = False, start_method: str = "fork") -> list:
-    """What each of the processes found in CASES with further settings."""
+    """What each process found: a step of every case, given as CASES, with `settings`, and if `measured` the exposed
+    time."""
     with tempfile.TemporaryDirectory() as folder:
         arguments = (get_free_port(), cases, settings, measured, Path(folder))
         start_processes(run_rank, arguments, PROCESSES, start_method=start_method)
@@ -249,22 +250,22 @@ def collectives_table(cases: dict) -> str:
         f"{'':<12}{'collective':<22}{'asked by':<40}{'calls':>6}{'bytes':>14}  after that share of a backward pass"
     ]
     for name, case in cases.items():
-        texts = (
-            f"{what} of {network} {size:,}"
-            for what in ("parameters", "gradients")
-            for network, size in case[what].items()
+        parameters, gradients = (
+            ", ".join(f"{part} {size:,}" for part, size in case[what].items()) for what in ("parameters", "gradients")
         )
-        lines.append(f"{name}; bytes of {', '.join(texts)}")
+        lines.append(f"{name}; bytes of parameters: {parameters}; of gradients to reduce: {gradients}")
 
         def kind(call: dict) -> tuple:
             return call["asked_by"], call["backward"] is not None, call["collective"]
 
         for (asked_by, _, collective), calls in groupby(sorted(case["collectives"], key=kind), kind):
             calls = list(calls)
-            shares = " ".join(f"{call['backward']:.0%}" for call in calls if call["backward"] is not None)
+            shares = dict.fromkeys(f"{call['backward']:.0%}" for call in calls if call["backward"] is not None)
             size = sum(call["bytes"] for call in calls)
             place = " > ".join(asked_by) or "train_step"
-            lines.append(f"{'':<12}{collective:<22}{place:<40}{len(calls):>6}{size:>14,}  {shares or 'outside'}")
+            lines.append(
+                f"{'':<12}{collective:<22}{place:<40}{len(calls):>6}{size:>14,}  {' '.join(shares) or 'outside'}"
+            )
     return "\n".join(lines)
 
 
@@ -369,7 +370,7 @@ def model_table(preset: str, work: dict, rows: dict) -> str:
     heads = ("GPUs", "images each", "compute ms", "reduction ms", "exposed ms", "DDP images/s", "share",
              "FSDP2 images/s", "share")  # fmt: skip
     lines = [
-        f"{preset}: {sum(work['flops_per_image'].values()) / 1e12:.3f} TFLOP an image, gradients of the decoder "
+        f"{preset}: {sum(work['flops_per_image'].values()) / 1e12:.3f} TFLOP an image, weights of the decoder "
         f"{work['decoder_bytes'] / 1e6:.0f} MB, of the discriminator's heads {work['heads_bytes'] / 1e6:.0f} MB"
     ]
     for kind, table in rows.items():
