@@ -16,6 +16,7 @@ help:
 	@echo "make start-up   launch to first step with 1.3 million image files (1 minute)"
 	@echo "make soak       a tiny run of 30 minutes whose memory, open files and disk must stay flat (docs/reliability.md)"
 	@echo "make real-size  two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)"
+	@echo "make scaling    collectives of a training step, counted, and a model of 1 to 64 GPUs (2 minutes)"
 	@echo "make streaming  memory while a million images are streamed (1.2 GB disk, 15 minutes)"
 
 setup: .venv/installed
@@ -54,6 +55,9 @@ data-pipeline: setup
 start-up: setup
 	$(BIN)/python benchmarks/start_up.py
 
+scaling: setup
+	$(BIN)/python benchmarks/scaling.py
+
 streaming: setup
 	$(BIN)/python benchmarks/streaming.py
 
@@ -68,4 +72,4 @@ streaming: setup
 cross-version: setup .venv-oldest/installed
 	$(BIN)/python tests/cross_version.py .venv-oldest/bin/python
 
-.PHONY: help setup demo test lint faults data-pipeline start-up soak real-size streaming cross-version
+.PHONY: help setup demo test lint faults data-pipeline start-up soak real-size scaling streaming cross-version

@@ -8,13 +8,14 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY, checkpoint_state, flags, read_metrics, run_command
+from forked import forks
 
 import train_rae
 from modeling_rae import RAEModel
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 sys.path.insert(0, str(ROOT / "benchmarks"))
-memory, train_step = (importlib.import_module(name) for name in ("memory", "train_step"))
+memory, scaling, train_step = (importlib.import_module(name) for name in ("memory", "scaling", "train_step"))
 
 SMALL = {key: TINY[key] for key in TINY if key.startswith("model.")} | {"train.cpu_threads": "1"}
 # another family: several blocks averaged, the last block not built, no CLS token, grids of other sizes
@@ -133,6 +134,66 @@ def test_memory_command(tmp_path):
     assert high - middle == pytest.approx(2 * (middle - low), rel=0.02)
     usable = (memory.CARDS["24 GB"] - 1) * 0.95
     assert low + (off["largest_batch"]["24 GB"] - 4) * off["gib_per_image"] == pytest.approx(usable, rel=0.01)
+
+
+# ------------------------------------------------------------------------------------------------ several processes
+
+
+def test_gradients_are_reduced_once():
+    """Two processes, every loss but LPIPS: a step reduces the decoder's gradients once, the heads' once an update,
+    within backward passes, whatever the number of micro-batches; beside that one small collective for each record."""
+    forks()  # its processes have the libraries
+    several = {"train.gradient_accumulation_steps": 4, "gan.updates_per_step": 2}
+    cases = [("one", False, {}), ("several", False, several), ("sharded", True, several)]
+    settings = {**SMALL, "perceptual.weight": 0, "eval.metrics": "[psnr]"}
+    first, second = (rank["cases"] for rank in scaling.run_processes(cases, settings, start_method="forkserver"))
+    assert first == second
+    for name, updates in (("one", 1), ("several", 2), ("sharded", 2)):
+        case, calls, sizes = first[name], first[name]["collectives"], first[name]["parameters"]
+        scaling.check_reductions(name, case)
+        decoder, heads = (scaling.reduced(case, step) for step in ("decoder_step", "discriminator_step"))
+        assert len(heads) == updates
+        # its fixed position embedding has no gradient; a sharded CLS token of one row is padded to two
+        reduced = sum(call["bytes"] for call in decoder)
+        assert reduced == sizes["decoder"] + 4 * 32 * ((name == "sharded") - (8 * 8 + 1)), name
+        gathered = [call for call in calls if "gather" in call["collective"]]
+        if name == "sharded":  # for each micro-batch the decoder in three passes, the encoder in one
+            total, expected = sum(call["bytes"] for call in gathered), 4 * (3 * sizes["decoder"] + sizes["encoder"])
+            assert expected <= total < 2 * expected, (total, expected)
+        records = [call for call in calls if call not in (*decoder, *heads, *gathered)]
+        records = [call for call in records if call["asked_by"][-1] != "gradient_norm"]
+        assert [call["asked_by"][0] for call in records] == ["decoder_step"] + updates * ["discriminator_step"]
+        assert all(call["backward"] is None and call["bytes"] <= 64 for call in records)
+
+    case["collectives"] += heads
+    with pytest.raises(SystemExit, match="discriminator_step reduces .* bytes of gradients, expected"):
+        scaling.check_reductions(name, case)
+
+
+def test_scaling_model():
+    """Overlap is that of a pipeline of two stages, piece by piece; one GPU exchanges nothing; more GPUs are never
+    faster than as many alone."""
+    for first, second, pieces in ((3.0, 9.0, 6), (9.0, 3.0, 6), (2.0, 2.0, 1), (0.0, 5.0, 4)):
+        end_of_first = end = 0.0
+        for _ in range(pieces):
+            end_of_first += first / pieces
+            end = max(end, end_of_first) + second / pieces
+        assert scaling.exposed(first, second, pieces) == pytest.approx(end - second)
+    nvlink, network = (rate * scaling.LINK_EFFICIENCY for rate in (scaling.NVLINK, scaling.NETWORK))
+    assert scaling.transfer_seconds(1e9, 8) == pytest.approx(1e9 * 7 / 8 / nvlink)
+    assert scaling.transfer_seconds(1e9, 16) == pytest.approx(1e9 * 7 / 8 / nvlink + 1e9 / 2 / network)
+    work = scaling.workload("dinov2_b")
+    assert work["decoder_bytes"] == pytest.approx(4 * 415.4e6, rel=1e-3)  # benchmarks/README.md
+    rows = scaling.scaling_rows(work, mfu=0.5)
+    for kind in rows.values():
+        assert kind[0]["DDP_share"] == kind[0]["FSDP2_share"] == 1
+        for how in ("DDP", "FSDP2"):
+            shares = [row[f"{how}_share"] for row in kind]
+            assert shares == sorted(shares, reverse=True) and shares[-1] < 0.8
+    alone = work["global_batch_size"] * sum(work["flops_per_image"].values()) / (0.5 * scaling.MATRIX_RATE)
+    assert [kind[0]["seconds"]["DDP"] for kind in rows.values()] == pytest.approx([alone / 8, alone])
+    text = scaling.model_table("dinov2_b", work, rows)
+    assert all(f"{row['DDP_images_per_s']:.0f}" in text for kind in rows.values() for row in kind)
 
 
 # -------------------------------------------------------------------------------------------------------- compilation
