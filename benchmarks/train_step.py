@@ -377,7 +377,7 @@ def step_variants(run: Run, pixels: torch.Tensor, baseline: bool, levers: bool) 
     """Variants by name, this repository's step first."""
 
     def own(step: int) -> dict:
-        return train_step(run, [pixels], step)
+        return train_step(run, [pixels], step).read()
 
     as_it_is = Variant(own, disc_input=run.config.gan.disc_input, channels_last=pixels.is_cuda)
     variants = {"this repository": as_it_is}

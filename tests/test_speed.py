@@ -63,7 +63,7 @@ def test_a_different_step_is_noticed():
     variants = train_step.step_variants(run, pixels, baseline=True, levers=False)
     assert train_step.check_equal(run, variants, (1e-4, 1e-2)).keys() == variants.keys()
     variants["published loop"].take.args[0].add_(0.01)  # its images
-    variants["this repository"].take = lambda step, other=pixels - 0.01: train_rae.train_step(run, [other], step)
+    variants["this repository"].take = lambda step, other=pixels - 0.01: train_rae.train_step(run, [other], step).read()
     with pytest.raises(SystemExit, match="losses differ"):
         train_step.check_equal(run, variants, (1e-4, 1e-2))
 
