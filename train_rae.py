@@ -504,7 +504,9 @@ class StepRecord:
             if record["nonfinite"] is not None:
                 break  # the updates after it changed nothing
         record["stop"] = record["stop"] > 0
-        return {**dict.fromkeys((*DISC_TERMS, "lr_disc")), **record}
+        for name in (*DISC_TERMS, "lr_disc"):
+            record.setdefault(name)
+        return record
 
 
 def train_step(run: Run, batches: list, step: int, stop: bool = False) -> StepRecord:

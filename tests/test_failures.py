@@ -46,12 +46,12 @@ def deaths() -> dict:
     return scenarios
 
 
+def fault(what, step, value="nan", rank=0) -> dict:
+    return {"what": what, "rank": rank, "place": "step", "step": step, "value": value}
+
+
 def failures() -> dict:
     """Scenarios in which a number goes wrong."""
-
-    def fault(what, step, value="nan", rank=0):
-        return {"what": what, "rank": rank, "place": "step", "step": step, "value": value}
-
     skipping = {"train.max_nonfinite_steps": "2", "train.max_steps": "6"}
     return {
         "pixels": (1, {}, [fault("pixels", 3, "inf")]),  # nan after the encoder
