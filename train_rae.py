@@ -1142,6 +1142,7 @@ def train(
         push_due = bool(config.hub.every_steps) and due(config.hub.every_steps)
         saving_due = due(config.train.save_every_steps, config.train.save_every_epochs)
         read_all = logging_due or evaluation_due or samples_due or push_due or saving_due
+        # what is written down is of steps that are known to be good
         while on_their_way and (read_all or stopping or len(on_their_way) > behind):
             record = on_their_way.popleft().read()
             stop_on_nonfinite(run, state, record, run_dir)
