@@ -349,7 +349,14 @@ class DiffAug:
         device = images.device
         uniforms = torch.rand(7, images.shape[0], 1, 1, generator=generator, device=device)
         if self.prob >= 1:
-            translate = color = cut = True  # no CPU-GPU sync in the published setting
-        else:
-            translate, color, cut = (torch.rand(3, generator=generator, device=device) < self.prob).tolist()
-        return diff_augment(images, uniforms, translate, color, self.cutout if cut else 0.0)
+            return diff_augment(images, uniforms, cutout=self.cutout)
+        # each transform is computed and, on the device, taken or not: the host does not wait for the coins
+        transforms = (
+            {"color": False},
+            {"translate": False},
+            {"translate": False, "color": False, "cutout": self.cutout},
+        )
+        coins = torch.rand(len(transforms), generator=generator, device=device) < self.prob
+        for coin, transform in zip(coins.unbind(), transforms, strict=True):
+            images = torch.where(coin, diff_augment(images, uniforms, **transform), images)
+        return images

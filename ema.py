@@ -2,11 +2,18 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Optional
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from checkpointing import fill
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    """This process's part of a tensor, which may be sharded; in the same memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 class EMA:
@@ -21,10 +28,15 @@ class EMA:
         self.shadow = {name: p.detach().clone().float() for name, p in module.named_parameters()}
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take one step towards the module's present parameters."""
-        parameters = [p.detach().float() for _, p in self.module.named_parameters()]
-        torch._foreach_lerp_(list(self.shadow.values()), parameters, 1 - self.decay)
+    def update(self, unless: Optional[torch.Tensor] = None) -> None:
+        """Take one step towards the module's present parameters, `unless` this bool scalar on their device is true:
+        the host does not need to know."""
+        shadow = [_local(tensor) for tensor in self.shadow.values()]
+        parameters = [_local(p.detach()).float() for p in self.module.parameters()]
+        weight = torch.full((), 1 - self.decay, dtype=torch.float32, device=shadow[0].device)
+        if unless is not None:
+            weight.masked_fill_(unless, 0)
+        torch._foreach_lerp_(shadow, parameters, [weight] * len(shadow))
 
     @contextmanager
     def applied(self) -> Iterator[None]:

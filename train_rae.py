@@ -23,6 +23,7 @@ import socket
 import threading
 import time
 import uuid
+from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
@@ -406,6 +407,9 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
 # --------------------------------------------------------------------------------------------------------------------
 
 
+DISC_TERMS = ("disc_loss", "logits_real", "logits_fake", "accuracy", "disc_grad_norm")
+
+
 def learning_rate(step: int, peak: float, schedule: LRScheduleConfig, steps_per_epoch: int) -> float:
     """Learning rate of the 0-based `step`: a function of the step alone, so there is no scheduler to save."""
     warmup, end = schedule.warmup_steps, schedule.decay_end_step
@@ -450,63 +454,119 @@ def gradient_norm(parameters: Iterable) -> torch.Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def mean_over_processes(run: Run, values: list) -> list:
-    """Mean of scalar tensors over all processes, as floats. CPU-GPU sync point; nan and inf reach every process."""
-    return run.accelerator.reduce(torch.stack([v.float() for v in values]), "mean").tolist()
+def mean_over_processes(run: Run, values: list) -> torch.Tensor:
+    """Mean of scalar tensors over all processes, in one vector on the device; nan and inf reach every process."""
+    return run.accelerator.reduce(torch.stack([v.float() for v in values]), "mean")
 
 
-def train_step(run: Run, batches: list, step: int, stop: bool = False) -> dict:
-    """One whole step of the method: decoder update, moving average, discriminator updates.
+@dataclass
+class Update:
+    """What an update of a network came to. All tensors are on the device: nothing here waits for them."""
+
+    names: tuple
+    values: torch.Tensor  # (len(names),), means over micro-batches and processes
+    watched: tuple  # those of the names that must be finite
+    finite: torch.Tensor  # (len(watched),) bool
+    failed: torch.Tensor  # () bool, the same on all processes: something here or in an update before is not finite
+    rate: dict  # name and value of the learning rate
+
+
+class StepRecord:
+    """The numbers of a step, on their way from the device to the host, which goes on meanwhile."""
+
+    def __init__(self, step: int, updates: list):
+        self.step = step
+        self.layout = [(update.names, update.watched, update.rate) for update in updates]
+        values = torch.cat([part for update in updates for part in (update.values, update.finite)])
+        self.values = values.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        self.arrived = torch.cuda.Event() if values.is_cuda else None
+        if self.arrived is not None:
+            self.arrived.record()
+
+    def read(self) -> dict:
+        """Wait for the numbers.
+
+        Returns:
+            dict of floats, means over micro-batches and processes: loss, recon, lpips, gan, adaptive_weight,
+            grad_norm, lr; disc_loss, logits_real, logits_fake, accuracy, disc_grad_norm, lr_disc (None where the
+            discriminator does not train yet, or was left alone because the decoder's update failed);
+            `step`, 1-based; `stop`, whether some process was asked to stop; and `nonfinite`: the name of a term that
+            is nan or inf, or None.
+        """
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        numbers = iter(self.values.tolist())
+        record = {"step": self.step}
+        for names, watched, rate in self.layout:
+            record |= {**{name: next(numbers) for name in names}, **rate}
+            finite = {name: next(numbers) for name in watched}
+            record["nonfinite"] = next((name for name in watched if not finite[name]), None)
+            if record["nonfinite"] is not None:
+                break  # the updates after it changed nothing
+        record["stop"] = record["stop"] > 0
+        for name in (*DISC_TERMS, "lr_disc"):
+            record.setdefault(name)
+        return record
+
+
+def train_step(run: Run, batches: list, step: int, stop: bool = False) -> StepRecord:
+    """One whole step of the method: decoder update, moving average, discriminator updates. The host does not wait for
+    the device anywhere in it.
+
+    An update with a term that is nan or inf is not made, and those after it neither, which is decided on the device: a
+    term of the decoder leaves everything as it was; one of the discriminator comes after the decoder's update, which
+    stands.
 
     Args:
         batches: this process's micro-batches of pixels, each (B, 3, S, S) in [0, 1] on the device.
         step: 0-based; decides learning rates, which losses are on, and the noise.
-        stop: whether this process was asked to stop; the answer is the same on all processes.
-
-    Returns:
-        dict of floats, means over micro-batches and processes: loss, recon, lpips, gan, adaptive_weight, grad_norm,
-        lr; disc_loss, logits_real, logits_fake, accuracy, disc_grad_norm, lr_disc (None where the discriminator does
-        not train yet);
-        `stop`; and `nonfinite`: the name of a term that is nan or inf, in which case its network was not updated. A
-        term of the decoder leaves everything as it was; one of the discriminator comes after the decoder's update,
-        which stands.
+        stop: whether this process was asked to stop; the record's answer is the same on all processes.
     """
     generators = [step_generator(run, step, i) for i in range(len(batches))]
     with torch.no_grad(), run.accelerator.autocast():
         latents = [run.model.encode(pixels, add_noise=False).latent for pixels in batches]
-    record, reconstructions = decoder_step(run, batches, latents, generators, step, stop)
-    disc_names = ("disc_loss", "logits_real", "logits_fake", "accuracy", "disc_grad_norm", "lr_disc")
-    record.update(dict.fromkeys(disc_names))
-    if record["nonfinite"] is None:
-        run.ema.update()
-        if run.discriminator is not None and step >= run.disc_start:
-            updates = run.config.gan.updates_per_step
-            for update in range(updates):
-                count = (step - run.disc_start) * updates + update  # the discriminator's own step counter
-                record.update(discriminator_step(run, batches, latents, reconstructions, generators, count))
-                if record["nonfinite"] is not None:
-                    break
-    return record
+    update, reconstructions = decoder_step(run, batches, latents, generators, step, stop)
+    run.ema.update(unless=update.failed)
+    updates = [update]
+    if run.discriminator is not None and step >= run.disc_start:
+        count = (step - run.disc_start) * run.config.gan.updates_per_step  # the discriminator's own step counter
+        for i in range(run.config.gan.updates_per_step):
+            failed = updates[-1].failed
+            update = discriminator_step(run, batches, latents, reconstructions, generators, count + i, failed)
+            updates.append(update)
+    return StepRecord(step + 1, updates)
 
 
-def apply_update(run: Run, optimizer: Any, record: dict, terms: tuple, norm_name: str) -> None:
-    """Take the optimizer's step unless one of the loss `terms` or the gradient norm is not finite; its name, or None,
-    goes to `record["nonfinite"]`."""
-    scaler = run.accelerator.scaler
-    watched = terms
-    # an overflow in fp16 is the loss scaler's business, it skips the step and halves the scale: until that is under 1
-    if scaler is None or (not math.isfinite(record[norm_name]) and scaler.get_scale() < 1):
-        watched = (*terms, norm_name)
-    record["nonfinite"] = next((name for name in watched if not math.isfinite(record[name])), None)
-    if record["nonfinite"] is None:
-        optimizer.step()
-    elif scaler is not None:
-        scaler.update()  # the gradients were unscaled: the scaler wants this before it does so again
+def apply_update(
+    run: Run,
+    optimizer: Any,
+    names: tuple,
+    values: torch.Tensor,
+    terms: tuple,
+    rate: dict,
+    failed: Union[bool, torch.Tensor] = False,
+) -> Update:
+    """Take the optimizer's step unless one of the loss `terms`, the gradient norm (the last of the `values`) or an
+    update before, which `failed`, is not finite. Arguments as in Update."""
+    scaler, watched = run.accelerator.scaler, (*terms, names[-1])
+    named = dict(zip(names, values.unbind(), strict=True))
+    finite = torch.stack([named[name] for name in watched]).isfinite()
+    # The fused kernel leaves parameters, moments and step counts alone where found_inf is 1. Of a GradScaler's step it
+    # would get no more than what the scaler has found in the gradients, and the norm says that too.
+    fused = optimizer.optimizer
+    fused.found_inf = (failed | ~finite.all()).float()
+    fused.step()
+    fused.found_inf = None
+    if scaler is not None:
+        # an overflow in fp16 is the loss scaler's business, it halves its scale: until that is under 1
+        finite[-1] |= scaler.scale(torch.ones_like(values[-1])) >= 1
+        scaler.update()
     optimizer.zero_grad(set_to_none=True)
+    return Update(names, values, watched, finite, failed | ~finite.all(), rate)
 
 
 def decoder_step(run: Run, batches: list, latents: list, generators: list, step: int, stop: bool) -> tuple:
-    """Update the decoder. Arguments as in `train_step`; latents are clean. Returns the record and, where the
+    """Update the decoder. Arguments as in `train_step`; latents are clean. Returns the Update and, where the
     discriminator takes them, the reconstructions of each micro-batch, from noisy latents and before the update."""
     config, accelerator, model = run.config, run.accelerator, run.model
     lr = learning_rate(step, config.optimizer.lr, config.lr_schedule, run.steps_per_epoch)
@@ -550,18 +610,24 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
     if config.train.clip_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, config.train.clip_grad_norm, grad_norm)
     asked = torch.full((), float(stop), device=accelerator.device)
-    *values, grad_norm, asked = mean_over_processes(run, [*(sums / len(batches)), grad_norm, asked])
-    record = {**dict(zip(vars(terms), values, strict=True)), "grad_norm": grad_norm, "lr": lr, "stop": asked > 0}
+    names = (*vars(terms), "stop", "grad_norm")
+    values = mean_over_processes(run, [*(sums / len(batches)), asked, grad_norm])
     watched = ("recon", "lpips", "gan") if accelerator.scaler else ("recon", "lpips", "gan", "adaptive_weight")
-    apply_update(run, run.optimizer, record, watched, "grad_norm")
-    return record, reconstructions
+    return apply_update(run, run.optimizer, names, values, watched, {"lr": lr}), reconstructions
 
 
 def discriminator_step(
-    run: Run, batches: list, latents: list, reconstructions: list, generators: list, count: int
-) -> dict:
+    run: Run,
+    batches: list,
+    latents: list,
+    reconstructions: list,
+    generators: list,
+    count: int,
+    failed: torch.Tensor,
+) -> Update:
     """Update the discriminator on images and on reconstructions of clean latents with the updated decoder, or on the
-    given `reconstructions` (gan.disc_input). `count`: updates of the discriminator so far."""
+    given `reconstructions` (gan.disc_input). `count`: updates of the discriminator so far. `failed`: whether an update
+    of this step before it failed."""
     config, accelerator = run.config, run.accelerator
     lr = learning_rate(count, config.gan.optimizer.lr, config.gan.lr_schedule, run.steps_per_epoch)
     set_learning_rate(run.disc_optimizer, lr)
@@ -583,14 +649,11 @@ def discriminator_step(
             sums += torch.stack([loss.detach(), real_logits.detach().mean(), fake_logits.detach().mean(), accuracy])
     accelerator.unscale_gradients(run.disc_optimizer)
     grad_norm = gradient_norm(heads.parameters())
-    names = ("disc_loss", "logits_real", "logits_fake", "accuracy", "disc_grad_norm")
     values = mean_over_processes(run, [*(sums / len(batches)), grad_norm])
-    record = dict(zip(names, values, strict=True))
-    apply_update(run, run.disc_optimizer, record, ("disc_loss",), "disc_grad_norm")
-    if record["nonfinite"] is not None:
-        for name, buffer in heads.named_buffers():
-            buffer.copy_(spectral_vectors[name])
-    return {**record, "lr_disc": lr}
+    update = apply_update(run, run.disc_optimizer, DISC_TERMS, values, ("disc_loss",), {"lr_disc": lr}, failed)
+    for name, buffer in heads.named_buffers():
+        torch.where(update.failed, spectral_vectors[name], buffer, out=buffer)
+    return update
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -669,7 +732,7 @@ class Reporter:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
     def train(self, record: dict, images_per_second: float) -> None:
-        values = {k: v for k, v in record.items() if k not in ("stop", "nonfinite")}
+        values = {k: v for k, v in record.items() if k not in ("step", "stop", "nonfinite")}
         counts = {"skipped_steps": self.state.skipped_steps, "images_per_second": round(images_per_second, 3)}
         self.write("train", {**values, **counts})
 
@@ -1006,11 +1069,17 @@ def stop_on_nonfinite(run: Run, state: RunState, record: dict, run_dir: Path) ->
         return
     state.nonfinite_in_a_row += 1
     limit = run.config.train.max_nonfinite_steps
-    where = f"{record['nonfinite']} is {record[record['nonfinite']]} at step {state.step}"
+    where = f"{record['nonfinite']} is {record[record['nonfinite']]} at step {record['step']}"
     if state.nonfinite_in_a_row > limit:
         raise RunError(f"{where}; {last_checkpoint(run_dir)}")
     state.skipped_steps += 1
     tell(run, f"skipped: {where} ({state.nonfinite_in_a_row} in a row of at most {limit})")
+
+
+def steps_behind(device: torch.device) -> int:
+    """How many steps after its own a record is read at the latest. On a GPU one, so that it has the next step to
+    compute while the host waits for this one's numbers; the same on all processes, which act on them together."""
+    return 1 if device.type == "cuda" else 0
 
 
 @contextmanager
@@ -1046,7 +1115,8 @@ def train(
     if state.step == 0:
         reporter.evaluate()
         reporter.samples()
-    stop = StopSignal()
+    stop, stopping = StopSignal(), False
+    on_their_way, behind = deque(), steps_behind(accelerator.device)  # records of steps, the oldest first
     micro_batches = iter(loader)
     progress = tqdm(
         total=total_steps,
@@ -1062,11 +1132,23 @@ def train(
             batch = next(micro_batches)
             reporter.unreadable.add(batch["unreadable"])
             batches.append(batch["pixels"].to(accelerator.device, non_blocking=True).float() / 255)
-        record = train_step(run, batches, state.step, stop.received is not None)
+        on_their_way.append(train_step(run, batches, state.step, stop.received is not None))
         state.step += 1
-        stop_on_nonfinite(run, state, record, run_dir)
 
-        if state.step == 1 or due(config.logging.every_steps):
+        logging_due = state.step == 1 or due(config.logging.every_steps)
+        evaluation_due = due(config.eval.every_steps, config.eval.every_epochs)
+        every = config.logging.samples_every_steps
+        samples_due = evaluation_due if every is None else due(every)
+        push_due = bool(config.hub.every_steps) and due(config.hub.every_steps)
+        saving_due = due(config.train.save_every_steps, config.train.save_every_epochs)
+        read_all = logging_due or evaluation_due or samples_due or push_due or saving_due
+        # what is written down is of steps that are known to be good
+        while on_their_way and (read_all or stopping or len(on_their_way) > behind):
+            record = on_their_way.popleft().read()
+            stop_on_nonfinite(run, state, record, run_dir)
+            stopping = stopping or record["stop"]
+
+        if logging_due:
             rate = (state.step - clocked) * config.train.global_batch_size / (time.perf_counter() - clock)
             reporter.train(record, rate)
             progress.set_postfix(loss=f"{record['loss']:.4f}", images_per_s=f"{rate:.1f}", refresh=False)
@@ -1074,22 +1156,21 @@ def train(
         progress.update()
 
         pause = time.perf_counter()
-        evaluation_due = due(config.eval.every_steps, config.eval.every_epochs)
         if evaluation_due:
             reporter.evaluate()
-        if evaluation_due if config.logging.samples_every_steps is None else due(config.logging.samples_every_steps):
+        if samples_due:
             reporter.samples()
         if state.step == total_steps:
             reporter.export("final")  # before the checkpoint that says the run is finished
-        elif config.hub.every_steps and due(config.hub.every_steps):
+        elif push_due:
             reporter.push(publisher)
-        if record["stop"] or due(config.train.save_every_steps, config.train.save_every_epochs):
+        if stopping or saving_due:
             if state.stream is not None:
                 state.stream["lanes"] = gather_object([loader.states[lane] for lane in sorted(loader.states)])
             parts = checkpoint_parts(run, state)
             save_checkpoint(accelerator, run_dir, state.step, parts, config.train.keep_last)
         clock += time.perf_counter() - pause  # images per second are those of training
-        if record["stop"] and state.step < total_steps:
+        if stopping and state.step < total_steps:
             tell(run, f"stopped by {stop.received or 'another process'} after step {state.step}, saved; "
                       "the same command continues")  # fmt: skip
             break

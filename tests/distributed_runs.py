@@ -2,7 +2,8 @@
 
 accelerate launch ... tests/distributed_runs.py RUNS.json
 
-RUNS.json: a list of {"fsdp": bool, "argv": [...]}. Each process writes RUNS.rank0.json, ...: for each run the bytes
+RUNS.json: a list of {"fsdp": bool, "argv": [...], "nan_steps": [...]}, steps (0-based) in which the last process gets a
+pixel that is nan. Each process writes RUNS.rank0.json, ...: for each run the bytes
 that it holds of the parameters, the moving average and the optimizer's state.
 """
 
@@ -21,7 +22,7 @@ import train_rae  # noqa: E402
 
 file = Path(sys.argv[1])
 runs = json.loads(file.read_text())
-held, train = [], train_rae.train
+held, train, train_step = [], train_rae.train, train_rae.train_step
 
 
 def local_bytes(tensors) -> int:
@@ -37,11 +38,17 @@ def train_and_measure(run, *rest) -> bool:
     return done
 
 
-train_rae.train = train_and_measure
+def spoiled_step(run, batches, step, *rest):
+    if step in nan_steps and run.accelerator.is_last_process:
+        batches[0][0, 0, 0, 0] = float("nan")
+    return train_step(run, batches, step, *rest)
+
+
+train_rae.train, train_rae.train_step = train_and_measure, spoiled_step
 PartialState.destroy_process_group = lambda self, group=None: None  # a run ends it, and a second one cannot be made
 for run in runs:
     os.environ["ACCELERATE_USE_FSDP"] = str(run["fsdp"]).lower()
-    sys.argv = ["train_rae.py", *run["argv"]]
+    sys.argv, nan_steps = ["train_rae.py", *run["argv"]], run["nan_steps"]
     train_rae.main()
     AcceleratorState._reset_state()
 destroy_process_group()

@@ -2,9 +2,10 @@
 
     python tests/ranks.py SCENARIOS.json
 
-A scenario is {"folder", "processes", "argv", "faults"}; argv begins with train_rae.py or training_steps.py; a fault is
-{"what", "rank", "place", "step", "value"}, see `strike`, `spoil` and `inject`. The libraries are imported once, then
-the processes are forked, one scenario after the other. `folder` gets <rank>.out, <rank>.err and result.json: for each
+A scenario is {"folder", "processes", "argv", "faults", "steps_behind"}; argv begins with train_rae.py or
+training_steps.py; a fault is {"what", "rank", "place", "step", "value"}, see `strike`, `spoil` and `inject`;
+steps_behind, which may be left out, is what train_rae.steps_behind gives. The libraries are imported once, then the
+processes are forked, one scenario after the other. `folder` gets <rank>.out, <rank>.err and result.json: for each
 process its exit code (minus the signal that ended it) and the seconds that it outlived the first one; null for one that
 was still there after DEADLINE; and whether processes that load data were left behind.
 """
@@ -35,12 +36,13 @@ START = 300  # seconds for the first process to end
 
 
 def strike(fault: dict) -> None:
-    """End or halt this process ("kill", "halt"), or end a process that loads data for it ("kill_worker"), as the
-    system does when memory runs out."""
+    """End or halt this process ("kill", "halt"), ask it to stop ("stop"), or end a process that loads data for it
+    ("kill_worker"), as the system does when memory runs out."""
     if fault["what"] == "kill_worker":
         psutil.Process().children()[0].kill()
     else:
-        os.kill(os.getpid(), signal.SIGKILL if fault["what"] == "kill" else signal.SIGSTOP)
+        signals = {"kill": signal.SIGKILL, "halt": signal.SIGSTOP, "stop": signal.SIGTERM}
+        os.kill(os.getpid(), signals[fault["what"]])
 
 
 def spoil(fault: dict, run: train_rae.Run, batches: list) -> list:
@@ -107,6 +109,8 @@ def become_rank(scenario: dict, rank: int, port: int) -> None:
         os.environ.update(RANK=str(rank), WORLD_SIZE=str(scenario["processes"]), LOCAL_RANK="0", LOCAL_WORLD_SIZE="1",
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
     inject([fault for fault in scenario["faults"] if fault["rank"] == rank])
+    if "steps_behind" in scenario:
+        train_rae.steps_behind = lambda device: scenario["steps_behind"]
     sys.argv = scenario["argv"]
 
 

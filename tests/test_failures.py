@@ -46,12 +46,12 @@ def deaths() -> dict:
     return scenarios
 
 
+def fault(what, step, value="nan", rank=0) -> dict:
+    return {"what": what, "rank": rank, "place": "step", "step": step, "value": value}
+
+
 def failures() -> dict:
     """Scenarios in which a number goes wrong."""
-
-    def fault(what, step, value="nan", rank=0):
-        return {"what": what, "rank": rank, "place": "step", "step": step, "value": value}
-
     skipping = {"train.max_nonfinite_steps": "2", "train.max_steps": "6"}
     return {
         "pixels": (1, {}, [fault("pixels", 3, "inf")]),  # nan after the encoder
@@ -271,13 +271,13 @@ def test_a_skipped_update_changes_nothing(images, what, changed):
         hooks = [heads[0].register_forward_hook(lambda module, inputs, output: output * math.inf)]
     else:
         hooks = [heads[0][-1].bias.register_hook(lambda g: g * math.inf)]
-    record = train_rae.train_step(run, batches, 2)
+    record = train_rae.train_step(run, batches, 2).read()
     for hook in hooks:
         hook.remove()
     assert record["nonfinite"] is not None
     after = without_rates(everything(run))
     assert {name for name in before if not same(before[name], after[name])} == changed
-    record = train_rae.train_step(run, list(pixels.chunk(2)), 3)
+    record = train_rae.train_step(run, list(pixels.chunk(2)), 3).read()
     assert record["nonfinite"] is None
     assert not any(same(before[name], without_rates(everything(run))[name]) for name in before)
 
@@ -291,8 +291,8 @@ def test_fp16_overflow_is_no_failure_until_it_never_ends(images, tmp_path):
         run = tiny_run(images, fp16_accelerator(2.0**40), **settings)
         state, skipped = train_rae.RunState(), 0
         start = {n: p.detach().clone() for n, p in run.model.decoder.named_parameters()}
-        for state.step in range(1, 60):
-            record = train_rae.train_step(run, [pixels], 0)
+        for step in range(59):
+            record = train_rae.train_step(run, [pixels], step).read()
             train_rae.stop_on_nonfinite(run, state, record, tmp_path)
             if math.isfinite(record["grad_norm"]) and math.isfinite(record["disc_grad_norm"]):
                 break
@@ -304,7 +304,8 @@ def test_fp16_overflow_is_no_failure_until_it_never_ends(images, tmp_path):
         run.model.decoder.decoder_pred.bias.register_hook(lambda g: g * math.inf)
         state = train_rae.RunState()
         with pytest.raises(RunError, match="grad_norm is (inf|nan) at step 12; the last good checkpoint is none"):
-            for state.step in range(1, 60):
-                train_rae.stop_on_nonfinite(run, state, train_rae.train_step(run, [pixels], 0), tmp_path)
+            for step in range(59):
+                record = train_rae.train_step(run, [pixels], step).read()
+                train_rae.stop_on_nonfinite(run, state, record, tmp_path)
     finally:
         Accelerator().state._reset_state()

@@ -41,6 +41,7 @@ THREE = {
     "eval.metrics": "[psnr, rfdd]",
     "eval.raw": "true",
 }
+SKIPPED = {**PLAIN, "train.max_steps": "4", "eval.every_steps": "4", "train.max_nonfinite_steps": "1"}
 ONE = {**THREE, "train.max_steps": "1", "eval.num_samples": "1", "eval.metrics": "[psnr]"}
 
 
@@ -60,12 +61,18 @@ def runs(images, tmp_path_factory):
         ("three_ddp", False, THREE),
         ("three_fsdp", True, THREE),
         ("one", True, ONE),
+        ("skipped_ddp", False, SKIPPED),
+        ("skipped_fsdp", True, SKIPPED),
     ]
     file = root / "runs.json"
     file.write_text(
         json.dumps(
             [
-                {"fsdp": fsdp, "argv": flags({**settings, "data.path": images, "train.output_dir": root / name})}
+                {
+                    "fsdp": fsdp,
+                    "argv": flags({**settings, "data.path": images, "train.output_dir": root / name}),
+                    "nan_steps": [0, 2] if settings is SKIPPED else [],
+                }
                 for name, fsdp, settings in plan
             ]
         )
@@ -77,7 +84,7 @@ def runs(images, tmp_path_factory):
     return root, [{name: rank[i] for i, (name, *_) in enumerate(plan)} for rank in held]
 
 
-@pytest.mark.parametrize("settings", ["all", "other", "three"])
+@pytest.mark.parametrize("settings", ["all", "other", "three", "skipped"])
 def test_numbers_are_those_of_ddp(runs, settings):
     """Every loss of every step and every evaluation: with LPIPS, GAN and accumulation; in bf16 with activations
     computed again; with clipping, and a process without an image."""
@@ -99,12 +106,22 @@ def test_a_single_evaluation_image(runs):
 
 
 @pytest.mark.parametrize("name, expected", [("all_fsdp", "all_ddp"), ("other_fsdp", "other_ddp"),
-                                            ("changing", "other_ddp")])  # fmt: skip
+                                            ("changing", "other_ddp"), ("skipped_fsdp", "skipped_ddp")])  # fmt: skip
 def test_checkpoints_are_those_of_ddp(runs, name, expected):
     """Networks, moving average and both optimizers to the last bit; also of a run that was continued three times, from
     FSDP with FSDP, then with DDP, then with FSDP again."""
     root, _ = runs
     assert same(checkpoint_state(root / name), checkpoint_state(root / expected))
+
+
+def test_skipped_steps_of_a_sharded_model(runs):
+    """Two steps in which one process has a nan, the first one included: they are skipped on both."""
+    root, _ = runs
+    state = checkpoint_state(root / "skipped_fsdp")
+    assert state["state"]["skipped_steps"] == 2
+    assert {entries["step"].item() for entries in state["optimizer"]["state"].values()} == {2}
+    for part in ("decoder", "ema"):
+        assert all(tensor.isfinite().all() for tensor in state[part].values())
 
 
 def test_final_model_loads_without_fsdp(runs):

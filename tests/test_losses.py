@@ -467,6 +467,22 @@ def test_diffaug_coins_and_randomness():
         out = DiffAug(0.5)(ones, seeded(seed))
         outcomes.add((bool((out[0, 0] != out[0, 0, 8, 8]).any()), out[0, 0, 8, 8].item() != 1))
     assert outcomes == {(False, False), (False, True), (True, False), (True, True)}
+    weights, seen = images(4, seed=1), set()
+    for seed in range(
+        20
+    ):  # the bits, of gradients too, that the transforms have where only those of the coins are made
+        generator = seeded(seed)
+        uniforms, coins = torch.rand(7, 4, 1, 1, generator=generator), torch.rand(3, generator=generator) < 0.5
+        translate, color, cut = coins.tolist()
+        seen.add((translate, color, cut))
+        x, y = (images(4).requires_grad_() for _ in range(2))
+        out = DiffAug(0.5, cutout=0.25)(x, seeded(seed))
+        expected = diff_augment(y, uniforms, translate, color, 0.25 if cut else 0.0)
+        assert torch.equal(out, expected)
+        (out * weights).sum().backward()
+        (expected * weights).sum().backward()
+        assert torch.equal(x.grad, y.grad)
+    assert len(seen) == 8
 
 
 @pytest.mark.parametrize("size, reach", [(32, 4), (20, 2), (28, 4)])
@@ -549,6 +565,12 @@ def test_ema(dtype):
         expected = 0.9 * expected + 0.1 * module.weight.detach().float()
     torch.testing.assert_close(ema.shadow["weight"], expected)
     assert ema.shadow["weight"].dtype == torch.float32
+    kept = {name: tensor.clone() for name, tensor in ema.shadow.items()}
+    ema.update(unless=torch.tensor(True))
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in ema.shadow.items())
+    ema.update(unless=torch.tensor(False))
+    expected = 0.9 * expected + 0.1 * module.weight.detach().float()
+    torch.testing.assert_close(ema.shadow["weight"], expected)
     before, parameter = module.weight.detach().clone(), module.weight
     x = torch.randn(4, 3).to(dtype)
     with ema.applied():

@@ -207,7 +207,7 @@ def test_case(name, tmp_path):
     compare_networks("initial_", ("reconstruction", "discriminator_logits", "lpips"))
     for step in trace["steps"]:
         where = f"step {step['step']}"
-        record = train_step(run, [images[f"step_{step['step']:02d}"]], step["step"])
+        record = train_step(run, [images[f"step_{step['step']:02d}"]], step["step"]).read()
         record["total"] = record["loss"]
         assert record["nonfinite"] is None
         assert record["lr"] == step["lr"], f"{where}: lr {record['lr']!r} and {step['lr']!r}"

@@ -224,7 +224,7 @@ def tiny_run(images, accelerator, **settings):
 
 
 def take_steps(run, pixels, micro_batches, steps=3):
-    records = [train_rae.train_step(run, list(pixels.chunk(micro_batches)), step) for step in range(steps)]
+    records = [train_rae.train_step(run, list(pixels.chunk(micro_batches)), step).read() for step in range(steps)]
     return records, {n: p.detach().clone() for n, p in run.model.decoder.named_parameters()}
 
 
@@ -281,7 +281,7 @@ def test_fp16_loss_scaling(images):
         before = {n: p.detach().clone() for n, p in overflowing.model.decoder.named_parameters()}
         (record,), after = take_steps(overflowing, pixels, 1, steps=1)
         skipping = tiny_run(images, fp16_accelerator(1024.0), **settings)
-        bad = [train_rae.train_step(skipping, [pixels * math.nan], step) for step in range(2)]
+        bad = [train_rae.train_step(skipping, [pixels * math.nan], step).read() for step in range(2)]
         (good,), _ = take_steps(skipping, pixels, 1, steps=1)
     finally:
         Accelerator().state._reset_state()
@@ -308,7 +308,7 @@ def test_discriminator_with_broken_gradients_is_left_alone(images):
     heads = list(run.discriminator.heads.parameters())
     before = [p.detach().clone() for p in heads]
     heads[0].register_hook(lambda gradient: gradient * math.inf)
-    record = train_rae.train_step(run, [pixels], 0)
+    record = train_rae.train_step(run, [pixels], 0).read()
     assert record["nonfinite"] == "disc_grad_norm" and math.isfinite(record["disc_loss"])
     assert all(torch.equal(p, old) for p, old in zip(heads, before, strict=True))
 

@@ -33,7 +33,7 @@ def main() -> None:
     for step in range(steps):
         step_batches = [next(loader) for _ in range(config.train.gradient_accumulation_steps)]
         seen += [batch["index"] for batch in step_batches]
-        record = train_step(run, [batch["pixels"].to(dtype) / 255 for batch in step_batches], step)
+        record = train_step(run, [batch["pixels"].to(dtype) / 255 for batch in step_batches], step).read()
         assert record["nonfinite"] is None
     tensors = {f"decoder.{n}": p for n, p in run.model.decoder.named_parameters()}
     tensors |= {f"ema.{n}": p for n, p in run.ema.shadow.items()}
