@@ -3,8 +3,8 @@
 accelerate launch ... tests/distributed_runs.py RUNS.json
 
 RUNS.json: a list of {"fsdp": bool, "argv": [...], "nan_steps": [...]}, steps (0-based) in which the last process gets a
-pixel that is nan. Each process writes RUNS.rank0.json, ...: for each run the bytes
-that it holds of the parameters, the moving average and the optimizer's state.
+pixel that is nan. Each process writes RUNS.rank0.json, ...: for each run the bytes that it holds of the parameters, the
+moving average and the optimizer's state.
 """
 
 import json

@@ -282,6 +282,26 @@ def test_a_skipped_update_changes_nothing(images, what, changed):
     assert not any(same(before[name], without_rates(everything(run))[name]) for name in before)
 
 
+def test_fp16_term_with_good_gradients(images, monkeypatch):
+    """A loss that is not finite while its gradients are, so that the loss scaler sees nothing: skipped all the same."""
+    pixels = torch.rand(4, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    try:
+        run = tiny_run(images, fp16_accelerator(1024.0), **{"gan.start_step": "0", "gan.update_start_step": "0"})
+        take_steps(run, pixels, 2, steps=1)
+        before = without_rates(copied(everything(run)))
+        loss = train_rae.DISCRIMINATOR_LOSSES[run.config.gan.loss]
+        monkeypatch.setitem(
+            train_rae.DISCRIMINATOR_LOSSES, run.config.gan.loss, lambda real, fake: loss(real, fake) + math.inf
+        )
+        record = train_rae.train_step(run, list(pixels.chunk(2)), 1).read()
+        assert record["nonfinite"] == "disc_loss" and math.isfinite(record["disc_grad_norm"])
+        after = without_rates(everything(run))
+        changed = {name for name in before if not same(before[name], after[name])}
+        assert changed == {"decoder", "optimizer", "ema"} and run.accelerator.scaler.get_scale() == 1024
+    finally:
+        Accelerator().state._reset_state()
+
+
 def test_fp16_overflow_is_no_failure_until_it_never_ends(images, tmp_path):
     """The loss scaler halves its scale and goes on: such steps are neither failures nor counted. Gradients that
     overflow at every scale end the run."""

@@ -468,9 +468,7 @@ def test_diffaug_coins_and_randomness():
         outcomes.add((bool((out[0, 0] != out[0, 0, 8, 8]).any()), out[0, 0, 8, 8].item() != 1))
     assert outcomes == {(False, False), (False, True), (True, False), (True, True)}
     weights, seen = images(4, seed=1), set()
-    for seed in range(
-        20
-    ):  # the bits, of gradients too, that the transforms have where only those of the coins are made
+    for seed in range(20):  # to the bit, in gradients too, what the coins' transforms alone give
         generator = seeded(seed)
         uniforms, coins = torch.rand(7, 4, 1, 1, generator=generator), torch.rand(3, generator=generator) < 0.5
         translate, color, cut = coins.tolist()
