@@ -10,6 +10,9 @@ import tempfile
 import time
 from pathlib import Path
 
+# before torch is imported: two tests run at a time, and more threads would only wait for each other
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import pytest
 import torch
 from forked import forks, rank_environments, run_script
@@ -58,11 +61,12 @@ def command(*args, launch: tuple = ()) -> list:
     return [*start, *map(str, args)]
 
 
-def environment() -> dict:
-    return {name: value for name, value in os.environ.items() if name != "PYTEST_CURRENT_TEST"}
+def imported_environment() -> dict:
+    """The environment variables that libraries look at when they are imported."""
+    return {name: value for name, value in os.environ.items() if name.startswith(("HF_", "PATH", "TORCH_"))}
 
 
-ENVIRONMENT = environment()
+ENVIRONMENT = imported_environment()
 
 
 def run_command(
@@ -72,7 +76,7 @@ def run_command(
     have the libraries already, told what a launcher tells them where there are several; under accelerate launch, or
     with environment variables of its own, it imports them."""
     line = command(*args, launch=launch)
-    if launch or variables or environment() != ENVIRONMENT:
+    if launch or variables or imported_environment() != ENVIRONMENT:
         variables = {**os.environ, **variables}
         done = subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     else:
@@ -84,7 +88,8 @@ def run_command(
 
 
 def run_forked(line: list, folder: Path, processes: int) -> subprocess.CompletedProcess:
-    ranks = [forks().Process(target=run_script, args=(line[1:], folder, own)) for own in rank_environments(processes)]
+    own = [{**os.environ, **variables} for variables in rank_environments(processes)]
+    ranks = [forks().Process(target=run_script, args=(line[1:], folder, variables)) for variables in own]
     for rank in ranks:
         rank.start()
     deadline = time.monotonic() + 300
@@ -141,15 +146,6 @@ def read_metrics(run_dir: Path) -> list:
     """Lines of metrics.jsonl without what a clock decides."""
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [{k: v for k, v in line.items() if k not in ("time", "images_per_second")} for line in lines]
-
-
-@pytest.fixture(scope="module")
-def one_thread():
-    """For tiny tensors: two tests run at a time, and more threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def make_images(folder: Path) -> Path:

@@ -22,8 +22,7 @@ def forks() -> Any:
     """Starts processes as forks of one that has imported the libraries."""
     multiprocessing.set_forkserver_preload(["trigger", "lpips", "torchmetrics", "matplotlib.figure"])
     path = os.pathsep.join(map(str, (TESTS / "faults", TESTS, TESTS.parent)))
-    # one thread each, as under a launcher: more of them would only wait for each other
-    with mock.patch.dict(os.environ, PYTHONPATH=path, OMP_NUM_THREADS="1"):
+    with mock.patch.dict(os.environ, PYTHONPATH=path):
         forkserver.ensure_running()
     return multiprocessing.get_context("forkserver")
 
@@ -58,6 +57,7 @@ def rank_environments(processes: int) -> list:
 def run_script(argv: list, folder: Path, variables: dict) -> None:
     """In a forked process: the script argv[0], as `python argv...` in the repository runs it."""
     become_command(argv, folder / "out", folder / "err")
+    os.environ.clear()
     os.environ.update(variables)
     os.chdir(TESTS.parent)
     sys.path[0] = str(Path(argv[0]).resolve().parent)

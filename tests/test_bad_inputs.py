@@ -33,7 +33,7 @@ from modeling_rae import RAEConfig, RAEModel
 from runtime import ConfigError, blame, quiet_transformers, run_main
 from scripts import convert_checkpoint, push_to_hub, reconstruct
 
-pytestmark = pytest.mark.usefixtures("one_thread", "nothing_runs")
+pytestmark = pytest.mark.usefixtures("nothing_runs")
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,6 @@ DECODER = dict(
     decoder_hidden_size=24, decoder_num_hidden_layers=2, decoder_num_attention_heads=3, decoder_intermediate_size=40
 )
 MODEL_FILE = "diffusion_pytorch_model.safetensors"
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

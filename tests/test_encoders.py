@@ -28,7 +28,6 @@ from train_rae import build_rae_config
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 BLOCKS = 4
 TINY_VIT = {**VISION, "num_hidden_layers": BLOCKS, "intermediate_size": 48}

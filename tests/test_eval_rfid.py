@@ -48,7 +48,7 @@ def model(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def evaluate(images, model, inception, tmp_path, monkeypatch, one_thread):
+def evaluate(images, model, inception, tmp_path, monkeypatch):
     """Run main() in this process on the 24 training images; gives results.json."""
 
     def run(settings=(), output="out", models=None) -> dict:

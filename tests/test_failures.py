@@ -67,18 +67,27 @@ def failures() -> dict:
     }
 
 
-@pytest.fixture(scope="module")
-def ended(images, tmp_path_factory):
-    """{name: (run folder, result)} of all scenarios."""
-    folder = tmp_path_factory.mktemp("faults")
+def run_scenarios(plan: dict, images, folder) -> dict:
+    """{name: (run folder, result)}"""
     scenarios = []
-    for name, (processes, settings, faults) in {**deaths(), **failures()}.items():
+    for name, (processes, settings, faults) in plan.items():
         place = folder / name
         settings = {**BUSY, **settings, "data.path": images, "train.output_dir": place / "run"}
         argv = ["train_rae.py", settings]
         scenarios.append({"folder": place, "processes": processes, "argv": argv, "faults": faults})
     results = run_ranks(*scenarios)
-    return {name: (folder / name / "run", result) for name, result in zip(deaths() | failures(), results, strict=True)}
+    return {name: (folder / name / "run", result) for name, result in zip(plan, results, strict=True)}
+
+
+# two fixtures: the two halves of this file may run in two processes
+@pytest.fixture(scope="module")
+def died(images, tmp_path_factory):
+    return run_scenarios(deaths(), images, tmp_path_factory.mktemp("deaths"))
+
+
+@pytest.fixture(scope="module")
+def failed(images, tmp_path_factory):
+    return run_scenarios(failures(), images, tmp_path_factory.mktemp("failures"))
 
 
 # ------------------------------------------------------------------------------------------------- a process is lost
@@ -86,10 +95,10 @@ def ended(images, tmp_path_factory):
 
 @pytest.mark.parametrize("place", ("step", "evaluation", "checkpoint"))
 @pytest.mark.parametrize("rank", (0, 1))
-def test_a_process_dies(ended, rank, place):
+def test_a_process_dies(died, rank, place):
     """SIGKILL of either process, in a step, an evaluation or a checkpoint, without a launcher that would end the other:
     the other ends within a minute with one line that says so."""
-    run_dir, result = ended[f"rank {rank} in a {place}"]
+    run_dir, result = died[f"rank {rank} in a {place}"]
     dead, other = result["ends"][rank], result["ends"][1 - rank]
     assert dead["code"] == -9
     assert other is not None and other["code"] == 1 and other["seconds"] < 60
@@ -101,9 +110,9 @@ def test_a_process_dies(ended, rank, place):
     assert saved == ["step-00000001", "step-00000002"]
 
 
-def test_the_run_goes_on_after_a_death(images, ended):
+def test_the_run_goes_on_after_a_death(images, died):
     """The command on a folder whose run died while it wrote a checkpoint."""
-    run_dir, result = ended["rank 0 in a checkpoint"]
+    run_dir, result = died["rank 0 in a checkpoint"]
     assert list((run_dir / "checkpoints").glob(".*"))
     settings = {**BUSY, "data.path": images, "train.output_dir": run_dir}
     done = run_command("train_rae.py", *flags(settings))
@@ -112,23 +121,23 @@ def test_the_run_goes_on_after_a_death(images, ended):
     assert not list((run_dir / "checkpoints").glob(".*"))
 
 
-def test_a_process_hangs(ended):
+def test_a_process_hangs(died):
     """A process that is still there but no longer answers: the other waits for train.timeout_minutes."""
-    _, result = ended["halted"]
+    _, result = died["halted"]
     assert result["ends"][1] is None
     assert result["ends"][0]["code"] == 1
     line = error_line(result["err"][0])
     assert "process 0: the connection to another process is lost" in line and "Timed out waiting 15000ms" in line
 
 
-def test_a_data_loading_process_dies(ended):
+def test_a_data_loading_process_dies(died):
     """As when the system ends it for lack of memory: one line, exit code 1, nothing left behind; the other process of
     the run ends too."""
-    _, single = ended["worker of 1"]
+    _, single = died["worker of 1"]
     assert [end["code"] for end in single["ends"]] == [1]
     line = error_line(single["err"][0])
     assert line.startswith("error: a data loading process died (") and "Killed" in line and "data.num_workers" in line
-    _, pair = ended["worker of 2"]
+    _, pair = died["worker of 2"]
     assert [end["code"] for end in pair["ends"]] == [1, 1] and pair["ends"][0]["seconds"] < 60
     assert error_line(pair["err"][1]).startswith("error: process 1: a data loading process died")
     assert error_line(pair["err"][0]).startswith("error: process 0: the connection to another process is lost")
@@ -168,9 +177,9 @@ def test_a_process_dies_under_the_launcher(images, tmp_path):
         ("gradient of one rank", "grad_norm is nan", 3),
     ],
 )
-def test_not_finite(ended, name, term, step):
+def test_not_finite(failed, name, term, step):
     """The run stops on all processes with term, step and last good checkpoint, whose state is finite."""
-    run_dir, result = ended[name]
+    run_dir, result = failed[name]
     assert [end["code"] for end in result["ends"]] == [1] * len(result["ends"])
     saved = run_dir / "checkpoints" / f"step-{step - 1:08d}"
     for stderr in result["err"]:
@@ -187,20 +196,20 @@ def is_finite(state) -> bool:
     return bool(state.isfinite().all()) if isinstance(state, torch.Tensor) else True
 
 
-def test_the_run_goes_on_once_the_cause_is_gone(images, ended):
+def test_the_run_goes_on_once_the_cause_is_gone(images, failed):
     """The same command, without the fault, ends where a run without it ends, bit for bit."""
-    run_dir, _ = ended["logits before the adversarial loss"]
-    whole, _ = ended["untouched"]
+    run_dir, _ = failed["logits before the adversarial loss"]
+    whole, _ = failed["untouched"]
     run_command(
         "train_rae.py", *flags({**BUSY, "train.max_steps": "6", "data.path": images, "train.output_dir": run_dir})
     )
     assert same(checkpoint_state(run_dir), checkpoint_state(whole))
 
 
-def test_skipped_steps_are_counted(ended):
+def test_skipped_steps_are_counted(failed):
     """Skipped steps are told, counted in metrics.jsonl and at the end; not more than train.max_nonfinite_steps in a
     row."""
-    run_dir, result = ended["skipped"]
+    run_dir, result = failed["skipped"]
     assert [end["code"] for end in result["ends"]] == [0], result["err"]
     trained = [line for line in read_metrics(run_dir) if line["kind"] == "train"]
     assert [line["skipped_steps"] for line in trained] == [0, 1, 2, 2, 3, 3]
@@ -213,7 +222,7 @@ def test_skipped_steps_are_counted(ended):
     ):
         assert f"skipped: {text}" in out
     assert "steps skipped, not finite: 3 of 6" in out
-    run_dir, result = ended["too many"]
+    run_dir, result = failed["too many"]
     assert [end["code"] for end in result["ends"]] == [1]
     assert "recon is nan at step 4; the last good checkpoint is" in error_line(result["err"][0])
     assert is_finite(checkpoint_state(run_dir))

@@ -162,7 +162,7 @@ def test_each_process_holds_its_share(runs):
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
-def test_blocks_of_every_family_are_units(model_type, one_thread, new_accelerator):
+def test_blocks_of_every_family_are_units(model_type, new_accelerator):
     """What a sharded model computes, with latents from several blocks; and all its blocks are units."""
     model = from_architecture(model_type, encoder_layers=[0, 2, 3])
     with torch.no_grad():

@@ -31,7 +31,6 @@ from modeling_rae import RAEModel
 from runtime import run_main
 from scripts import push_to_hub
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 FILES = {"config.json", "modeling_rae.py", "model.safetensors", "preprocessor_config.json", "README.md"}
 
 

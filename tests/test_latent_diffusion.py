@@ -15,8 +15,6 @@ from safetensors.torch import load_file
 from examples import latent_diffusion
 from examples.latent_diffusion import GRID_ROWS, build_transformer, choose_width, encode_images, load_images
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):

@@ -25,7 +25,6 @@ from scripts.compute_latent_stats import LatentReader, LatentStatsConfig, check,
 from train_rae import build_rae, build_rae_config
 
 SIZE = 32  # pixels
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

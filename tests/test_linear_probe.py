@@ -42,8 +42,6 @@ from linear_probe import (
 from modeling_rae import RAEConfig, RAEModel
 from runtime import run_main
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 CPU = torch.device("cpu")
 
 

@@ -27,8 +27,6 @@ from losses import (
 from metrics import PSNR_CAP, evaluate_reconstructions, image_metrics, quantize
 from modeling_rae import RAEConfig, RAEModel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 BACKBONE = dict(
     hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, patch_size=8, image_size=32
 )

@@ -36,7 +36,6 @@ DECODER = dict(
     decoder_patch_size=2,
 )
 KINDS = ("dinov2", "dinov2_with_registers", "siglip", "siglip_vision_model", "vit_mae")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 PREFIX_TOKENS = {"dinov2": 1, "dinov2_with_registers": 4, "siglip": 0, "siglip_vision_model": 0, "vit_mae": 1}
 IMAGENET = ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])

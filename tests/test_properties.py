@@ -37,7 +37,6 @@ from train_rae import learning_rate
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50, print_blob=False)
 settings.load_profile("repeatable")
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 sides = st.integers(1, 120)
 seeds = st.integers(0, 2**32 - 1)
@@ -53,17 +52,17 @@ def noise(width: int, height: int, seed: int) -> Image.Image:
 
 @given(sides, sides, st.integers(1, 40), st.integers(0, 30), seeds)
 def test_random_crop_is_a_window_of_the_resized_image(width, height, size, margin, seed):
-    """Of the size asked for, inside, not a pixel changed; the same for the same seed."""
+    """Of the size asked for, inside, at most a level off; the same for the same seed."""
     image, resize = noise(width, height, seed), size + margin
-    crop = np.asarray(data.random_crop(image, size, resize, seed))
-    assert crop.shape == (size, size, 3)
-    assert np.array_equal(crop, np.asarray(data.random_crop(image, size, resize, np.random.default_rng(seed))))
+    crop = data.random_crop(image, size, resize, seed)
+    assert crop.shape == (3, size, size)
+    assert torch.equal(crop, data.random_crop(image, size, resize, np.random.default_rng(seed)))
     long = int(resize * max(width, height) / min(width, height))  # torchvision's rule: the longer side is rounded down
     shape = (resize, long) if width <= height else (long, resize)
     resized = np.asarray(image.resize(shape, Image.Resampling.BICUBIC))
     assert min(resized.shape[:2]) == resize
     windows = np.lib.stride_tricks.sliding_window_view(resized, (size, size), axis=(0, 1))  # (rows, columns, 3, s, s)
-    assert (windows == crop.transpose(2, 0, 1)).all(axis=(2, 3, 4)).any()
+    assert (np.abs(windows - crop.numpy().astype(int)) <= 1).all(axis=(2, 3, 4)).any()
 
 
 @settings(max_examples=8)
@@ -77,7 +76,7 @@ def test_positions_of_random_crops_are_uniform(size, rows, columns, seed):
     windows = (height - size + 1) * (width - size + 1)
     draws = 200 * windows
     generator = np.random.default_rng(seed)
-    found = [data.random_crop(image, size, short, generator).getpixel((0, 0))[0] for _ in range(draws)]
+    found = [data.random_crop(image, size, short, generator)[0, 0, 0].item() for _ in range(draws)]
     counts = np.unique(found, return_counts=True)[1]
     assert len(counts) == windows
     chi_squared = ((counts - 200) ** 2 / 200).sum()

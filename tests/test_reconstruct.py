@@ -21,7 +21,6 @@ from scripts import reconstruct
 from scripts.reconstruct import GREY, distinct
 
 SIZE = 32  # pixels
-pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

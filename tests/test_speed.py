@@ -13,7 +13,6 @@ from forked import forks
 import train_rae
 from modeling_rae import RAEModel
 
-pytestmark = pytest.mark.usefixtures("one_thread")
 sys.path.insert(0, str(ROOT / "benchmarks"))
 memory, scaling, train_step = (importlib.import_module(name) for name in ("memory", "scaling", "train_step"))
 
