@@ -1038,7 +1038,7 @@ def eval_loader(source, image_size, batch_size, num_workers=0, rank=0, world_siz
 
 
 def _loader(images, batches, collate_fn, num_workers):
-    return torch.utils.data.DataLoader(
+    return WorkerLoader(
         images,
         batch_sampler=batches,
         collate_fn=collate_fn,
@@ -1048,6 +1048,20 @@ def _loader(images, batches, collate_fn, num_workers):
         worker_init_fn=start_worker,
         generator=torch.Generator(),  # the loader draws a seed from it, and would else move the global generator
     )
+
+
+class WorkerLoader(torch.utils.data.DataLoader):
+    """A DataLoader whose processes have SIGTERM blocked from their first moment: `start_worker` comes too late for the
+    threads that some libraries (Arrow) start again within a fork, and one that takes the signal ends the process."""
+
+    def __iter__(self):
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().__iter__()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def start_worker(worker_id):

@@ -38,6 +38,7 @@ from data import (
     HeldSource,
     UnreadableImage,
     UnreadableLog,
+    WorkerLoader,
     find_image_column,
     load_eval_images,
     one_line,
@@ -657,7 +658,7 @@ class StreamLoader:
         self.unreadable = shard_log(cfg)
         self.unreadable.names.update(*(source.unreadable for source in stream.sources))  # open_source has said so
         self.skipped = set()  # (source, shard) that the log has
-        self.loader = torch.utils.data.DataLoader(
+        self.loader = WorkerLoader(
             LaneChunks(stream, lanes, cfg, image_size, dict(self.states)),
             batch_size=None,
             num_workers=cfg.num_workers,

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -840,7 +841,18 @@ class Signals(Source):
 
 
 def test_workers_leave_signals_to_the_main_process():
-    assert len(list(data.eval_loader(Signals(2), 16, 1, num_workers=1))) == 2
+    """Also where a library, as Arrow does, starts threads within the fork, before a worker can say anything."""
+    threads = [True]
+
+    def start_thread():
+        if threads:
+            threading.Thread(target=time.sleep, args=(30,), daemon=True).start()
+
+    os.register_at_fork(after_in_child=start_thread)
+    try:
+        assert len(list(data.eval_loader(Signals(2), 16, 1, num_workers=1))) == 2
+    finally:
+        threads.clear()  # what is registered stays
 
 
 def test_an_error_in_a_worker_is_one_line_and_ends_the_run(tmp_path):
