@@ -31,7 +31,7 @@ from harness import DEADLINE, Training, differences  # noqa: E402
 STEPS = 18
 SETTINGS = {"train.max_steps": STEPS}
 KILLS_A_LIFE = 5
-STREAM = {"data.streaming": "true", "data.shuffle_buffer": 5, "data.stream_lanes": 4}
+STREAM = {"data.streaming": "true", "data.shuffle_buffer": 5, "data.stream_lanes": 4, "eval.num_samples": 8}
 # what a life runs as: processes, settings, whether accelerate launch starts it
 SCENARIOS = {
     "1 process": (1, {}, False),
