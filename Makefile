@@ -8,7 +8,7 @@ BIN := .venv/bin
 help:
 	@echo "make setup      create .venv and install requirements.txt"
 	@echo "make demo       train on handwritten digits (about 3 minutes on 2 CPU cores)"
-	@echo "make test       run all tests (about 7 minutes on 2 cores)"
+	@echo "make test       run all tests (about 10 minutes on 2 cores)"
 	@echo "make lint       ruff check and format check"
 	@echo "make faults     kill a tiny run at 50 random moments and at named places (15 minutes on 2 idle cores)"
 	@echo "make cross-version  model folders between the oldest and the newest supported transformers (5 minutes)"
