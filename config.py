@@ -503,7 +503,6 @@ RULES = (
     (
         "optimizer.lr gan.optimizer.lr optimizer.eps gan.optimizer.eps gan.norm_eps train.epochs train.max_steps "
         "train.global_batch_size train.gradient_accumulation_steps train.cpu_threads train.clip_grad_norm "
-        "train.timeout_minutes "
         "train.save_every_steps train.save_every_epochs train.keep_last gan.updates_per_step gan.max_adaptive_weight "
         "train.timeout_minutes "
         "eval.every_steps eval.every_epochs eval.num_samples eval.batch_size logging.every_steps hub.every_steps "

@@ -77,6 +77,7 @@ def run_command(
     with environment variables of its own, it imports them."""
     line = command(*args, launch=launch)
     if launch or variables or imported_environment() != ENVIRONMENT:
+        assert processes == 1, "several processes without a launcher need the tests' own environment"
         variables = {**os.environ, **variables}
         done = subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     else:

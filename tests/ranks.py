@@ -14,7 +14,6 @@ import functools
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from pathlib import Path
@@ -26,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import matplotlib.figure  # noqa: E402, F401
 import torchmetrics  # noqa: E402, F401
 import training_steps  # noqa: E402
+from forked import free_port  # noqa: E402
 
 import checkpointing  # noqa: E402
 import losses  # noqa: E402
@@ -112,12 +112,6 @@ def become_rank(scenario: dict, rank: int, port: int) -> None:
     if "steps_behind" in scenario:
         train_rae.steps_behind = lambda device: scenario["steps_behind"]
     sys.argv = scenario["argv"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def wait_for(processes: dict, halted: set) -> list:
