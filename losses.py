@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from checkpointing import read_tensors
 
@@ -65,6 +66,16 @@ def random_vgg16_state() -> dict:
     return state
 
 
+class _NoRandomWeights(TorchFunctionMode):
+    """New layers are left as the memory was: torchvision's VGG16 draws 138 million values, 120 million of them for a
+    classifier that LPIPS drops, and all others are replaced."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        if func.__name__ in ("normal_", "uniform_", "kaiming_normal_", "kaiming_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
+
+
 def _pretrained_vgg16_file(setting: str) -> Path:
     """torchvision's VGG16 in torch.hub's folder, downloaded when it is not there."""
     from torchvision.models import VGG16_Weights
@@ -108,7 +119,7 @@ def build_lpips(
         state = read_tensors(file, setting)
         if "features.0.weight" not in state:
             raise ValueError(f"{setting}: {file} is not torchvision's VGG16, it has no 'features.0.weight'")
-    with warnings.catch_warnings():  # lpips still passes torchvision's old `pretrained` argument
+    with warnings.catch_warnings(), _NoRandomWeights():  # lpips still passes torchvision's old `pretrained` argument
         warnings.simplefilter("ignore", UserWarning)
         model = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     own = {name: name.split(".")[-2:] for name in model.net.state_dict()}  # slice1.0.weight -> features.0.weight

@@ -101,7 +101,9 @@ def plot_curves(lines: list, path: Path) -> None:
     ]
     panels = [panel for panel in panels if any(line.get(name) is not None for name in panel[2] for line in panel[1])]
     rows = max(1, -(-len(panels) // 4))
-    figure = Figure(figsize=(18, 3.5 * rows), layout="constrained")
+    height = 3.5 * rows
+    figure = Figure(figsize=(18, height))  # fixed margins: to calculate them takes as long as the whole drawing again
+    figure.subplots_adjust(0.04, 0.5 / height, 0.99, 1 - 0.35 / height, wspace=0.18, hspace=0.34)
     axes = figure.subplots(rows, 4, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()

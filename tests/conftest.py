@@ -88,12 +88,12 @@ def run_command(
     return done
 
 
-def run_forked(line: list, folder: Path, processes: int) -> subprocess.CompletedProcess:
+def run_forked(line: list, folder: Path, processes: int, seconds: int = 300) -> subprocess.CompletedProcess:
     own = [{**os.environ, **variables} for variables in rank_environments(processes)]
     ranks = [forks().Process(target=run_script, args=(line[1:], folder, variables)) for variables in own]
     for rank in ranks:
         rank.start()
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + seconds
     for rank in ranks:
         rank.join(max(0, deadline - time.monotonic()))
     hanging = [rank for rank in ranks if rank.exitcode is None]
@@ -121,10 +121,11 @@ def run_ranks(*scenarios: dict) -> list:
         scenario["argv"] = [program, *(str(f) for a in rest for f in (flags(a) if isinstance(a, dict) else [a]))]
         scenario["folder"] = str(scenario["folder"])
         scenario.setdefault("faults", [])
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as file:
-        json.dump(scenarios, file)
-        file.flush()
-        subprocess.run(command("tests/ranks.py", file.name), cwd=ROOT, check=True, timeout=1800)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "scenarios.json"
+        file.write_text(json.dumps(scenarios))
+        done = run_forked(command("tests/ranks.py", file), Path(folder), 1, seconds=1800)
+        assert done.returncode == 0, done
     results = []
     for scenario in scenarios:
         folder = Path(scenario["folder"])

@@ -570,7 +570,8 @@ torch.save(dict(pixels=pixels, latent=latent, sample=sample, other=other, type=t
         latent = rae.encode(pixels).latent
         sample = rae.decode(latent).sample
         other = small(pixels).sample
-    assert torch.equal(out["other"], other)
+    # its weights are not where a file's would be in memory, and sums of other alignment are rounded otherwise
+    torch.testing.assert_close(out["other"], other)
     assert torch.equal(out["pixels"], pixels) and torch.equal(out["latent"], latent)
     assert torch.equal(out["sample"], sample)
     with Image.open(here / "reconstruction.png") as picture:
