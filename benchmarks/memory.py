@@ -4,14 +4,15 @@
     python benchmarks/memory.py --presets dinov2_b_vitb --mixed_precision no --batch_sizes 1 2
 
 Every tensor that the second step of the GAN phase holds at a time is counted: weights, gradients, optimizer states,
-the moving average, activations, and what is in between. A GPU also holds the CUDA context, its libraries' workspaces
-and gaps between blocks: the largest batches leave 1 GiB and 5% of the card for them. Memory grows linearly with the
-batch; batches that were not calculated are read off the line through the last two. `--json FILE` writes the numbers for
-machines.
+the moving average, activations, and what is in between, with the types that autocast gives them on a GPU. A GPU also
+holds the CUDA context, its libraries' workspaces and gaps between blocks: the largest batches leave 1 GiB and 5% of the
+card for them. Memory grows linearly with the batch; batches that were not calculated are read off the line through the
+last two. `--micro_batches N` takes N of them in a step. `--json FILE` writes the numbers for machines.
 """
 
 import argparse
 import json
+import os
 import sys
 import weakref
 from pathlib import Path
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from train_step import ROOT, benchmark_config
@@ -33,6 +35,24 @@ CARDS = {"24 GB": 23.5, "48 GB": 47.4, "80 GB": 79.2, "141 GB": 139.8}  # GiB th
 ASIDE_GIB, ASIDE_SHARE = 1.0, 0.05
 PRESETS = ("dinov2_b_vitb", "dinov2_s", "dinov2_b", "dinov2_l", "mae_b", "siglip2_b", "dinov3_l_k7", "dinov3_l_k23",
            "siglip_so400m_378", "dinov2_b_512")  # fmt: skip
+
+# what autocast computes in float32 on a GPU ("CUDA Ops that can autocast to float32" in torch's documentation)
+FLOAT32_ON_GPUS = set("""
+    __pow__ __rdiv__ __rpow__ __rtruediv__ acos asin binary_cross_entropy_with_logits cosh cosine_embedding_loss cdist
+    cosine_similarity cross_entropy cumprod cumsum dist erfinv exp expm1 group_norm hinge_embedding_loss kl_div l1_loss
+    layer_norm log log10 log_softmax log1p log2 margin_ranking_loss mse_loss multilabel_margin_loss multi_margin_loss
+    nll_loss norm normalize pdist poisson_nll_loss pow prod reciprocal rsqrt sinh smooth_l1_loss soft_margin_loss
+    softmax softmin softplus sum renorm tan triplet_margin_loss
+""".split())  # fmt: skip
+
+
+class AutocastOfGPUs(TorchFunctionMode):
+    """Within CPU autocast, functions compute in the type that they have under autocast on a GPU."""
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        if func.__name__ in FLOAT32_ON_GPUS and torch.is_autocast_enabled("cpu"):
+            args = [a.float() if isinstance(a, torch.Tensor) and a.is_floating_point() else a for a in args]
+        return func(*args, **(kwargs or {}))
 
 
 class LiveMemory(TorchDispatchMode):
@@ -95,31 +115,32 @@ class Calculation:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.tensors = drop_values(self.run, self.mode)
 
-    def peak(self, batch_size: int, checkpointing: bool = False) -> tuple:
-        """Bytes that tensors hold (at the most, between steps) when a step takes `batch_size` images in one piece."""
+    def peak(self, batch_size: int, checkpointing: bool = False, micro_batches: int = 1) -> tuple:
+        """Bytes that tensors hold (at the most, between steps) when a step takes `micro_batches` of `batch_size`."""
         model = self.run.model
         model.gradient_checkpointing_enable() if checkpointing else model.gradient_checkpointing_disable()
         memory, size = LiveMemory(), self.run.config.model.image_size
         for optimizer in (self.run.optimizer, self.run.disc_optimizer):
             optimizer.state.clear()
-        with self.mode, memory:
+        with self.mode, memory, AutocastOfGPUs():
             for tensor in self.tensors:
                 memory.add(tensor)
-            pixels = torch.empty(batch_size, 3, size, size)
+            batches = [torch.empty(batch_size, 3, size, size) for _ in range(micro_batches)]
             for step in range(2):  # optimizer states are there from the second on
                 between, memory.peak = memory.live, memory.live
-                train_rae.train_step(self.run, [pixels], step)
+                train_rae.train_step(self.run, batches, step)
         return memory.peak, between
 
 
-def preset_rows(preset: str, mixed_precision: str, batch_sizes: list, settings: list) -> list:
+def preset_rows(preset: str, mixed_precision: str, batch_sizes: list, micro_batches: int, settings: list) -> list:
     """The preset without and with gradient checkpointing: peaks in GiB, and the largest batch for each of CARDS."""
-    calculation = Calculation(benchmark_config(preset, 1, mixed_precision, settings))
+    accumulation = ["--train.gradient_accumulation_steps", str(micro_batches)]
+    calculation = Calculation(benchmark_config(preset, micro_batches, mixed_precision, [*accumulation, *settings]))
     rows = []
     for checkpointing in (False, True):
         peaks = {}
         for batch_size in batch_sizes:
-            peak, between = calculation.peak(batch_size, checkpointing)
+            peak, between = calculation.peak(batch_size, checkpointing, micro_batches)
             peaks[batch_size] = peak / 2**30
         (small, low), (big, high) = list(peaks.items())[-2:]
         slope = (high - low) / (big - small)  # GiB an image
@@ -137,16 +158,20 @@ def main() -> None:
     parser.add_argument("--presets", nargs="+", default=PRESETS, help="files in configs/, without .yaml")
     parser.add_argument("--mixed_precision", default="bf16", choices=["no", "bf16"])
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 8, 64], help="at least two, ascending")
+    parser.add_argument("--micro_batches", type=int, default=1, help="of those, in a step")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args, settings = parser.parse_known_args()
     if len(args.batch_sizes) < 2 or args.batch_sizes != sorted(set(args.batch_sizes)):
         parser.error(f"--batch_sizes: expected at least two, ascending, got {args.batch_sizes}")
+    if args.micro_batches < 1:
+        parser.error(f"--micro_batches: expected at least 1, got {args.micro_batches}")
+    os.environ["ACCELERATE_USE_CPU"] = "true"  # the same figures on every machine
     heads = (*(f"batch {size}" for size in args.batch_sizes), "an image", *CARDS)
     print("GiB; largest batch for each card")
     print(f"{'preset':<20}{'checkpointing':>14}{'between':>9}" + "".join(f"{head:>10}" for head in heads))
     rows = []
     for preset in args.presets:
-        for row in preset_rows(preset, args.mixed_precision, args.batch_sizes, settings):
+        for row in preset_rows(preset, args.mixed_precision, args.batch_sizes, args.micro_batches, settings):
             rows.append(row)
             numbers = (row["between_steps_gib"], *row["peak_gib"].values(), row["gib_per_image"])
             line = f"{row['preset']:<20}{'on' if row['gradient_checkpointing'] else 'off':>14}{numbers[0]:>9.2f}"

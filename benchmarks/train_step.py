@@ -191,7 +191,7 @@ def counted_flops(run: Run, pixels: torch.Tensor) -> int:
     use_attention(run, "eager", "eager")
     with FlopCounterMode(display=False) as counter, torch.compiler.set_stance("force_eager"):
         train_step(run, [pixels], 0)
-    use_attention(run, "sdpa")
+    use_attention(run, run.config.model.attn_implementation)
     return counter.get_total_flops()
 
 
@@ -266,8 +266,9 @@ def step_parts(run: Run, pixels: torch.Tensor) -> dict:
     }
 
 
-def use_attention(run: Run, name: str, encoder: str = "sdpa") -> None:
-    """Attention of decoder and discriminator, and of the encoder, which is fused in the published code too."""
+def use_attention(run: Run, name: str, encoder: Optional[str] = None) -> None:
+    """Attention of decoder and discriminator. The encoder's is fused in the published code too: it is the setting's."""
+    encoder = encoder or run.config.model.attn_implementation
     run.model.config._attn_implementation = {"": name, "encoder_config": encoder}
     run.accelerator.unwrap_model(run.discriminator).backbone.vit.set_attn_implementation(name)
 
@@ -358,7 +359,7 @@ class Variant:
     """A way to take the step `take`, a function of its number, and what it needs."""
 
     take: Callable
-    attention: str = "sdpa"
+    attention: str
     disc_input: str = "fresh"
     channels_last: bool = False
     compiled: bool = True  # where train.compile is set
@@ -379,7 +380,8 @@ def step_variants(run: Run, pixels: torch.Tensor, baseline: bool, levers: bool) 
     def own(step: int) -> dict:
         return train_step(run, [pixels], step).read()
 
-    as_it_is = Variant(own, disc_input=run.config.gan.disc_input, channels_last=pixels.is_cuda)
+    attention = run.config.model.attn_implementation
+    as_it_is = Variant(own, attention, run.config.gan.disc_input, channels_last=pixels.is_cuda)
     variants = {"this repository": as_it_is}
     if run.config.train.compile:
         variants["this repository without torch.compile"] = replace(as_it_is, compiled=False)
@@ -390,7 +392,7 @@ def step_variants(run: Run, pixels: torch.Tensor, baseline: bool, levers: bool) 
         for some in ((), *(((lever,) for lever in LEVERS) if levers else ())):
             variants[" with ".join(("published loop", *some))] = Variant(
                 partial(published, pixels, levers=some),
-                attention="sdpa" if "sdpa" in some else "eager",
+                attention=attention if "sdpa" in some else "eager",
                 channels_last="channels_last" in some,
                 compiled=False,
                 optimizers=published.optimizers,
@@ -453,8 +455,10 @@ def host_reads(run: Run, pixels: torch.Tensor) -> int:
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if pixels.is_cuda else [])]
     with profile(activities=activities) as profiler:
         train_step(run, [pixels], 1)
-    waits = "cudaStreamSynchronize" if pixels.is_cuda else "aten::_local_scalar_dense"
-    return sum(event.name == waits and not inside_adamw(event) for event in profiler.events())
+    # the profiler itself ends with cudaDeviceSynchronize
+    gpu = ("cudaStreamSynchronize", "cudaEventSynchronize", "cudaMemcpy")
+    waits = gpu if pixels.is_cuda else ("aten::_local_scalar_dense",)
+    return sum(event.name in waits and not inside_adamw(event) for event in profiler.events())
 
 
 def peak_memory(device: torch.device) -> float:
@@ -486,6 +490,7 @@ def measure(config: Config, repeats: int, baseline: bool = False, levers: bool =
     variants = step_variants(run, pixels, baseline, levers)
     half = config.train.mixed_precision == "bf16"
     differences = check_equal(run, variants, (5e-2, 2e-1) if half else (1e-4, 1e-2))
+    variants["this repository"](run, 2)  # with its attention and memory format, also for the reads
     reads = host_reads(run, pixels)
     rate = matrix_rate(device, torch.bfloat16 if half else torch.float32)
     times = {name: [] for name in variants}
@@ -497,13 +502,18 @@ def measure(config: Config, repeats: int, baseline: bool = False, levers: bool =
     for name, part in step_parts(run, pixels).items():
         if flops.get(name) != 0:
             parts[name] = statistics.median(timed(part, device)[1] for _ in range(repeats))
+    steps = {name: list(map(statistics.median, zip(*rows, strict=True))) for name, rows in times.items()}
+    whole = steps["this repository"][0]
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else f"cpu, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "batch_size": batch,
         "mixed_precision": config.train.mixed_precision,
-        "steps": {name: list(map(statistics.median, zip(*rows, strict=True))) for name, rows in times.items()},
+        "steps": steps,
+        "images_per_second": {name: batch / seconds for name, (seconds, _) in steps.items()},
+        "times_published": steps["published loop"][0] / whole if baseline else None,
+        "mfu": total * batch / whole / rate,
         "all_times": times,
         "differences": differences,
         "parts": parts,
@@ -521,10 +531,10 @@ def table(result: dict) -> str:
     whole = result["steps"]["this repository"][0]
 
     def row(name: str, seconds: float, count: float) -> str:
-        share = f"{count * batch / 1e9:>10.1f}{count * batch / seconds / rate:>8.1%}" if count else ""
+        share = f"{count / 1e9:>15.1f}{count * batch / seconds / rate:>8.1%}" if count else ""
         return f"{name:<42}{1e3 * seconds:>11.1f}{seconds / whole:>8.1%}{share}"
 
-    lines = [f"{'':<42}{'ms':>11}{'share':>8}{'GFLOP':>10}{'MFU':>8}"]
+    lines = [f"{'':<42}{'ms':>11}{'share':>8}{'GFLOP an image':>15}{'MFU':>8}"]
     lines += [row(name, seconds, flops.get(name)) for name, seconds in result["parts"].items()]
     lines.append(row("sum of the parts", sum(result["parts"].values()), sum(flops.values())))
     published = result["steps"].get("published loop")
@@ -535,14 +545,14 @@ def table(result: dict) -> str:
         if published is not None:
             speeds = (f"{published[0] / seconds:.2f}", f"{published[1] / cpu_seconds:.2f}")
         difference = result["differences"].get(name)
-        cells = (f"{1e3 * seconds:.1f}", f"{batch / seconds:.2f}", speeds[0], f"{1e3 * cpu_seconds:.1f}", speeds[1],
-                 "" if difference is None else f"{difference:.1e}")  # fmt: skip
+        cells = (f"{1e3 * seconds:.1f}", f"{result['images_per_second'][name]:.2f}", speeds[0],
+                 f"{1e3 * cpu_seconds:.1f}", speeds[1], "" if difference is None else f"{difference:.1e}")  # fmt: skip
         lines.append(f"{name:<42}" + "".join(f"{cell:>11}" for cell in cells))
     total, counted = sum(flops.values()), result["flops_counted_by_torch"]
     by_torch = "not counted" if counted is None else f"{counted / 1e12:.4f} counted by torch"
     lines += [
         f"\n{total / 1e12:.4f} TFLOP an image by the architecture, {by_torch}",
-        f"matrix rate {rate / 1e12:.3f} TFLOP/s, MFU of the whole step {total * batch / whole / rate:.1%}",
+        f"matrix rate {rate / 1e12:.3f} TFLOP/s, MFU of the whole step {result['mfu']:.1%}",
         f"values that a step reads back to the host: {result['host_reads']}",
         f"peak memory of this repository's step {result['peak_memory_gib']:.2f} GiB",
         f"{result['device']}, batch {batch}, precision {result['mixed_precision']}, torch {result['torch']}",

@@ -227,6 +227,17 @@ def test_decode_is_last_layer_times_std_plus_mean(encoders, stats):
     assert out.sample.shape == (2, 3, 6, 6)
 
 
+def test_pixels_are_float32_under_autocast(rae):
+    """Their mean and standard deviation are not rounded to bfloat16, and pixels above 0.5 are finer than 1/256."""
+    latent = torch.randn(2, WIDTH, GRID, GRID)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        out = rae.decode(latent, return_last_layer=True)
+    assert out.patches.dtype == torch.bfloat16 and out.sample.dtype == torch.float32
+    assert torch.equal(out.sample, rae.patches_to_pixels(out.patches.float()))
+    assert rae.to(torch.bfloat16).decode(latent.bfloat16()).sample.dtype == torch.bfloat16
+    rae.float()
+
+
 def test_new_decoder_starts_as_mae():
     """Xavier weights, zero biases, zero CLS token and the sin-cos table: column first, sines then cosines."""
     model = RAEModel(RAEConfig(encoder_config={"model_type": "dinov2", **VISION}, **DECODER))

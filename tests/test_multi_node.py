@@ -7,6 +7,7 @@ import time
 import psutil
 import pytest
 from conftest import PLAIN, ROOT, checkpoint_state, command, flags, read_metrics, run_command, same
+from forked import free_port
 
 from checkpointing import checkpoints
 from runtime import ConfigError
@@ -25,8 +26,7 @@ class Nodes:
     """The launches of both machines, their outputs in files."""
 
     def __init__(self, folder, settings: dict):
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        port = free_port()
         self.logs = [folder / f"node{rank}.log" for rank in (0, 1)]
         self.launchers = [self.launch(rank, port, settings) for rank in (0, 1)]
 

@@ -9,6 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 from conftest import ROOT, TINY, checkpoint_state, flags, read_metrics, run_command
 from forked import forks
+from torch.nn import functional as F
 
 import train_rae
 from modeling_rae import RAEModel
@@ -39,10 +40,23 @@ def tiny_config(batch_size=2, **settings):
 # ---------------------------------------------------------------------------------------------------- the step's time
 
 
-def test_published_step_is_the_same_step():
+def test_published_step_is_the_same_step(tmp_path, monkeypatch, capsys):
     """Every variant gives this repository's losses, with each improvement alone too; FLOPs are those that torch counts;
-    the table shows what was measured. `measure` itself ends with an error where losses or FLOPs differ."""
-    result = train_step.measure(tiny_config(), 1, baseline=True, levers=True)
+    the table shows what was measured. The command itself ends with an error where losses or FLOPs differ."""
+    AcceleratorState._reset_state()
+    arguments = [
+        "--preset",
+        "digits_tiny",
+        "--repeats",
+        "1",
+        "--baseline",
+        "--levers",
+        "--json",
+        tmp_path / "step.json",
+    ]
+    monkeypatch.setattr(sys, "argv", ["train_step.py", *map(str, arguments), *flags(SMALL)])
+    train_step.main()
+    result = json.loads((tmp_path / "step.json").read_text())
     published = ["published loop", *(f"published loop with {lever}" for lever in train_step.LEVERS)]
     assert list(result["steps"]) == [
         "this repository", "this repository with gan.disc_input reuse", *published
@@ -51,7 +65,10 @@ def test_published_step_is_the_same_step():
     assert max(result["differences"].values()) < 1e-4
     assert sum(result["flops_per_image"].values()) == pytest.approx(result["flops_counted_by_torch"], rel=1e-3)
     assert result["parts"].keys() >= result["flops_per_image"].keys()
-    text = train_step.table(result)
+    own, theirs = (result["steps"][name][0] for name in ("this repository", "published loop"))
+    assert result["times_published"] == theirs / own and result["images_per_second"]["this repository"] == 2 / own
+    assert result["mfu"] == pytest.approx(result["flops_counted_by_torch"] * 2 / own / result["matrix_rate"], rel=1e-3)
+    text = capsys.readouterr().out
     assert all(name in text for name in (*result["parts"], *result["steps"]))
 
 
@@ -140,6 +157,22 @@ def test_calculated_memory_is_that_of_a_real_step():
     trained = [p for p in (*run.model.decoder.parameters(), *run.discriminator.parameters()) if p.requires_grad]
     states = 2 * sum(p.nbytes for p in trained) + sum(t.nbytes for t in run.ema.shadow.values())
     assert between == pytest.approx(weights + states + pixels.nbytes, rel=1e-2)
+
+
+def test_autocast_of_gpus():
+    """The types that LPIPS's distance and a LayerNorm have under autocast on a GPU, in what is calculated for one. More
+    micro-batches of the same size hold the decoder's gradients and the images besides."""
+    x = torch.randn(2, 4, 8, 8, dtype=torch.bfloat16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert (x**2).dtype == torch.bfloat16
+        with memory.AutocastOfGPUs():
+            assert (x**2).dtype == x.sum().dtype == F.layer_norm(x, (8,)).dtype == torch.float32
+            assert F.linear(x, torch.randn(3, 8)).dtype == F.gelu(x).dtype == torch.bfloat16
+    calculation = memory.Calculation(config := tiny_config(8))
+    one, between = calculation.peak(8)
+    two, _ = calculation.peak(8, micro_batches=2)
+    images = 8 * 3 * config.model.image_size**2 * 4
+    assert images < two - one < images + between
 
 
 def test_memory_command(tmp_path):
