@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Optional
 
+import aiohttp
 import fsspec
 import numpy as np
 import pyarrow.parquet as pq
@@ -54,6 +55,9 @@ MAX_WAIT = 60  # seconds between two attempts at a shard
 READ_AHEAD = 2**20  # bytes of a parquet column that are read at a time
 ROWS = 16  # of a parquet file that are unpacked at a time
 FOOTER_THREADS = 16
+SERVER_TIMEOUT = 60  # seconds in which a web server must give something
+MAX_SHARDS = 10**6  # that a range or a list may name
+SERVER_ERRORS = (OSError, aiohttp.ClientError, TimeoutError)
 
 
 class UnreadableShard(Exception):
@@ -87,18 +91,20 @@ def shard_name(shard):
 
 
 def expand_braces(pattern):
-    """All texts that `{000..127}` and `{a,b}` in the pattern stand for, in their order."""
+    """All texts that `{000..127}` and `{a,b}` in the pattern stand for, in their order, one after the other."""
     found = re.search(r"\{([^{}]*)\}", pattern)
     if found is None:
-        return [pattern]
+        yield pattern
+        return
     numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
     if numbers:
         width = len(numbers[1])
-        words = [f"{number:0{width}}" for number in range(int(numbers[1]), int(numbers[2]) + 1)]
+        words = (f"{number:0{width}}" for number in range(int(numbers[1]), int(numbers[2]) + 1))
     else:
         words = found[1].split(",")
     before, after = pattern[: found.start()], pattern[found.end() :]
-    return [text for word in words for text in expand_braces(before + word + after)]
+    for word in words:
+        yield from expand_braces(before + word + after)
 
 
 def names_shards(path):
@@ -106,19 +112,25 @@ def names_shards(path):
     return "://" in path or is_shard(path) or path.endswith(".txt") or any(c in path for c in "*{")
 
 
-def list_shards(path, setting):
-    """The shards that a path, URL, glob, range or .txt list of such ones stands for. Raises DataError."""
+def list_shards(path, setting, within=()):
+    """The shards that a path, URL, glob, range or .txt list of such ones, itself `within` other lists, stands for.
+    Raises DataError."""
+    shards = []
     if path.endswith(".txt"):
+        if path in within:
+            raise DataError(f"{setting}: list {path} names itself")
         try:
-            with fsspec.open(path, "rt") as file:
-                lines = [line.strip() for line in file]
-        except (OSError, ValueError, ImportError) as error:
+            with open_file(path) as file:
+                lines = [line.strip() for line in file.read().decode().splitlines()]
+        except (*SERVER_ERRORS, ValueError, ImportError) as error:
             raise DataError(f"{setting}: list {path} cannot be read: {one_line(error)}") from error
-        shards = [shard for line in lines if line for shard in list_shards(os.path.expanduser(line), setting)]
+        for line in filter(None, lines):
+            shards += list_shards(os.path.expanduser(line), setting, (*within, path))
     else:
-        shards = []
         for text in expand_braces(path):
             shards += _glob(text, setting) if "*" in text else [text]
+            if len(shards) > MAX_SHARDS:
+                raise DataError(f"{setting}: {path} names more than {MAX_SHARDS} shards")
     if not shards:
         raise DataError(f"{setting}: {path} names no shards")
     for shard in shards:
@@ -135,9 +147,9 @@ def _glob(pattern, setting):
     if "://" not in pattern:
         return [path for path in sorted(glob.glob(pattern, recursive=True)) if is_shard(path)]
     try:
-        system, path = fsspec.url_to_fs(pattern)
+        system, path = fsspec.url_to_fs(pattern, **file_options(pattern))
         return [system.unstrip_protocol(name) for name in sorted(system.glob(path)) if is_shard(name)]
-    except (OSError, ValueError, ImportError) as error:
+    except (*SERVER_ERRORS, ValueError, ImportError) as error:
         raise DataError(f"{setting}: {pattern} cannot be listed: {one_line(error)}") from error
 
 
@@ -197,15 +209,31 @@ class StrictTarInfo(tarfile.TarInfo):
             raise tarfile.ReadError(f"{error} at byte {archive.offset}") from error
 
 
-def open_shard(shard):
-    """The shard as a file for reading bytes, over whatever fsspec knows (local paths, http, hf, s3, ...)."""
-    system, path = fsspec.url_to_fs(shard)
-    return system.open(path, "rb")
+def file_options(path):
+    """What fsspec needs beside the path: over http it would wait five minutes for a server that says nothing."""
+    if not path.startswith(("http://", "https://")):
+        return {}
+    silence = aiohttp.ClientTimeout(total=None, sock_connect=SERVER_TIMEOUT, sock_read=SERVER_TIMEOUT)
+    return {"client_kwargs": {"timeout": silence}}
+
+
+def open_file(path):
+    """A file for reading bytes, over whatever fsspec knows (local paths, http, hf, s3, ...)."""
+    system, path = fsspec.url_to_fs(path, **file_options(path))
+    if os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("no regular file")  # of a pipe, the first byte would be waited for
+    try:
+        return system.open(path, "rb")
+    except FileNotFoundError as error:  # fsspec says so of all that a web server answers, or fails to
+        cause = error.__cause__
+        if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
+            raise
+        raise cause from None
 
 
 def read_parquet(shard, column, start):
     """(row, name, undecoded image) of the rows from `start` on. Row groups before that are not read."""
-    with open_shard(shard) as file:
+    with open_file(shard) as file:
         table = pq.ParquetFile(file, buffer_size=READ_AHEAD)  # of a large row group only this much is in memory
         row = 0
         for group in range(table.num_row_groups):
@@ -223,7 +251,7 @@ def read_parquet(shard, column, start):
 def read_tar(shard, column, start):
     """(row, name, bytes) of the images from number `start` on. `column` is the extension after the sample's name that
     images have, or None for any of IMAGE_EXTENSIONS. Raises DataError for samples with several images."""
-    with open_shard(shard) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as archive:
+    with open_file(shard) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as archive:
         row, before = 0, None
         while (member := archive.next()) is not None:
             archive.members.clear()  # tarfile would keep them all
@@ -276,7 +304,7 @@ def read_footer(shard, retries):
     """(number of rows, arrow schema) of a parquet file. Raises UnreadableShard."""
     for failures in itertools.count():
         try:
-            with open_shard(shard) as file:
+            with open_file(shard) as file:
                 table = pq.ParquetFile(file)
                 return table.metadata.num_rows, table.schema_arrow
         except Exception as error:  # as in read_shard
@@ -304,9 +332,28 @@ def shard_log(cfg):
     return UnreadableLog(cfg.max_unreadable_shards, "shard", "data.max_unreadable_shards")
 
 
-def open_source(shards, cfg, setting, weight=1.0):
+def in_their_places(shards, began):
+    """The shards that a run began with, in their order, where `shards` says that they are now. Those that are gone stay
+    in their places, to be skipped. Where there are others beside them, and where names say too little, `shards`."""
+    for name in (shard_name, lambda shard: os.path.basename(shard_name(shard))):  # all may have moved
+        now, then = {name(shard): shard for shard in shards}, [name(shard) for shard in began]
+        if len(now) == len(shards) and len(set(then)) == len(then) and now.keys() <= set(then):
+            return [now.get(key, shard) for key, shard in zip(then, began, strict=True)]
+    return shards
+
+
+def open_source(shards, cfg, setting, weight=1.0, began=None):
     """The Source of these shards. Reads the footers of parquet files; of tars, one image. Raises DataError where
-    nothing can be read or too many shards cannot."""
+    nothing can be read or too many shards cannot.
+
+    `began`: what Stream.record gave of it when the run began. A shard that is gone or cannot be read now keeps its
+    length, and is skipped where it is read; one that could not be read then stays out.
+    """
+    lengths_then = [None] * len(shards)
+    if began is not None:
+        shards = in_their_places(shards, began["shards"])
+        if len(shards) == len(began["shards"]):
+            lengths_then = began["lengths"] or [None] * len(shards)
     if not all(map(is_parquet, shards)):
         if any(map(is_parquet, shards)):
             raise DataError(f"{setting}: expected either parquet files or tar shards, found both")
@@ -326,22 +373,28 @@ def open_source(shards, cfg, setting, weight=1.0):
 
     def footer(shard):
         try:
-            return read_footer(shard, cfg.shard_retries)
+            return *read_footer(shard, cfg.shard_retries), None
         except UnreadableShard as error:
-            return 0, f"{shard_name(shard)}: {error.reason}"
+            return 0, None, f"{shard_name(shard)}: {error.reason}"
 
     with ThreadPoolExecutor(FOOTER_THREADS) as threads:
-        lengths, schemas = zip(*threads.map(footer, shards), strict=True)
-    unreadable = [schema for schema in schemas if isinstance(schema, str)]
-    if sum(lengths) == 0:
-        raise DataError(f"{setting}: {len(shards)} shards with no rows{f'; {unreadable[-1]}' if unreadable else ''}")
+        lengths, schemas, reasons = map(list, zip(*threads.map(footer, shards), strict=True))
+    schemas = [schema for schema in schemas if schema is not None]
+    if not schemas or sum(lengths) == 0:
+        problems = [f"; {reason}" for reason in reasons if reason]
+        raise DataError(f"{setting}: {len(shards)} shards with no rows{''.join(problems[-1:])}")
+    for i, then in enumerate(lengths_then):
+        if then and reasons[i]:
+            lengths[i], reasons[i] = then, None
+        elif then == 0 and lengths[i]:
+            lengths[i], reasons[i] = 0, f"{shard_name(shards[i])}: could not be read when the run began"
+    unreadable = [reason for reason in reasons if reason]
     shard_log(cfg).add(unreadable)
     import datasets
 
-    schema = next(schema for schema in schemas if not isinstance(schema, str))
-    info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schema))
+    info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schemas[0]))
     column = find_image_column(info, cfg.train_split, cfg.image_column)
-    return Source(shards, list(lengths), column, weight, unreadable)
+    return Source(shards, lengths, column, weight, unreadable)
 
 
 @dataclass
@@ -376,6 +429,10 @@ class Stream:
         parts = [[[os.path.basename(shard_name(s)) for s in source.shards], source.lengths] for source in self.sources]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
+    def record(self):
+        """What `open_stream` needs to find the same shards again when some of them are gone. Plain values."""
+        return [{"shards": list(map(shard_name, source.shards)), "lengths": source.lengths} for source in self.sources]
+
     def share(self, source, lane, number):
         """The part of pass `number` through a source that is this lane's: a list of (shard, start, stop, step), rows
         `start`, `start + step`, ... below `stop` (None: all).
@@ -409,8 +466,9 @@ class Stream:
         return [part[i] for i in order]
 
 
-def open_stream(cfg, global_batch_size, seed, accelerator):
+def open_stream(cfg, global_batch_size, seed, accelerator, began=None):
     """The stream that the `data` group of the configuration asks for, found by the main process for all of them.
+    `began`: of a run that continues, the Stream.record of its beginning.
 
     Raises DataError for anything missing or contradictory, on all processes.
     """
@@ -418,7 +476,7 @@ def open_stream(cfg, global_batch_size, seed, accelerator):
     outcome = [None]
     if accelerator.is_main_process:
         try:
-            outcome = [_open_stream(cfg, global_batch_size, seed)]
+            outcome = [_open_stream(cfg, global_batch_size, seed, began)]
         except DataError as error:
             outcome = [error]
     broadcast_object_list(outcome)
@@ -427,15 +485,15 @@ def open_stream(cfg, global_batch_size, seed, accelerator):
     return outcome[0]
 
 
-def _open_stream(cfg, global_batch_size, seed):
+def _open_stream(cfg, global_batch_size, seed, began):
     if cfg.holdout_fraction > 0:
         raise DataError(f"data.holdout_fraction: {cfg.holdout_fraction}, but a stream holds no images out; expected 0")
     weights = cfg.mixture or {cfg.path: 1.0}
     setting = "data.mixture" if cfg.mixture else "data.path"
     sources = []
-    for path, weight in weights.items():
+    for (path, weight), then in zip(weights.items(), began or [None] * len(weights), strict=True):
         shards = find_shards(path, cfg.train_split, cfg, setting)
-        sources.append(open_source(shards, cfg, setting, weight / sum(weights.values())))
+        sources.append(open_source(shards, cfg, setting, weight / sum(weights.values()), then))
     steps = cfg.steps_per_epoch
     stream = Stream(sources, cfg.stream_lanes, global_batch_size, steps, steps is None, seed)
     if steps is None:

@@ -15,6 +15,7 @@ from config import parse_config
 if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv):
     parse_config()  # prints the help and ends the process: the imports below take seconds
 
+import json
 import logging
 import math
 import os
@@ -900,12 +901,27 @@ class TrainingData:
         return self.images.fingerprint() if self.batches is None else None
 
 
+SHARDS = "shards.json"  # in the run folder: Stream.record
+
+
+def read_shards(run_dir: Path) -> Optional[list]:
+    """The record of a stream with which the run in this folder began, None where it is to begin. Raises ConfigError."""
+    file = run_dir / SHARDS
+    if not checkpoints(run_dir) or not file.exists():
+        return None
+    try:
+        return json.loads(file.read_text())
+    except ValueError as error:
+        raise ConfigError(f"{file} is damaged ({error}); without it the shards that are there now are taken") from None
+
+
 def open_data(config: Config, accelerator: Accelerator, micro_batch: int) -> TrainingData:
     """Find the images. Settles the number of a stream's lanes, which the run folder then keeps. Raises DataError."""
     if config.data.streaming:
         if config.data.stream_lanes is None:
             config.data.stream_lanes = accelerator.num_processes * max(1, config.data.num_workers)
-        stream = open_stream(config.data, config.train.global_batch_size, config.train.seed, accelerator)
+        began = read_shards(Path(config.train.output_dir))
+        stream = open_stream(config.data, config.train.global_batch_size, config.train.seed, accelerator, began)
         eval_images = load_stream_eval_images(config.data, config.eval.num_samples)
         return TrainingData(stream, None, eval_images, stream.num_images, stream.steps_per_epoch)
     images, eval_images = load_splits(config.data, config.train.seed)
@@ -1028,14 +1044,18 @@ def continue_run(run: Run, state: RunState, data: TrainingData, run_dir: Path) -
     load_checkpoint(run, state, checkpoint)
     tell(run, f"continuing from {checkpoint}")
     other = f"choose another train.output_dir, with model.init_from {run_dir}/best"
-    if state.num_images != data.num_images:
+    if data.batches is None:
+        if state.stream["shards"] != data.shards:
+            raise ConfigError(
+                f"data.path: the shards, or their numbers of images, are not those that {run_dir} began with (see its "
+                f"{SHARDS}); take out what was added, or {other}"
+            )
+    elif state.num_images != data.num_images:
         raise ConfigError(
             f"data.path: {run.config.data.path} has {data.num_images} training images, {run_dir} began with "
             f"{state.num_images}; take out what was added, put back what is missing (an empty file with the name of a "
             f"lost one will do: it is skipped), or {other}"
         )
-    if data.batches is None and state.stream["shards"] != data.shards:
-        raise ConfigError(f"data.path: the shards are not those that {run_dir} began with; {other}")
     return True
 
 
@@ -1214,6 +1234,8 @@ def main() -> None:
     check_shared_folder(run_dir, lock)
     state = RunState(frozen=run.frozen)
     continued = continue_run(run, state, data, run_dir)
+    if data.batches is None and accelerator.is_main_process:
+        write_text(run_dir / SHARDS, json.dumps(data.images.record()))
     loader = open_loader(run, data, state, total_steps)
     unreadable = UnreadableLog(config.data.max_unreadable)
     reporter = Reporter(run, state, run_dir, data.eval_images, unreadable, distances)

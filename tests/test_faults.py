@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from harness import Training, differences, folder_bytes
 from kill import PLACES, left_behind, named_life
+from test_streams import write_parquet
 
 from checkpointing import checkpoints, damage, is_whole_model, newest_checkpoint
 
@@ -251,6 +252,22 @@ def test_images_that_vanish(images, tmp_path):
     lost.touch()
     assert training.go() == [0]
     assert differences(training.run_dir, runs["whole"].run_dir) == []
+
+
+def test_shard_that_vanishes(images, tmp_path):
+    """A streaming run skips a shard that is deleted in mid-run; stopped by SIGKILL it goes on without it."""
+    for i in range(4):
+        write_parquet(tmp_path / f"shards/{i}.parquet", range(8 * i, 8 * i + 8), side=40)
+    settings = {"data.path": f"{tmp_path}/shards/*", "data.streaming": "true", "data.shuffle_buffer": 2}
+    settings |= {"data.shard_retries": 0, "data.eval_path": images / "validation", "eval.num_samples": 8}
+    training = Training(tmp_path / "run", images, **{**SETTINGS, **settings})
+    lost = {"place": "call train_step", "count": 2, "action": "remove", "disk": f"{tmp_path}/shards/2.parquet"}
+    assert training.go(faults=(lost, {"place": "call train_step", "count": 6, "action": "kill"})) == [-9]
+    assert training.go() == [0], training.output()
+    assert training.output().count("2.parquet: FileNotFoundError") == 1 and training.step() == 8
+    write_parquet(tmp_path / "shards/4.parquet", range(8), side=40)
+    assert training.go(**{"train.max_steps": 9}) == [2]
+    assert "the shards, or their numbers of images, are not those that" in training.error()
 
 
 def test_class_that_vanishes(images, tmp_path):

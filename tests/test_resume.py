@@ -1,10 +1,13 @@
 """A run that is stopped, however and wherever, and continued ends with the bits of the run that was not."""
 
+import functools
+import json
 import time
 
 import psutil
 import pytest
 from harness import Training, differences
+from test_streams import write_parquet, write_tar
 
 from checkpointing import checkpoint_step, checkpoints
 
@@ -30,20 +33,43 @@ STOPS = [
 
 
 @pytest.fixture(scope="module")
-def whole(images, tmp_path_factory):
-    """Finished runs of one and of two processes that nothing stopped."""
-    folder = tmp_path_factory.mktemp("whole")
-    runs = {n: Training(folder / str(n), images, **SETTINGS) for n in (1, 2)}
-    for processes, training in runs.items():
+def mixture(images, tmp_path_factory):
+    """Settings of a run that streams from parquet files and tars."""
+    folder = tmp_path_factory.mktemp("shards")
+    for i, ids in enumerate((range(7), range(7, 9), range(9, 19))):
+        write_parquet(folder / f"p/{i}.parquet", ids, side=40)
+        write_tar(folder / f"t/{i}.tar", ids, side=40)
+    return {
+        "data.streaming": "true",
+        "data.mixture": json.dumps({f"{folder}/p/*": 1.0, f"{folder}/t/{{0..2}}.tar": 2.0}),
+        "data.eval_path": images / "validation",
+        "data.steps_per_epoch": 3,
+        "data.shuffle_buffer": 5,
+        "data.stream_lanes": 4,
+        "eval.num_samples": 8,
+    }
+
+
+@pytest.fixture(scope="module")
+def whole(images, mixture, tmp_path_factory):
+    """Gives the folder of a finished run of one or two processes that nothing stopped."""
+
+    @functools.cache
+    def run(processes: int, streams: bool = False):
+        folder = tmp_path_factory.mktemp("whole")
+        training = Training(folder / "run", images, **SETTINGS, **(mixture if streams else {}))
         assert training.go(processes) == [0] * processes, training.output()
-    return {processes: training.run_dir for processes, training in runs.items()}
+        return training.run_dir
+
+    return run
 
 
+@pytest.mark.parametrize("streams", [False, True])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_resume_is_exact(processes, images, whole, tmp_path):
+def test_resume_is_exact(processes, streams, images, mixture, whole, tmp_path):
     """Stopped by SIGTERM, SIGUSR1 and SIGKILL to one process, in the middle of an epoch and at its end, in
     accumulation, GAN phase, evaluation and checkpoint writing, each part with another number of workers."""
-    training = Training(tmp_path / "run", images, **SETTINGS)
+    training = Training(tmp_path / "run", images, **SETTINGS, **(mixture if streams else {}))
     for i, (signals, function, count, workers, step) in enumerate(STOPS):
         rank = i % processes
         fault = {"place": f"call {function}", "count": count, "action": signals, "rank": rank}
@@ -54,7 +80,7 @@ def test_resume_is_exact(processes, images, whole, tmp_path):
             assert f"after step {step}, saved; the same command continues" in training.output()
             assert "Traceback" not in training.output() and not any(codes)
     assert training.go(processes, **{"data.num_workers": 2}) == [0] * processes
-    assert differences(training.run_dir, whole[processes]) == []
+    assert differences(training.run_dir, whole(processes, streams)) == []
 
 
 def test_signals_before_the_loop_and_ctrl_c(images, whole, tmp_path):
@@ -72,7 +98,7 @@ def test_signals_before_the_loop_and_ctrl_c(images, whole, tmp_path):
     line = f"error: stopped by Ctrl-C; the last good checkpoint is {saved}; the same command continues"
     assert training.error() == line
     assert training.go() == [0]
-    assert differences(training.run_dir, whole[1]) == []
+    assert differences(training.run_dir, whole(1)) == []
 
 
 def test_stopping_a_launch_of_two(images, whole, tmp_path):
@@ -94,4 +120,4 @@ def test_stopping_a_launch_of_two(images, whole, tmp_path):
         assert f"stopped by SIGTERM after step {step}, saved" in training.output() or step == 12, training.output()
         assert checkpoint_step(checkpoints(training.run_dir)[-1]) == step
     assert training.go(2) == [0, 0]
-    assert differences(training.run_dir, whole[2]) == []
+    assert differences(training.run_dir, whole(2)) == []
