@@ -3,8 +3,8 @@
 accelerate launch ... tests/distributed_runs.py RUNS.json
 
 RUNS.json: a list of {"fsdp": bool, "argv": [...], "nan_steps": [...]}, steps (0-based) in which the last process gets a
-pixel that is nan. Each process writes RUNS.rank0.json, ...: for each run the bytes that it holds of the parameters, the
-moving average and the optimizer's state.
+pixel that is nan. Each process writes RUNS.rank0.json, ...: for each run the "bytes" that it holds of the parameters,
+the moving average and the optimizer's state, and a digest of the discriminator's "heads".
 """
 
 import json
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_rae  # noqa: E402
+from autoencoders import weights_digest  # noqa: E402
 
 file = Path(sys.argv[1])
 runs = json.loads(file.read_text())
@@ -34,7 +35,9 @@ def train_and_measure(run, *rest) -> bool:
     done = train(run, *rest)
     state = [value for entries in run.optimizer.state.values() for value in entries.values()]
     tensors = {"parameters": run.model.parameters(), "ema": run.ema.shadow.values(), "optimizer": state}
-    held.append({name: local_bytes(values) for name, values in tensors.items()})
+    discriminator = run.accelerator.unwrap_model(run.discriminator) if run.discriminator is not None else None
+    heads = None if discriminator is None else weights_digest(discriminator.heads)
+    held.append({"bytes": {name: local_bytes(values) for name, values in tensors.items()}, "heads": heads})
     return done
 
 

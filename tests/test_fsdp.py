@@ -47,7 +47,7 @@ ONE = {**THREE, "train.max_steps": "1", "eval.num_samples": "1", "eval.metrics":
 
 @pytest.fixture(scope="module")
 def runs(images, tmp_path_factory):
-    """(folder of the runs' folders, the bytes that each process held in each run)."""
+    """(folder of the runs' folders, for each process what distributed_runs.py says of each run)."""
     root = tmp_path_factory.mktemp("fsdp")
     plan = [
         ("all_ddp", False, EVERYTHING),
@@ -156,9 +156,17 @@ def test_each_process_holds_its_share(runs):
     """About half of the weights, the encoder's included, of the moving average and of the optimizer's state: what is
     one row, such as the position table, is on the first process."""
     _, held = runs
-    for name, whole in held[0]["all_ddp"].items():
-        shares = [rank["all_fsdp"][name] for rank in held]
+    for name, whole in held[0]["all_ddp"]["bytes"].items():
+        shares = [rank["all_fsdp"]["bytes"][name] for rank in held]
         assert sum(shares) == whole and max(shares) < 0.56 * whole, name
+
+
+def test_heads_are_the_same_on_all_processes(runs):
+    """The discriminator is not sharded: every process has its heads whole, and after training those of DDP."""
+    _, held = runs
+    for name in ("all", "other", "skipped"):
+        assert len({rank[f"{name}_{how}"]["heads"] for rank in held for how in ("ddp", "fsdp")}) == 1
+    assert held[0]["all_fsdp"]["heads"] != held[0]["other_fsdp"]["heads"]
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
