@@ -26,11 +26,11 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, TextIO, Union
+from typing import Any, Optional, TextIO, Union, get_args
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -55,6 +55,7 @@ from autoencoders import weights_digest
 from checkpointing import (
     MetricsFile,
     StopSignal,
+    by_step,
     checkpoint_step,
     checkpoints,
     fill,
@@ -727,7 +728,7 @@ class Reporter:
         """Drop what there is of steps after `step`: the run goes on from there and writes it again."""
         self.file.forget_after(step)
         if self.run.accelerator.is_main_process:
-            for path in (*self.run_dir.glob("samples/step-*"), *self.run_dir.glob("pairs/step-*")):
+            for path in (*by_step(self.run_dir / "samples", r"\.png"), *by_step(self.run_dir / "pairs", "-(raw|ema)")):
                 if checkpoint_step(path) > step:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -783,7 +784,7 @@ class Reporter:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(grid).save(path)
             plot_curves(self.file.read(), self.run_dir / "curves.png")
-            progress_strip(sorted(path.parent.glob("step-*.png")), self.run_dir / "progress.png")
+            progress_strip(by_step(path.parent, r"\.png"), self.run_dir / "progress.png")
             for tracker in run.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -824,15 +825,15 @@ class Reporter:
         data = self.run.config.data
         images = "training images" if data.eval_split == data.train_split else "held-out images"
         rows = [f"{f'EMA model, {images}':<28}{'before':>10}{'after':>10}"]
-        first, last = evals[0], evals[-1]
-        if first["num_samples"] != last["num_samples"]:
+        first, last = (evals[0], evals[-1]) if evals else ({}, {})  # the file may have been deleted
+        if first.get("num_samples") != last.get("num_samples"):
             first = {}  # not comparable
         for name in self.run.config.eval.metrics:
             values = (line.get(name) for line in (first, last))
             rows.append(f"{name:<28}" + "".join(f"{'-' if v is None else f'{v:.4f}':>10}" for v in values))
         if self.state.skipped_steps:
             rows.append(f"steps skipped, not finite: {self.state.skipped_steps} of {self.state.step}")
-        picture = self.run_dir / "samples" / f"step-{evals[-1]['step']:08d}.png"
+        picture = self.run_dir / "samples" / f"step-{last.get('step', self.state.step):08d}.png"
         places = {
             "pictures": picture,
             "curves": self.run_dir / "curves.png",
@@ -991,13 +992,22 @@ def find_checkpoint(accelerator: Accelerator, run_dir: Path) -> Optional[Path]:
     return path
 
 
+def fill_state(state: RunState, saved: dict) -> None:
+    """Take over saved values. Raises KeyError for one that is missing, and ValueError for another type."""
+    for item in fields(state):
+        value, kinds = saved[item.name], get_args(item.type) or (item.type,)
+        if not isinstance(value, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"state.json: {item.name} is {value!r}, expected {expected}")
+        setattr(state, item.name, value)
+
+
 def load_checkpoint(run: Run, state: RunState, path: Path) -> None:
     """Load the complete state. Raises RunError, which names the checkpoint, when it cannot be read, and ConfigError
     when it is of other frozen networks than the run's."""
     try:
         saved = read_checkpoint(path)
-        for name, value in saved["state"].items():
-            setattr(state, name, value)
+        fill_state(state, saved["state"])
         fill(run.model.decoder.state_dict(), saved["decoder"], "decoder")
         run.ema.load_state_dict(saved["ema"])
         fill_optimizer(run.optimizer, saved["optimizer"])
@@ -1007,10 +1017,10 @@ def load_checkpoint(run: Run, state: RunState, path: Path) -> None:
             fill_optimizer(run.disc_optimizer, saved["disc_optimizer"])
         if run.accelerator.scaler is not None:
             run.accelerator.scaler.load_state_dict(saved["scaler"])
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"checkpoint {path} cannot be read: {type(error).__name__} {error}") from error
     for setting, digest in run.frozen.items():
-        if state.frozen[setting] != digest:
+        if state.frozen.get(setting) != digest:
             raise ConfigError(
                 f"{setting}: its weights are not those that {path} was trained with; choose another train.output_dir "
                 "or the same weights"
@@ -1034,7 +1044,7 @@ def continue_run(run: Run, state: RunState, data: TrainingData, run_dir: Path) -
             f"{state.num_images}; take out what was added, put back what is missing (an empty file with the name of a "
             f"lost one will do: it is skipped), or {other}"
         )
-    if data.batches is None and state.stream["shards"] != data.shards:
+    if data.batches is None and (state.stream or {}).get("shards") != data.shards:
         raise ConfigError(f"data.path: the shards are not those that {run_dir} began with; {other}")
     return True
 

@@ -1035,6 +1035,9 @@ def metrics_cases() -> list:
         "no_step": line + b'{"kind": "train"}\n',
         "no_kind": line + b'{"step": 2}\n',
         "text_step": line + b'{"kind": "train", "step": "2"}\n',
+        "no_model": line + b'{"kind": "eval", "step": 0, "num_samples": 8}\n',
+        "no_number_of_images": line + b'{"kind": "eval", "step": 0, "model": "ema"}\n',
+        "text_loss": line + b'{"kind": "train", "step": 2, "loss": "0.5"}\n',
         "blank": line + b"\n" + line,
         "deep": b"[" * 100_000 + b"\n",
     }
