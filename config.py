@@ -263,7 +263,7 @@ class GANConfig:
     weights: Literal["pretrained", "random"] = "pretrained"
     """"random" builds an untrained backbone from `backbone_config`: only for tests and demonstrations."""
     backbone_config: dict[str, Any] = field(default_factory=dict)
-    """Fields of transformers' ViTConfig, for random weights only."""
+    """Fields of transformers' ViTConfig, for random weights only; activation and epsilon are always DINO's."""
     key_depths: tuple[int, ...] = (2, 5, 8, 11)
     """Blocks (0-based) whose features are judged, beside the last one's."""
     kernel_size: int = 9

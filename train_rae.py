@@ -47,7 +47,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import ViTConfig
+from transformers import PreTrainedConfig, ViTConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
@@ -73,8 +73,11 @@ from checkpointing import (
     write_text,
 )
 from config import (
+    LARGEST,
     Config,
+    GANConfig,
     LRScheduleConfig,
+    ModelConfig,
     check_same_config,
     config_dict,
     config_yaml,
@@ -92,13 +95,13 @@ from data import (
     train_loader,
     training_resize_size,
 )
-from discriminator import DiffAug, DinoDiscriminator, load_backbone
+from discriminator import BACKBONE_SETTINGS, DiffAug, DinoDiscriminator, load_backbone
 from ema import EMA
 from frechet import FID_MODES, FrechetMetric, encoder_metric, inception_metrics, use_cache
 from hub import Publisher, check_access, check_encoder_left_out, check_target, image_processor_json, push_command
 from losses import DISCRIMINATOR_LOSSES, build_lpips, generator_gradient, to_discriminator_range
 from metrics import HIGHER_IS_BETTER, IMAGE_METRICS, evaluate_reconstructions, quantize
-from modeling_rae import RAEConfig, RAEModel, encoder_family, vision_config
+from modeling_rae import ENCODER_FAMILIES, RAEConfig, RAEModel, encoder_family, vision_config
 from pictures import plot_curves, progress_strip, reconstruction_grid, save_pairs
 from runtime import (
     INTERRUPTED,
@@ -253,7 +256,8 @@ def build_rae_config(config: Config) -> RAEConfig:
         if m.encoder_weights == "random":
             known = vision_config({"model_type": m.encoder})
             encoder_family(known, m.encoder_prefix_tokens, m.encoder_final_norm)
-            check_names(m.encoder_config, known, "model.encoder_config")
+            fixed = dict(ENCODER_FAMILIES[m.encoder].config_overrides) if m.encoder in ENCODER_FAMILIES else {}
+            check_network_config(m.encoder_config, known, fixed, "model.encoder_config")
             rae_config = RAEConfig(encoder_config={"model_type": m.encoder, **m.encoder_config}, **settings)
         else:
             rae_config = RAEConfig.from_encoder(m.encoder, m.encoder_revision, **settings)
@@ -270,11 +274,17 @@ def build_rae_config(config: Config) -> RAEConfig:
     return rae_config
 
 
-def check_names(settings: dict, known: Any, key: str) -> None:
-    """transformers' configs take any name; a typo must not end in a default."""
-    for name in settings:
-        if not hasattr(known, name):
-            raise ConfigError(f"{key}: {type(known).__name__} has no setting '{name}'")
+def check_network_config(settings: dict, known: PreTrainedConfig, fixed: dict, key: str) -> None:
+    """Raise ConfigError, about `key`, for fields of an untrained network that its config `known` lacks: transformers'
+    configs take any name, and a typo must not end in a default. So do what all configs have, as it is not the
+    architecture, other values than the `fixed` ones, and numbers that nothing can be."""
+    for name, value in settings.items():
+        if not hasattr(known, name) or hasattr(PreTrainedConfig(), name):
+            raise ConfigError(f"{key}: {type(known).__name__} has no setting '{name}' of its architecture")
+        if value != fixed.get(name, value):
+            raise ConfigError(f"{key}: {name} is {value!r}, expected {fixed[name]!r}, as the network always has it")
+        if isinstance(value, (int, float)) and not 0 <= value <= LARGEST:
+            raise ConfigError(f"{key}: {name} is {value!r}, expected a number from 0 to {LARGEST:.0e}")
 
 
 def check_architecture(source: str, expected: RAEConfig) -> None:
@@ -301,11 +311,17 @@ def check_hub(config: Config, rae_config: RAEConfig) -> None:
             check_encoder_left_out(rae_config.encoder_id, "hub.include_encoder")
 
 
+def encoder_source(model: ModelConfig) -> tuple:
+    """The setting that decides the encoder's network, and its value."""
+    random = model.encoder_weights == "random"
+    return ("model.encoder_config", str(model.encoder_config)) if random else ("model.encoder", model.encoder)
+
+
 def build_rae(config: Config, rae_config: RAEConfig) -> RAEModel:
     """The autoencoder with its encoder's weights, statistics and the decoder it starts from."""
     m = config.model
     set_seed(config.train.seed)  # the same initial weights, whichever other networks the run has
-    with blame("model.encoder", m.encoder):
+    with blame(*encoder_source(m)):
         rae = RAEModel(rae_config)
         if m.encoder_weights == "pretrained":
             rae.load_encoder()
@@ -320,11 +336,17 @@ def build_rae(config: Config, rae_config: RAEConfig) -> RAEModel:
     return rae
 
 
+def backbone_source(gan: GANConfig) -> tuple:
+    """The same for the discriminator's backbone."""
+    random = gan.weights == "random"
+    return ("gan.backbone_config", str(gan.backbone_config)) if random else ("gan.backbone", gan.backbone)
+
+
 def build_discriminator(config: Config) -> DinoDiscriminator:
     gan = config.gan
-    check_names(gan.backbone_config, ViTConfig(), "gan.backbone_config")
+    check_network_config(gan.backbone_config, ViTConfig(), BACKBONE_SETTINGS, "gan.backbone_config")
     set_seed(config.train.seed)
-    with blame("gan.backbone", gan.backbone):
+    with blame(*backbone_source(gan)):
         vit = load_backbone(gan.backbone, gan.weights, gan.backbone_config)
         vit.set_attn_implementation(config.model.attn_implementation)
         return DinoDiscriminator(vit, gan.key_depths, gan.kernel_size, gan.norm, gan.norm_eps, gan.spectral_norm)
@@ -372,13 +394,15 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
     rae = shard(rae, accelerator) if sharded else accelerator.prepare(rae)
     decoder = accelerator.unwrap_model(rae).decoder
     optimizer = accelerator.prepare(adamw(decoder.parameters(), config.optimizer))  # of the sharded parameters
-    with blame("model.encoder", config.model.encoder), torch.no_grad(), accelerator.autocast():
+    with blame(*encoder_source(config.model)), torch.no_grad(), accelerator.autocast():
         blank = torch.zeros(1, 3, rae_config.image_size, rae_config.image_size, device=accelerator.device)
         accelerator.unwrap_model(rae).encode(blank, add_noise=False)  # whether the encoder gives the tokens it should
     disc_optimizer = None
     if discriminator is not None:
         disc_optimizer = adamw(discriminator.parameters(), gan.optimizer)
         discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
+        with blame(*backbone_source(gan)), torch.no_grad(), accelerator.autocast():
+            accelerator.unwrap_model(discriminator).eval()(blank)  # whether the backbone takes images
     if config.train.compile:
         compile_networks(
             accelerator.unwrap_model(rae).decoder,
