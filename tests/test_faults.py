@@ -13,12 +13,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import error_line, flags, run_command
 from harness import Training, differences, folder_bytes
 from kill import PLACES, left_behind, named_life
+from trigger import fill
 
 import train_rae
 from checkpointing import checkpoints, damage, is_whole_model, newest_checkpoint, read_checkpoint
 from config import parse_config
+from runtime import WriteError, save_results
 
 # every loss but LPIPS, which has no state and is slow
 SETTINGS = {
@@ -253,6 +256,54 @@ def test_full_disk(name, images, whole, tmp_path):
         if name in ("a network's file", "final/"):
             assert training.go() == [0]
             assert differences(training.run_dir, whole) == []
+
+
+PAGE = 4096  # bytes that a file takes at least; a reconstruction of 32 px takes no more
+# a command, what of it is on the disk, how many pages are left there, what then cannot be written
+FULL_COMMANDS = (
+    ("scripts/reconstruct.py", "output", 0, "reconstructions/"),
+    ("scripts/reconstruct.py", "output", 8, "latents/"),
+    ("scripts/reconstruct.py", "output", 8, "images.csv"),
+    ("scripts/reconstruct.py", "output", 9, "grid.png"),
+    ("scripts/reconstruct.py", "json", 0, "out/table.json"),
+    ("linear_probe.py", "output_dir", 0, "confusion.png"),
+    ("eval_rfid.py", "output_dir", 0, "comparison.png"),
+)
+
+
+@pytest.mark.parametrize("name, key, pages, path", FULL_COMMANDS)
+def test_full_disk_of_other_commands(name, key, pages, path, images, whole, tmp_path):
+    """The same line from them, exit code 1."""
+    settings = {
+        "scripts/reconstruct.py": {"input": images / "validation", "output": tmp_path / "out",
+                                   "save_latents": path == "latents/"},
+        "linear_probe.py": {"data.path": images, "train.lrs": "[0.1]", "train.weight_decays": "[0]",
+                            "train.min_steps": 1, "train.epochs": 1, "features.cache_dir": tmp_path / "cache"},
+        "eval_rfid.py": {"data.path": images, "metrics": "[psnr]"},
+    }[name]  # fmt: skip
+    with small_disk(tmp_path / "disk") as disk:
+        (disk / "out").mkdir()
+        fill(disk, pages * PAGE)
+        settings |= {"model": whole / "final", "data.num_workers": 0}
+        settings[key] = disk / ("out/table.json" if key == "json" else "out")
+        done = run_command(name, *flags(settings), check=False)
+        line = error_line(done.stderr)
+        assert done.returncode == 1 and line.startswith(f"error: {disk}/out") and path in line, line
+        assert "cannot be written (" in line and "No space left on device" in line, line
+        assert "); 0.0 MiB are free in " in line, line
+
+
+def test_full_disk_at_the_results(tmp_path, monkeypatch):
+    """results.json, with git and without."""
+    with small_disk(tmp_path / "disk") as disk:
+        fill(disk, 0)
+        for path in (os.environ["PATH"], ""):
+            with (
+                monkeypatch.context() as patch,
+                pytest.raises(WriteError, match="results.json cannot be written .No sp"),
+            ):
+                patch.setenv("PATH", path)
+                save_results(disk / "results.json", {"psnr": 1.0})
 
 
 def test_full_disk_with_two_processes(images, tmp_path):
