@@ -38,6 +38,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from errors import ConfigError
 from runtime import writing
 
+PARTS = {"state.json", "decoder.safetensors", "ema.safetensors", "optimizer.pt"}  # files of every run's checkpoints
 # what becomes of reading a damaged file
 DAMAGED = (SafetensorError, zipfile.BadZipFile, struct.error, RuntimeError, ValueError, EOFError, LookupError)
 
@@ -182,9 +183,16 @@ def lock_run_folder(run_dir: Path) -> TextIO:
     return file
 
 
+def by_step(folder: Path, ending: str = "") -> list:
+    """What a run wrote into a folder as step-00000012, oldest first; names end in the regular expression `ending`.
+    Other names are somebody else's."""
+    written = [path for path in folder.glob("step-*") if re.fullmatch(rf"step-\d{{8,}}{ending}", path.name)]
+    return sorted(written, key=checkpoint_step)
+
+
 def checkpoints(run_dir: Path) -> list:
     """The run's checkpoints, oldest first."""
-    return sorted((run_dir / "checkpoints").glob("step-*"))
+    return by_step(run_dir / "checkpoints")
 
 
 def checkpoint_step(path: Path) -> int:
@@ -235,15 +243,17 @@ def fill(own: dict, saved: dict, name: str) -> None:
 
 
 def fill_optimizer(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Load an optimizer's state of whole tensors. Raises ValueError when it is of other parameters."""
+    """Load an AdamW's state of whole tensors. Raises ValueError when it is of other parameters."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    state = {
-        i: {
-            key: sharded_as(parameters[i], value) if getattr(value, "shape", None) == parameters[i].shape else value
-            for key, value in entries.items()
-        }
-        for i, entries in saved["state"].items()
-    }
+    state = {}
+    for i, entries in saved["state"].items():
+        shape = tuple(parameters[i].shape)
+        expected = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+        found = {key: tuple(value.shape) for key, value in entries.items()}
+        if found != expected:
+            raise ValueError(f"optimizer: the state of parameter {i} has shapes {found}, expected {expected}")
+        moments = {key: sharded_as(parameters[i], entries[key]) for key in ("exp_avg", "exp_avg_sq")}
+        state[i] = {"step": entries["step"], **moments}
     optimizer.load_state_dict({**saved, "state": state})
 
 
@@ -293,6 +303,8 @@ def read_checkpoint(path: Path) -> dict:
             parts[file.stem] = json.loads(file.read_text())
         elif file.suffix in (".pt", ".safetensors"):
             parts[file.stem] = read_saved(file, str(path))
+        if not isinstance(parts.get(file.stem, {}), dict):
+            raise ValueError(f"{file.name} holds a {type(parts[file.stem]).__name__}, expected a dictionary")
     return parts
 
 
@@ -300,6 +312,8 @@ def damage(path: Path) -> Optional[str]:
     """What is wrong with a checkpoint's files, or None."""
     try:
         files = json.loads((path / "manifest.json").read_text())["files"]
+        if not files.keys() >= PARTS:
+            return f"manifest.json does not list {min(PARTS - files.keys())}"
         for name, (size, digest) in files.items():
             found = (path / name).stat().st_size
             if found != size:
@@ -356,6 +370,17 @@ def _sha256(file: Path) -> str:
     return digest.hexdigest()
 
 
+def is_metrics_line(line: Any) -> bool:
+    """Whether a JSON value has what those who read metrics.jsonl rely on: texts, numbers, and in the right places."""
+    if not isinstance(line, dict) or not isinstance(line.get("kind"), str) or not isinstance(line.get("step"), int):
+        return False
+    if line["kind"] == "eval" and not (isinstance(line.get("model"), str) and isinstance(line.get("num_samples"), int)):
+        return False
+    return all(
+        isinstance(value, (int, float, type(None))) for key, value in line.items() if key not in ("kind", "model")
+    )
+
+
 class MetricsFile:
     """`metrics.jsonl`, written by the main process only."""
 
@@ -375,13 +400,13 @@ class MetricsFile:
         for number, text in enumerate(self.path.read_bytes().split(b"\n")[:-1] if self.path.exists() else [], 1):
             try:
                 line = json.loads(text)
-                known = isinstance(line["step"], int) and isinstance(line["kind"], str)
-            except (ValueError, TypeError, LookupError, RecursionError):
+                known = is_metrics_line(line)
+            except (ValueError, RecursionError):
                 known = False
             if not known:
                 raise ConfigError(
-                    f"{self.path} is damaged: line {number} is no JSON object with `kind` and `step`; without that "
-                    "line the run goes on"
+                    f"{self.path} is damaged: line {number} is no JSON object with `kind`, `step` and numbers, and "
+                    "of an evaluation `model` and `num_samples`; without that line the run goes on"
                 )
             lines.append(line)
         return lines

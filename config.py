@@ -12,7 +12,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, Literal, Optional, get_args, get_origin
@@ -102,7 +102,7 @@ class ImagesConfig:
     max_unreadable: int = 10
     """Distinct unreadable images that a process skips before the run stops."""
     num_workers: int = 4
-    """Data loading processes for each process."""
+    """Data loading processes for each process; at most 16 for each of the machine's cores."""
 
 
 @dataclass
@@ -155,8 +155,8 @@ class TrainConfig:
     mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = None
     """Autocast precision; none: what `accelerate launch` was told."""
     cpu_threads: Optional[int] = None
-    """Threads of each process on a CPU; none: the machine's cores shared out among its processes. (accelerate launch
-    leaves one thread.)"""
+    """Threads of each process on a CPU, at most 16 for each of the machine's cores; none: the cores shared out among
+    its processes. (accelerate launch leaves one thread.)"""
     compile: bool = False
     """Whether torch.compile makes faster code of decoder, discriminator and LPIPS at the first steps (minutes);
     evaluation stays as it is."""
@@ -173,7 +173,8 @@ class TrainConfig:
     costs speed: cuDNN and attention take slower algorithms, new memory is filled. A CPU does so without it."""
     timeout_minutes: float = 30.0
     """Minutes that a process waits for the others before it ends with an error. A process that dies is noticed at
-    once; this is for one that hangs, and longer than the main process needs to write a checkpoint or a model."""
+    once; this is for one that hangs, and longer than the main process needs to write a checkpoint or a model. At most
+    a year."""
     seed: int = 0
     """Seed of initialisation, data order, crops, noise and augmentation."""
     save_every_steps: Optional[int] = None
@@ -262,7 +263,7 @@ class GANConfig:
     weights: Literal["pretrained", "random"] = "pretrained"
     """"random" builds an untrained backbone from `backbone_config`: only for tests and demonstrations."""
     backbone_config: dict[str, Any] = field(default_factory=dict)
-    """Fields of transformers' ViTConfig, for random weights only."""
+    """Fields of transformers' ViTConfig, for random weights only; activation and epsilon are always DINO's."""
     key_depths: tuple[int, ...] = (2, 5, 8, 11)
     """Blocks (0-based) whose features are judged, beside the last one's."""
     kernel_size: int = 9
@@ -393,9 +394,10 @@ def parse(
     try:
         argv = join_lists(schema, sys.argv[1:] if argv is None else argv)
         argv = files_first(argv, default_config)
+        check_digits(named_values(argv))
         for file in config_files(argv):
             if os.path.isfile(file):  # the parser says what else it may be: a pipe, nothing
-                read_yaml(Path(file))
+                check_digits(flat(read_yaml(Path(file))).items())
         parsed = parser.parse_args(argv)
         check_groups(schema, parsed)
         parsed = parser.instantiate_classes(parsed)
@@ -437,10 +439,26 @@ def files_first(argv: list, default_config: Optional[Path] = None) -> list:
     return [*files, *flags]
 
 
+def named_values(argv: list) -> list:
+    """Every value in a command line, with its flag."""
+    name, pairs = "", []
+    for word in argv:
+        if word.startswith("--"):
+            name, _, word = word.partition("=")
+        pairs.append((name, word))
+    return pairs
+
+
 def config_files(argv: list) -> list:
     """The values of --config in a command line."""
-    pairs = zip(argv, [*argv[1:], ""], strict=True)
-    return [word.partition("=")[2] or after for word, after in pairs if word.split("=")[0] == "--config"]
+    return [value for name, value in named_values(argv) if name == "--config" and value]
+
+
+def check_digits(values: Iterable) -> None:
+    """Raise ConfigError for an integer, in pairs of key and value, that no float can hold: the parser would try."""
+    for key, value in values:
+        found = re.search(r"\d[\da-fA-FxX_:]{200,}", str(value))  # YAML's integers: decimal, 0xf, 0b1, 1_000, 1:30
+        require(found is None, key, AT_MOST_LARGEST, found and f"{found[0][:9]}... of {len(found[0])} digits")
 
 
 def keys_where(schema: type, wanted: Callable[[Any], bool], prefix: str = "") -> set:
@@ -498,6 +516,11 @@ def check_groups(schema: type, values: Any, prefix: str = "") -> None:
             require(value is not None or type(None) in get_args(item.type), f"{prefix}{item.name}", "a value", value)
 
 
+# No number is larger, of either sign: times the steps of an epoch it still counts something, and float32 holds it.
+LARGEST = 10**12
+AT_MOST_LARGEST = f"a number of at most {LARGEST:.0e}"
+MOST_TASKS = 16 * (os.cpu_count() or 1)  # more processes or threads would wait for each other, if they start at all
+
 # What every value must be, beyond its type: keys, condition, and the words for it. Values of None are left alone.
 RULES = (
     (
@@ -541,6 +564,12 @@ RULES = (
         lambda betas: all(0 <= beta < 1 for beta in betas),
         "two numbers in [0, 1)",
     ),
+    (
+        "train.cpu_threads data.num_workers",
+        lambda value: value <= MOST_TASKS,
+        f"at most {MOST_TASKS}, 16 for each of this machine's cores",
+    ),
+    ("train.timeout_minutes", lambda value: value <= 366 * 24 * 60, f"at most {366 * 24 * 60}, a year"),
 )
 
 
@@ -554,7 +583,12 @@ def check_rules(config: Any, rules: tuple) -> None:
     """Raise ConfigError where a value breaks one of `rules` (see RULES) about a key that the config has."""
     settings = flat(config_dict(config))
     for key, value in settings.items():
-        require(not isinstance(value, float) or math.isfinite(value), key, "a finite number", value)
+        for part in value if isinstance(value, list) else [value]:
+            if isinstance(part, str):
+                require("\0" not in part, key, "text without zero bytes", part)
+            elif isinstance(part, (int, float)):
+                require(math.isfinite(part), key, "a finite number", value)
+                require(abs(part) <= LARGEST, key, AT_MOST_LARGEST, value)
     for keys, condition, expected in rules:
         for key in keys.split():
             if settings.get(key) is not None:

@@ -872,7 +872,12 @@ class TrainImages(torch.utils.data.Dataset):
 
 
 def too_many_in_a_row(unreadable, max_unreadable):
-    """The DataError for max_unreadable + 1 images in a row that cannot be read, with their names."""
+    """The DataError for max_unreadable + 1 images in a row that cannot be read, or all if there are fewer, with their
+    names."""
+    if len(unreadable) <= max_unreadable:
+        return DataError(
+            f"data.path: none of {len(unreadable)} training images can be read; the last is {unreadable[-1]}"
+        )
     return DataError(
         f"data.max_unreadable: {len(unreadable)} images in a row cannot be read, expected at most {max_unreadable}; "
         f"the last is {unreadable[-1]}"

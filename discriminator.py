@@ -221,7 +221,8 @@ class DinoDiscriminator(nn.Module):
         spectral_norm: whether all convolutions are spectrally normalised.
 
     Raises:
-        ValueError: a block that does not exist, an even kernel, a width that 32 groups do not divide.
+        ValueError: a block that does not exist, an even kernel or one that goes around more than once, a width that 32
+            groups do not divide.
     """
 
     def __init__(
@@ -237,6 +238,9 @@ class DinoDiscriminator(nn.Module):
         width = vit.config.hidden_size
         if kernel_size % 2 == 0:
             raise ValueError(f"gan.kernel_size must be odd, got {kernel_size}")
+        tokens = vit.embeddings.patch_embeddings.num_patches
+        if 0 < tokens < kernel_size // 2:
+            raise ValueError(f"gan.kernel_size: expected at most {2 * tokens + 1}, the backbone has {tokens} tokens")
         if norm == "group" and width % 32:
             raise ValueError(f"gan.norm 'group' needs a width that is a multiple of 32, the backbone has {width}")
 

@@ -54,6 +54,7 @@ from runtime import (
     save_results,
     seeded_generator,
     share_cores,
+    writing,
 )
 
 GRID_IMAGES = 12  # in comparison.png
@@ -265,7 +266,8 @@ def write_comparison(
     images = torch.stack([dataset[i]["pixels"] for i in index.tolist()]).to(device).float() / 255
     reconstructions = torch.cat([quantize(reconstruct(images[i : i + 1], index[i : i + 1])) for i in range(len(index))])
     labels = [f"{evaluation.values['psnr'][i]:.2f} dB" for i in shown]
-    Image.fromarray(comparison_grid(images, reconstructions, labels).numpy()).save(path)
+    with writing(path):
+        Image.fromarray(comparison_grid(images, reconstructions, labels).numpy()).save(path)
 
 
 def table(rows: list, names: list) -> str:

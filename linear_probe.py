@@ -55,6 +55,7 @@ from runtime import (
     run_main,
     save_results,
     share_cores,
+    writing,
 )
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "linear_probe.yaml"  # when no --config is given
@@ -427,7 +428,7 @@ def extract(extractor: Extractor, source: ImageSource, config: LinearProbeConfig
     Batch b of the processes together holds the next images of the source, so that sorted batches give the source's
     order with any number of them.
     """
-    accelerator, size = extractor.accelerator, config.features.batch_size
+    accelerator, size = extractor.accelerator, min(config.features.batch_size, len(source))
     rank, world, main = accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
     loader = eval_loader(source, extractor.image_size, size, config.data.num_workers, rank, world)
     log, unreadable = UnreadableLog(config.data.max_unreadable), []
@@ -774,7 +775,8 @@ def draw_confusion(confusion: torch.Tensor, classes: list, title: str, path: Pat
         mistakes.set_yticks(range(len(pairs)), [f"{short(p['class'])}\nas {short(p['predicted'])}" for p in pairs])
         mistakes.invert_yaxis()
         mistakes.set(xlabel="images", title="most frequent mistakes")
-    figure.savefig(path)
+    with writing(path):
+        figure.savefig(path)
 
 
 def short(name: str, length: int = 24) -> str:

@@ -1,5 +1,8 @@
 """The pictures of a run: grids of reconstructions and training curves."""
 
+import functools
+import logging
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -7,7 +10,10 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
+from checkpointing import checkpoint_step
 from runtime import writing
+
+logger = logging.getLogger(__name__)
 
 MIN_TILE = 96  # pixels: smaller images are enlarged by a whole factor, so that a grid can be looked at
 PADDING = 4  # pixels between the images of a grid
@@ -44,14 +50,15 @@ def _tiles(rows: torch.Tensor, per_row: int) -> torch.Tensor:
 
 def progress_strip(samples: list, path: Path) -> None:
     """How reconstructions changed over a run: the images, and below them their reconstructions at up to PROGRESS_ROWS
-    steps, the first and the last among them. `samples` are the run's sample grids (step-*.png), in order."""
-    pictures = {file: np.array(Image.open(file)) for file in spread_with_last(samples, PROGRESS_ROWS)}
-    last = pictures[samples[-1]]
+    steps, the first and the last among them. `samples` are the run's sample grids (step-*.png), in order; one that
+    cannot be read is left out."""
+    pictures = read_pictures(spread_with_last(samples, PROGRESS_ROWS))
+    last = list(pictures.values())[-1]
     half = (last.shape[0] - PADDING) // 2  # a row of images with the padding above it
     rows = [("images", last[:half])]
     for file, picture in pictures.items():
         if picture.shape == last.shape:  # a continued run may show other images
-            rows.append((f"step {int(file.stem.removeprefix('step-'))}", picture[half : 2 * half]))
+            rows.append((f"step {checkpoint_step(file)}", picture[half : 2 * half]))
     margin = 80  # pixels for the labels
     strip = Image.new("RGB", (margin + last.shape[1], half * len(rows) + PADDING), "white")
     draw = ImageDraw.Draw(strip)
@@ -60,6 +67,22 @@ def progress_strip(samples: list, path: Path) -> None:
         draw.text((PADDING, i * half + half // 2), label, fill="black")
     with writing(path):
         strip.save(path)
+
+
+def read_pictures(files: list) -> dict:
+    """Pixels (H, W, 3) of those of the PNG files that can be read."""
+    pictures = {}
+    for file in files:
+        try:
+            pictures[file] = np.array(Image.open(file, formats=["PNG"]).convert("RGB"))
+        except (OSError, SyntaxError, ValueError, struct.error, Image.DecompressionBombError) as error:
+            say_left_out(file, type(error).__name__)
+    return pictures
+
+
+@functools.cache  # once for each file: the strip is drawn again and again
+def say_left_out(file: Path, reason: str) -> None:
+    logger.warning("%s cannot be read (%s), it is left out of progress.png", file, reason)
 
 
 def spread_with_last(items: list, count: int) -> list:

@@ -190,15 +190,17 @@ def git_revision() -> Optional[str]:
 
 
 def save_results(path: Path, results: dict) -> None:
-    """Write results.json through evaluate.save, with what decides whether two results compare: versions and commit."""
+    """Write results.json through evaluate.save, with what decides whether two results compare: versions and commit.
+    Raises WriteError."""
     import evaluate  # seconds: only now
 
     packages = ("torch", "transformers", "diffusers", "accelerate", "clean-fid", "torchmetrics", "lpips", "pillow")
     results = {**results, "versions": {name: version(name) for name in packages}, "git_revision": git_revision()}
     if shutil.which("git") is None:  # evaluate.save asks it for the working directory's commit
-        path.write_text(json.dumps(results))
+        with writing(path):
+            path.write_text(json.dumps(results))
         return
-    with open(os.devnull, "w") as null:  # git says on stderr that the working directory is no checkout
+    with writing(path), open(os.devnull, "w") as null:  # git says on stderr that the working directory is no checkout
         stderr = os.dup(2)
         os.dup2(null.fileno(), 2)
         try:

@@ -27,11 +27,11 @@ import uuid
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional, TextIO, Union
+from typing import Any, Optional, TextIO, Union, get_args
 
 import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
@@ -48,7 +48,7 @@ from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
-from transformers import ViTConfig
+from transformers import PreTrainedConfig, ViTConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
@@ -56,6 +56,7 @@ from autoencoders import weights_digest
 from checkpointing import (
     MetricsFile,
     StopSignal,
+    by_step,
     checkpoint_step,
     checkpoints,
     fill,
@@ -73,8 +74,11 @@ from checkpointing import (
     write_text,
 )
 from config import (
+    LARGEST,
     Config,
+    GANConfig,
     LRScheduleConfig,
+    ModelConfig,
     check_same_config,
     config_dict,
     config_yaml,
@@ -92,13 +96,13 @@ from data import (
     train_loader,
     training_resize_size,
 )
-from discriminator import DiffAug, DinoDiscriminator, load_backbone
+from discriminator import BACKBONE_SETTINGS, DiffAug, DinoDiscriminator, load_backbone
 from ema import EMA
 from frechet import FID_MODES, FrechetMetric, encoder_metric, inception_metrics, use_cache
 from hub import Publisher, check_access, check_encoder_left_out, check_target, image_processor_json, push_command
 from losses import DISCRIMINATOR_LOSSES, build_lpips, generator_gradient, to_discriminator_range
 from metrics import HIGHER_IS_BETTER, IMAGE_METRICS, evaluate_reconstructions, quantize
-from modeling_rae import RAEConfig, RAEModel, encoder_family, vision_config
+from modeling_rae import ENCODER_FAMILIES, RAEConfig, RAEModel, encoder_family, vision_config
 from pictures import plot_curves, progress_strip, reconstruction_grid, save_pairs
 from runtime import (
     INTERRUPTED,
@@ -253,7 +257,8 @@ def build_rae_config(config: Config) -> RAEConfig:
         if m.encoder_weights == "random":
             known = vision_config({"model_type": m.encoder})
             encoder_family(known, m.encoder_prefix_tokens, m.encoder_final_norm)
-            check_names(m.encoder_config, known, "model.encoder_config")
+            fixed = dict(ENCODER_FAMILIES[m.encoder].config_overrides) if m.encoder in ENCODER_FAMILIES else {}
+            check_network_config(m.encoder_config, known, fixed, "model.encoder_config")
             rae_config = RAEConfig(encoder_config={"model_type": m.encoder, **m.encoder_config}, **settings)
         else:
             rae_config = RAEConfig.from_encoder(m.encoder, m.encoder_revision, **settings)
@@ -270,11 +275,17 @@ def build_rae_config(config: Config) -> RAEConfig:
     return rae_config
 
 
-def check_names(settings: dict, known: Any, key: str) -> None:
-    """transformers' configs take any name; a typo must not end in a default."""
-    for name in settings:
-        if not hasattr(known, name):
-            raise ConfigError(f"{key}: {type(known).__name__} has no setting '{name}'")
+def check_network_config(settings: dict, known: PreTrainedConfig, fixed: dict, key: str) -> None:
+    """Raise ConfigError, about `key`, for fields of an untrained network that its config `known` lacks: transformers'
+    configs take any name, and a typo must not end in a default. So do what all configs have, as it is not the
+    architecture, other values than the `fixed` ones, and numbers that nothing can be."""
+    for name, value in settings.items():
+        if not hasattr(known, name) or hasattr(PreTrainedConfig(), name):
+            raise ConfigError(f"{key}: {type(known).__name__} has no setting '{name}' of its architecture")
+        if value != fixed.get(name, value):
+            raise ConfigError(f"{key}: {name} is {value!r}, expected {fixed[name]!r}, as the network always has it")
+        if isinstance(value, (int, float)) and not 0 <= value <= LARGEST:
+            raise ConfigError(f"{key}: {name} is {value!r}, expected a number from 0 to {LARGEST:.0e}")
 
 
 def check_architecture(source: str, expected: RAEConfig) -> None:
@@ -301,11 +312,17 @@ def check_hub(config: Config, rae_config: RAEConfig) -> None:
             check_encoder_left_out(rae_config.encoder_id, "hub.include_encoder")
 
 
+def encoder_source(model: ModelConfig) -> tuple:
+    """The setting that decides the encoder's network, and its value."""
+    random = model.encoder_weights == "random"
+    return ("model.encoder_config", str(model.encoder_config)) if random else ("model.encoder", model.encoder)
+
+
 def build_rae(config: Config, rae_config: RAEConfig) -> RAEModel:
     """The autoencoder with its encoder's weights, statistics and the decoder it starts from."""
     m = config.model
     set_seed(config.train.seed)  # the same initial weights, whichever other networks the run has
-    with blame("model.encoder", m.encoder):
+    with blame(*encoder_source(m)):
         rae = RAEModel(rae_config)
         if m.encoder_weights == "pretrained":
             rae.load_encoder()
@@ -320,11 +337,17 @@ def build_rae(config: Config, rae_config: RAEConfig) -> RAEModel:
     return rae
 
 
+def backbone_source(gan: GANConfig) -> tuple:
+    """The same for the discriminator's backbone."""
+    random = gan.weights == "random"
+    return ("gan.backbone_config", str(gan.backbone_config)) if random else ("gan.backbone", gan.backbone)
+
+
 def build_discriminator(config: Config) -> DinoDiscriminator:
     gan = config.gan
-    check_names(gan.backbone_config, ViTConfig(), "gan.backbone_config")
+    check_network_config(gan.backbone_config, ViTConfig(), BACKBONE_SETTINGS, "gan.backbone_config")
     set_seed(config.train.seed)
-    with blame("gan.backbone", gan.backbone):
+    with blame(*backbone_source(gan)):
         vit = load_backbone(gan.backbone, gan.weights, gan.backbone_config)
         vit.set_attn_implementation(config.model.attn_implementation)
         return DinoDiscriminator(vit, gan.key_depths, gan.kernel_size, gan.norm, gan.norm_eps, gan.spectral_norm)
@@ -372,13 +395,15 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
     rae = shard(rae, accelerator) if sharded else accelerator.prepare(rae)
     decoder = accelerator.unwrap_model(rae).decoder
     optimizer = accelerator.prepare(adamw(decoder.parameters(), config.optimizer))  # of the sharded parameters
-    with blame("model.encoder", config.model.encoder), torch.no_grad(), accelerator.autocast():
+    with blame(*encoder_source(config.model)), torch.no_grad(), accelerator.autocast():
         blank = torch.zeros(1, 3, rae_config.image_size, rae_config.image_size, device=accelerator.device)
         accelerator.unwrap_model(rae).encode(blank, add_noise=False)  # whether the encoder gives the tokens it should
     disc_optimizer = None
     if discriminator is not None:
         disc_optimizer = adamw(discriminator.parameters(), gan.optimizer)
         discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
+        with blame(*backbone_source(gan)), torch.no_grad(), accelerator.autocast():
+            accelerator.unwrap_model(discriminator).eval()(blank)  # whether the backbone takes images
     if config.train.compile:
         compile_networks(
             accelerator.unwrap_model(rae).decoder,
@@ -728,7 +753,7 @@ class Reporter:
         """Drop what there is of steps after `step`: the run goes on from there and writes it again."""
         self.file.forget_after(step)
         if self.run.accelerator.is_main_process:
-            for path in (*self.run_dir.glob("samples/step-*"), *self.run_dir.glob("pairs/step-*")):
+            for path in (*by_step(self.run_dir / "samples", r"\.png"), *by_step(self.run_dir / "pairs", "-(raw|ema)")):
                 if checkpoint_step(path) > step:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -784,7 +809,7 @@ class Reporter:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 Image.fromarray(grid).save(path)
             plot_curves(self.file.read(), self.run_dir / "curves.png")
-            progress_strip(sorted(path.parent.glob("step-*.png")), self.run_dir / "progress.png")
+            progress_strip(by_step(path.parent, r"\.png"), self.run_dir / "progress.png")
             for tracker in run.accelerator.trackers:
                 if hasattr(tracker, "log_images"):
                     options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -825,15 +850,15 @@ class Reporter:
         data = self.run.config.data
         images = "training images" if data.eval_split == data.train_split else "held-out images"
         rows = [f"{f'EMA model, {images}':<28}{'before':>10}{'after':>10}"]
-        first, last = evals[0], evals[-1]
-        if first["num_samples"] != last["num_samples"]:
+        first, last = (evals[0], evals[-1]) if evals else ({}, {})  # the file may have been deleted
+        if first.get("num_samples") != last.get("num_samples"):
             first = {}  # not comparable
         for name in self.run.config.eval.metrics:
             values = (line.get(name) for line in (first, last))
             rows.append(f"{name:<28}" + "".join(f"{'-' if v is None else f'{v:.4f}':>10}" for v in values))
         if self.state.skipped_steps:
             rows.append(f"steps skipped, not finite: {self.state.skipped_steps} of {self.state.step}")
-        picture = self.run_dir / "samples" / f"step-{evals[-1]['step']:08d}.png"
+        picture = self.run_dir / "samples" / f"step-{last.get('step', self.state.step):08d}.png"
         places = {
             "pictures": picture,
             "curves": self.run_dir / "curves.png",
@@ -1007,13 +1032,22 @@ def find_checkpoint(accelerator: Accelerator, run_dir: Path) -> Optional[Path]:
     return path
 
 
+def fill_state(state: RunState, saved: dict) -> None:
+    """Take over saved values. Raises KeyError for one that is missing, and ValueError for another type."""
+    for item in fields(state):
+        value, kinds = saved[item.name], get_args(item.type) or (item.type,)
+        if not isinstance(value, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"state.json: {item.name} is {value!r}, expected {expected}")
+        setattr(state, item.name, value)
+
+
 def load_checkpoint(run: Run, state: RunState, path: Path) -> None:
     """Load the complete state. Raises RunError, which names the checkpoint, when it cannot be read, and ConfigError
     when it is of other frozen networks than the run's."""
     try:
         saved = read_checkpoint(path)
-        for name, value in saved["state"].items():
-            setattr(state, name, value)
+        fill_state(state, saved["state"])
         fill(run.model.decoder.state_dict(), saved["decoder"], "decoder")
         run.ema.load_state_dict(saved["ema"])
         fill_optimizer(run.optimizer, saved["optimizer"])
@@ -1023,10 +1057,10 @@ def load_checkpoint(run: Run, state: RunState, path: Path) -> None:
             fill_optimizer(run.disc_optimizer, saved["disc_optimizer"])
         if run.accelerator.scaler is not None:
             run.accelerator.scaler.load_state_dict(saved["scaler"])
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"checkpoint {path} cannot be read: {type(error).__name__} {error}") from error
     for setting, digest in run.frozen.items():
-        if state.frozen[setting] != digest:
+        if state.frozen.get(setting) != digest:
             raise ConfigError(
                 f"{setting}: its weights are not those that {path} was trained with; choose another train.output_dir "
                 "or the same weights"
@@ -1045,7 +1079,7 @@ def continue_run(run: Run, state: RunState, data: TrainingData, run_dir: Path) -
     tell(run, f"continuing from {checkpoint}")
     other = f"choose another train.output_dir, with model.init_from {run_dir}/best"
     if data.batches is None:
-        if state.stream["shards"] != data.shards:
+        if (state.stream or {}).get("shards") != data.shards:
             raise ConfigError(
                 f"data.path: the shards, or their numbers of images, are not those that {run_dir} began with (see its "
                 f"{SHARDS}); take out what was added, or {other}"

@@ -31,6 +31,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root: data.py
+from config import LARGEST, MOST_TASKS
 from data import DataError, UnreadableImage, UnreadableLog, class_folders, scan_folder, split_folders
 
 RECORD = "prepare_data.json"  # settings and counts of a finished folder
@@ -87,12 +88,16 @@ def parse_arguments(argv):
         command.add_argument("--seed", type=int, default=0)
         command.add_argument("--json", metavar="FILE", help="also write the counts here")
     args = parser.parse_args(argv)
-    for name in ("num_images", "num_classes", "size", "num_workers"):
-        if getattr(args, name, 1) < 1:
-            parser.error(f"--{name}: found {getattr(args, name)}, expected 1 or more")
-    for name in ("seed", "max_unreadable"):
-        if getattr(args, name, 0) < 0:
-            parser.error(f"--{name}: found {getattr(args, name)}, expected 0 or more")
+    for name, least, most in (
+        ("num_images", 1, 10**8),
+        ("num_classes", 1, 10**8),
+        ("size", 1, 2**14),
+        ("num_workers", 1, MOST_TASKS),
+        ("seed", 0, LARGEST),
+        ("max_unreadable", 0, LARGEST),
+    ):
+        if not least <= getattr(args, name, 1) <= most:
+            parser.error(f"--{name}: found {getattr(args, name)}, expected a number from {least} to {most}")
     return args
 
 

@@ -35,7 +35,7 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
-from checkpointing import MetricsFile, checkpoint_step, write_folder
+from checkpointing import MetricsFile, write_folder
 from config import check_rules, parse
 from frechet import FID_MODES
 from hub import (
@@ -219,7 +219,7 @@ def figures_of_run(run_dir: Path, settings: dict, model: Path) -> Optional[Figur
     lines = MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()
     lines = [line for line in lines if line["kind"] == "eval" and line["model"] == "ema"]
     if model.parent.name == "hub":
-        lines = [line for line in lines if line["step"] == checkpoint_step(model)]
+        lines = [line for line in lines if model.name == f"step-{line['step']:08d}"]
     if not lines:
         return None
     line, metric = lines[-1], settings["eval"]["best_metric"]

@@ -50,11 +50,13 @@ from data import (
     ImageSource,
     UnreadableImage,
     UnreadableLog,
+    WorkerLoader,
     center_crop,
     collate,
     evenly_spread,
     join_paths,
     scan_folder,
+    start_worker,
 )
 from metrics import image_metrics, to_8bit
 from pictures import reconstruction_grid
@@ -68,6 +70,7 @@ from runtime import (
     quiet_transformers,
     run_main,
     share_cores,
+    writing,
 )
 
 GREY = 128  # value of the padding
@@ -206,12 +209,13 @@ def collate_with_boxes(samples: list) -> dict:
 def build_loader(images: SquareImages, config: ReconstructConfig, accelerator: Accelerator) -> Any:
     """DataLoader of this process's share: every image is in exactly one batch of one process."""
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
-    return torch.utils.data.DataLoader(
+    return WorkerLoader(
         torch.utils.data.Subset(images, mine),
         config.batch_size,
         collate_fn=collate_with_boxes,
         num_workers=min(config.data.num_workers, len(mine)),
         pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=start_worker,
     )
 
 
@@ -232,12 +236,14 @@ def write_image(output: Path, name: str, box: tuple, image: torch.Tensor, recon:
     left, top, right, bottom = box
     image, recon = image[:, top:bottom, left:right], recon[:, top:bottom, left:right]
     file = output / "reconstructions" / f"{name}.png"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(recon.permute(1, 2, 0).numpy()).save(file)  # (3, H, W) -> (H, W, 3)
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(recon.permute(1, 2, 0).numpy()).save(file)  # (3, H, W) -> (H, W, 3)
     if latent is not None:
         file = output / "latents" / f"{name}.safetensors"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"latent": latent.contiguous()}, file)
+        with writing(file):
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file({"latent": latent.contiguous()}, file)
     return image_metrics(image[None].float() / 255, recon[None].float() / 255, ["psnr"], None)["psnr"].item()
 
 
@@ -282,13 +288,16 @@ def write_grid(config: ReconstructConfig, images: SquareImages, names: list, mea
             recon[:, top:bottom, left:right] = pil_to_tensor(file)
         both.append(torch.stack([item["pixels"], recon]).float() / 255)
     inputs, recons = torch.stack(both, dim=1)
-    Image.fromarray(reconstruction_grid(inputs, recons).numpy()).save(Path(config.output) / "grid.png")
+    file = Path(config.output) / "grid.png"
+    with writing(file):
+        Image.fromarray(reconstruction_grid(inputs, recons).numpy()).save(file)
 
 
 def report(config: ReconstructConfig, images: SquareImages, names: list, measured: list) -> None:
     """Write images.csv and grid.png, print the table."""
     output = Path(config.output)
-    with (output / "images.csv").open("w", newline="", encoding="utf-8") as file:
+    listed = output / "images.csv"
+    with writing(listed), listed.open("w", newline="", encoding="utf-8") as file:
         table = csv.writer(file)
         table.writerow(["input", "name", "psnr"])
         table.writerows([images.source.name(i), names[i], f"{psnr:.4f}"] for i, psnr in measured)
@@ -306,7 +315,8 @@ def report(config: ReconstructConfig, images: SquareImages, names: list, measure
         "list": str(output / "images.csv"),
     }
     if config.json is not None:
-        Path(config.json).write_text(json.dumps(results, indent=2) + "\n")
+        with writing(Path(config.json)):
+            Path(config.json).write_text(json.dumps(results, indent=2) + "\n")
     skipped = f", {results['num_unreadable']} unreadable skipped" if results["num_unreadable"] else ""
     print(f"{'images':<18}{results['num_images']}{skipped}")
     print(f"{'mean PSNR':<18}{results['psnr']:.2f} dB")

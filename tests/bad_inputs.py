@@ -530,7 +530,9 @@ def wrong_values(kind: Any) -> dict:
     if typing.get_origin(kind) is not dict:
         wrong["mapping"] = {"a": 1}
     if float in plain and not several:
-        wrong["nan"] = float("nan")
+        wrong |= {"nan": float("nan"), "huge": 1e308}
+    if plain & {int, float} and not several:
+        wrong["digits"] = 10**400
     if type(None) not in typing.get_args(kind):
         wrong["null"] = None
     return wrong
@@ -628,6 +630,17 @@ def config_cases() -> list:
         "list_key": ("a list for a key", "? [a, b]\n: 1\n", "unhashable key"),
         "huge_number": ("a number of 5000 digits", f"train: {{seed: {'9' * 5000}}}", "4300 digits"),
         "infinite": ("a number too large for a float", "optimizer: {lr: 1.0e999}", "optimizer.lr"),
+        "huge_in_list": ("a huge number in a list", "optimizer: {betas: [0.9, 1.0e+308]}", "optimizer.betas"),
+        "digits_in_list": (
+            "one of 400 digits in a list",
+            f"optimizer: {{betas: [0.9, {'9' * 400}]}}",
+            "optimizer.betas: expected a number of at most 1e+12, got '999999999... of 400 digits'",
+        ),
+        "hexadecimal": ("300 hexadecimal digits", f"optimizer: {{lr: 0x{'f' * 300}}}", "optimizer.lr"),
+        "threads": ("more threads than start", "train: {cpu_threads: 20000}", "train.cpu_threads: expected at most"),
+        "workers": ("too many processes", "data: {num_workers: 3000}", "data.num_workers: expected at most"),
+        "two_years": ("a time limit that ends at once", "train: {timeout_minutes: 1.1e+6}", "train.timeout_minutes"),
+        "zero_byte": ("a path that no system takes", 'train: {output_dir: "a\\0b"}', "train.output_dir"),
     }
     for name, (what, text, words) in texts.items():
         content = text if isinstance(text, bytes) else text.encode()
@@ -1022,6 +1035,9 @@ def metrics_cases() -> list:
         "no_step": line + b'{"kind": "train"}\n',
         "no_kind": line + b'{"step": 2}\n',
         "text_step": line + b'{"kind": "train", "step": "2"}\n',
+        "no_model": line + b'{"kind": "eval", "step": 0, "num_samples": 8}\n',
+        "no_number_of_images": line + b'{"kind": "eval", "step": 0, "model": "ema"}\n',
+        "text_loss": line + b'{"kind": "train", "step": 2, "loss": "0.5"}\n',
         "blank": line + b"\n" + line,
         "deep": b"[" * 100_000 + b"\n",
     }

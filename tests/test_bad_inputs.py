@@ -21,17 +21,17 @@ from conftest import PLAIN, flags, read_metrics, run_command
 
 import data
 import eval_rfid
+import linear_probe
 import train_rae
 from autoencoders import load_autoencoder
 from checkpointing import MetricsFile, read_latent_stats
 from config import check_same_config, config_dict, flat, parse_config
 from discriminator import load_backbone
 from frechet import FrechetMetric, load_inception, read_reference
-from linear_probe import LinearHead
 from losses import build_lpips
 from modeling_rae import RAEConfig, RAEModel
 from runtime import ConfigError, blame, quiet_transformers, run_main
-from scripts import convert_checkpoint, push_to_hub, reconstruct
+from scripts import compute_latent_stats, convert_checkpoint, prepare_data, push_to_hub, reconstruct
 
 pytestmark = pytest.mark.usefixtures("nothing_runs")
 
@@ -233,6 +233,54 @@ def test_config_on_the_command_line(folder, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+def test_numbers_in_flags(capsys):
+    """As in files: what is too large for the parser or for any run, also written as `--key=value`."""
+    flag = f"--optimizer.lr={'9' * 400}"
+    for argv, word in (
+        ([flag], "--optimizer.lr"),
+        (flag.split("="), "--optimizer.lr"),
+        (["--optimizer.betas", "0.9", "9" * 400], "--optimizer.betas"),
+        (["--optimizer.betas", "0.9", "1e308"], "optimizer.betas"),
+        (["--train.epochs=-1e308"], "train.epochs"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            parse_config(argv)
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and line.startswith(f"error: {word}: expected a number of at most 1e+12"), line
+
+
+@pytest.mark.parametrize(
+    "main, settings, key",
+    [
+        (eval_rfid.main, {"model": "x", "data.path": "x", "data.num_workers": 3000}, "data.num_workers"),
+        (eval_rfid.main, {"model": "x", "data.path": "x", "latent_noise": "[1e308]"}, "latent_noise"),
+        (linear_probe.main, {"model": "x", "train.epochs": 1e308}, "train.epochs"),
+        (linear_probe.main, {"model": "x", "train.cpu_threads": 20_000}, "train.cpu_threads"),
+        (linear_probe.main, {"model": "x", "output_dir": "a\0b"}, "output_dir"),
+        (compute_latent_stats.main, {"model": "x", "data.num_workers": 3000}, "data.num_workers"),
+        (reconstruct.main, {"model": "x", "input": "x", "output": "y", "data.num_workers": 3000}, "data.num_workers"),
+        (push_to_hub.main, {"model": "x", "repo_id": "a/b", "retries": 10**400}, "--retries"),
+    ],
+)
+def test_numbers_of_other_commands(main, settings, key, capsys, monkeypatch):
+    """The same rules hold in every command."""
+    assert refused(capsys, monkeypatch, main, *flags(settings)).startswith(f"error: {key}: expected ")
+
+
+def test_numbers_of_prepare_data(tmp_path, capsys):
+    """Its command line is argparse's."""
+    for command, key, value in (
+        ("dummy", "num_images", 10**400), ("dummy", "num_classes", 10**30), ("digits", "size", 10**30),
+        ("convert", "num_workers", 3000),
+    ):  # fmt: skip
+        argv = [command, "--output", str(tmp_path / "out"), f"--{key}", str(value)]
+        with pytest.raises(SystemExit) as stopped:
+            prepare_data.main([*argv, *(["--input", str(tmp_path)] if command == "convert" else [])])
+        (line,) = capsys.readouterr().err.splitlines()
+        assert stopped.value.code == 2 and line.startswith(f"error: --{key}: found "), line
+    assert not (tmp_path / "out").exists()
+
+
 def test_config_of_a_run(corpus, folder):
     """A damaged config.yaml in a run folder is named, whatever the damage."""
     config = parse_config([])
@@ -399,4 +447,4 @@ def test_heads(tmp_path):
     for head, config in ((traps["trap_pickle"], b"{}"), (traps["trap_torch"], b"{}"), (weights, b"[" * 100_000)):
         (tmp_path / "head.safetensors").write_bytes(head)
         (tmp_path / "config.json").write_bytes(config)
-        assert outcome_of(LinearHead.load, str(tmp_path)).startswith("head: ")
+        assert outcome_of(linear_probe.LinearHead.load, str(tmp_path)).startswith("head: ")

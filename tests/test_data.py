@@ -713,7 +713,7 @@ def test_unreadable_training_image_is_replaced_by_the_next():
     images = data.TrainImages(Source(4, broken=[2, 3]), 16, max_unreadable=1)
     one_line_error(lambda: images[0, 2], "data.max_unreadable", "2 images in a row", "at most 1", "made[3]")
     images = data.TrainImages(Source(2, broken=[0, 1]), 16, max_unreadable=10)
-    one_line_error(lambda: images[0, 0], "data.max_unreadable", "2 images in a row")
+    one_line_error(lambda: images[0, 0], "data.path: none of 2 training images can be read", "made[1]")
 
 
 def test_evaluation_drops_unreadable_images():

@@ -4,17 +4,25 @@ tests/faults/kill.py (make faults) kills at many more moments.
 """
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import torch
+from conftest import error_line, flags, run_command
 from harness import Training, differences, folder_bytes
 from kill import PLACES, left_behind, named_life
 from test_streams import write_parquet
+from trigger import fill
 
-from checkpointing import checkpoints, damage, is_whole_model, newest_checkpoint
+import train_rae
+from checkpointing import checkpoints, damage, is_whole_model, newest_checkpoint, read_checkpoint
+from config import parse_config
+from runtime import WriteError, save_results
 
 # every loss but LPIPS, which has no state and is slow
 SETTINGS = {
@@ -79,6 +87,8 @@ def damages(checkpoint: Path) -> dict:
     ways["manifest removed"] = (manifest.unlink, "manifest.json: No such file")
     ways["manifest truncated"] = (lambda: os.truncate(manifest, 100), "manifest.json is not readable")
     ways["manifest of other content"] = (lambda: manifest.write_text("[]"), "manifest.json is not readable")
+    ways["manifest with a list"] = (lambda: manifest.write_text('{"files": []}'), "manifest.json is not readable")
+    ways["manifest of nothing"] = (lambda: manifest.write_text('{"files": {}}'), "manifest.json does not list decoder")
     ways["emptied"] = (lambda: [file.unlink() for file in checkpoint.iterdir()], "manifest.json: No such file")
     return ways
 
@@ -119,6 +129,67 @@ def test_damaged_checkpoints(images, whole, tmp_path):
         f"error: {newest} is damaged (manifest.json is not readable), and there is no older checkpoint that is whole"
     )
     assert folder_bytes(everything / "checkpoints") == before
+
+
+def other_contents() -> dict:
+    """What a checkpoint's file may hold that is whole, but none of the run's: file, what changes it, what is said."""
+
+    def moment(saved: dict) -> dict:
+        saved["state"][0]["exp_avg"] = torch.zeros(3)
+        return saved
+
+    def no_moment(saved: dict) -> dict:
+        del saved["state"][0]["exp_avg"]
+        return saved
+
+    return {
+        "optimizer.pt": (
+            (lambda saved: [saved], "ValueError optimizer.pt holds a list, expected a dictionary"),
+            (moment, "ValueError optimizer: the state of parameter 0 has shapes {'step': (), 'exp_avg': (3,),"),
+            (no_moment, "ValueError optimizer: the state of parameter 0 has shapes {'step': (), 'exp_avg_sq': "),
+            (lambda saved: saved | {"state": {99: {}}}, "IndexError list index out of range"),
+        ),
+        "state.json": (
+            (lambda saved: [saved], "ValueError state.json holds a list, expected a dictionary"),
+            (lambda saved: saved | {"step": "8"}, "ValueError state.json: step is '8', expected int"),
+            (lambda saved: saved | {"best": "8"}, "ValueError state.json: best is '8', expected float or NoneType"),
+            (lambda saved: {"step": 8}, "KeyError 'num_images'"),
+        ),
+    }
+
+
+def test_checkpoint_of_other_content(images, whole, tmp_path):
+    """Whole files, as the manifest says, that hold something else: one line that names the checkpoint."""
+    config = parse_config(["--config", str(whole / "config.yaml")])
+    accelerator = train_rae.Accelerator()
+    run = train_rae.build_run(config, accelerator, train_rae.build_rae_config(config), steps_per_epoch=3)
+    checkpoint = shutil.copytree(whole / "checkpoints/step-00000008", tmp_path / "step-00000008")
+    train_rae.load_checkpoint(run, train_rae.RunState(), checkpoint)
+    for name, contents in other_contents().items():
+        file = checkpoint / name
+        for change, words in contents:
+            saved = change(read_checkpoint(whole / "checkpoints/step-00000008")[file.stem])
+            file.unlink()  # what was read of it is still mapped
+            file.write_text(json.dumps(saved)) if file.suffix == ".json" else torch.save(saved, file)
+            with pytest.raises(train_rae.RunError, match=re.escape(f"checkpoint {checkpoint} cannot be read: {words}")):
+                train_rae.load_checkpoint(run, train_rae.RunState(), checkpoint)
+        shutil.copy(whole / "checkpoints/step-00000008" / name, file)
+
+
+def test_names_that_are_not_the_runs(images, whole, tmp_path):
+    """Pictures and checkpoints by other names are left alone; a picture that cannot be read is left out, said once."""
+    training = as_at(4, whole, tmp_path / "run", images)
+    junk = [training.run_dir / name for name in ("checkpoints/step-abc", "checkpoints/step-1", "pairs/step-x")]
+    for folder in junk:
+        folder.mkdir(parents=True)
+    junk.append(training.run_dir / "samples/step-abc.png")
+    for file in (junk[-1], training.run_dir / "samples/step-00000000.png"):
+        file.write_bytes(b"")
+    assert training.go(**{"logging.samples_every_steps": 2}) == [0], training.output()
+    said = f"{training.run_dir}/samples/step-00000000.png cannot be read (UnidentifiedImageError), it is left out of"
+    assert training.output().count(said) == 1 and "step-abc" not in training.output()
+    assert all(path.exists() for path in junk)
+    assert f"continuing from {training.run_dir}/checkpoints/step-00000004" in training.output()
 
 
 def test_damaged_final_model(images, whole, tmp_path):
@@ -186,6 +257,54 @@ def test_full_disk(name, images, whole, tmp_path):
         if name in ("a network's file", "final/"):
             assert training.go() == [0]
             assert differences(training.run_dir, whole) == []
+
+
+PAGE = 4096  # bytes that a file takes at least; a reconstruction of 32 px takes no more
+# a command, what of it is on the disk, how many pages are left there, what then cannot be written
+FULL_COMMANDS = (
+    ("scripts/reconstruct.py", "output", 0, "reconstructions/"),
+    ("scripts/reconstruct.py", "output", 8, "latents/"),
+    ("scripts/reconstruct.py", "output", 8, "images.csv"),
+    ("scripts/reconstruct.py", "output", 9, "grid.png"),
+    ("scripts/reconstruct.py", "json", 0, "out/table.json"),
+    ("linear_probe.py", "output_dir", 0, "confusion.png"),
+    ("eval_rfid.py", "output_dir", 0, "comparison.png"),
+)
+
+
+@pytest.mark.parametrize("name, key, pages, path", FULL_COMMANDS)
+def test_full_disk_of_other_commands(name, key, pages, path, images, whole, tmp_path):
+    """The same line from them, exit code 1."""
+    settings = {
+        "scripts/reconstruct.py": {"input": images / "validation", "output": tmp_path / "out",
+                                   "save_latents": path == "latents/"},
+        "linear_probe.py": {"data.path": images, "train.lrs": "[0.1]", "train.weight_decays": "[0]",
+                            "train.min_steps": 1, "train.epochs": 1, "features.cache_dir": tmp_path / "cache"},
+        "eval_rfid.py": {"data.path": images, "metrics": "[psnr]"},
+    }[name]  # fmt: skip
+    with small_disk(tmp_path / "disk") as disk:
+        (disk / "out").mkdir()
+        fill(disk, pages * PAGE)
+        settings |= {"model": whole / "final", "data.num_workers": 0}
+        settings[key] = disk / ("out/table.json" if key == "json" else "out")
+        done = run_command(name, *flags(settings), check=False)
+        line = error_line(done.stderr)
+        assert done.returncode == 1 and line.startswith(f"error: {disk}/out") and path in line, line
+        assert "cannot be written (" in line and "No space left on device" in line, line
+        assert "); 0.0 MiB are free in " in line, line
+
+
+def test_full_disk_at_the_results(tmp_path, monkeypatch):
+    """results.json, with git and without."""
+    with small_disk(tmp_path / "disk") as disk:
+        fill(disk, 0)
+        for path in (os.environ["PATH"], ""):
+            with (
+                monkeypatch.context() as patch,
+                pytest.raises(WriteError, match="results.json cannot be written .No sp"),
+            ):
+                patch.setenv("PATH", path)
+                save_results(disk / "results.json", {"psnr": 1.0})
 
 
 def test_full_disk_with_two_processes(images, tmp_path):

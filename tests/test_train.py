@@ -408,6 +408,16 @@ def fails(capsys, monkeypatch, images, settings) -> str:
     return error_line(capsys.readouterr().err)
 
 
+def encoder_config(**changes) -> str:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "patch_size": 4, "image_size": 32}
+    return json.dumps({**sizes, **changes})
+
+
+def backbone_config(**changes) -> str:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 8, "image_size": 32}
+    return json.dumps({**sizes, **changes})
+
+
 @pytest.mark.parametrize(
     "settings, words",
     [
@@ -426,7 +436,17 @@ def fails(capsys, monkeypatch, images, settings) -> str:
         ({"model.encoder": "resnet"}, ["model.encoder", "resnet"]),
         ({"model.encoder_config": '{"num_hiden_layers": 2}'}, ["model.encoder_config", "num_hiden_layers"]),
         ({"model.encoder_config": '{"hidden_size": "wide"}'}, ["model.encoder", "hidden_size"]),
+        ({"model.encoder_config": encoder_config(hidden_act="swishy")}, ["model.encoder_config: {", "swishy"]),
+        ({"model.encoder_config": encoder_config(model_type="vit")}, ["model.encoder_config: ", "'model_type'"]),
+        ({"model.encoder_config": encoder_config(num_register_tokens=-1)}, ["model.encoder_config: num_reg", "is -1"]),
         ({"gan.backbone_config": '{"with": 64}'}, ["gan.backbone_config", "with"]),
+        ({"gan.backbone_config": backbone_config(num_channels=5)}, ["gan.backbone_config: {", "Expected 5 but got 3"]),
+        ({"gan.backbone_config": backbone_config(patch_size=64)}, ["gan.backbone_config: {", "(32 x 32)", "(64 x 64)"]),
+        ({"gan.backbone_config": backbone_config(hidden_act="gelu")}, ["gan.backbone_config: hidden_act is 'gelu'"]),
+        ({"gan.backbone_config": backbone_config(layer_norm_eps="x")}, ["gan.backbone_config: layer_norm_eps is 'x'"]),
+        ({"gan.backbone_config": backbone_config(hidden_size="x")}, ["gan.backbone_config: {", "hidden_size", "'x'"]),
+        ({"gan.backbone_config": backbone_config(to_dict=1)}, ["gan.backbone_config: ", "'to_dict'"]),
+        ({"gan.kernel_size": 101}, ["gan.kernel_size: expected at most 99, the backbone has 49 tokens"]),
         ({"model.attn_implementation": "fast"}, ["model.attn_implementation", "fast", "sdpa"]),
         ({"model.decoder_num_hidden_layers": -1}, ["model.decoder_num_hidden_layers", "-1"]),
         ({"data.resize_size": 16}, ["data.resize_size", "16", "32"]),
@@ -495,7 +515,7 @@ def test_start_from_a_trained_model(images, whole_run, tmp_path):
 
 def test_nonfinite_loss(images, tmp_path):
     """A loss that is not finite ends the run with step, term and last good checkpoint; skipping is bounded."""
-    settings = {**PLAIN, "optimizer.lr": "1.0e+30", "train.save_every_steps": "1", "lr_schedule.warmup_steps": "0",
+    settings = {**PLAIN, "optimizer.lr": "1.0e+12", "train.save_every_steps": "1", "lr_schedule.warmup_steps": "0",
                 "gan.weight": "0"}  # fmt: skip
     done = train(images, tmp_path / "stop", settings, check=False)
     assert done.returncode == 1
