@@ -937,7 +937,8 @@ class RAEModel(RAEPreTrainedModel):
     def patches_to_pixels(self, patches: torch.Tensor) -> torch.Tensor:
         """Output of the decoder's last Linear, (B, 1 + N, p*p*3), CLS first, to pixels (B, 3, H, W), about [0, 1]. They
         are float32 under autocast too: bfloat16 has steps of a whole grey level above 0.5."""
-        if torch.is_autocast_enabled(patches.device.type):
+        device = patches.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             patches = patches.float()
         pixels = unpatchify(patches[:, 1:], self.config.decoder_patch_size)
         if not self.config.denormalize_output:

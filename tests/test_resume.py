@@ -33,43 +33,42 @@ STOPS = [
 
 
 @pytest.fixture(scope="module")
-def mixture(images, tmp_path_factory):
-    """Settings of a run that streams from parquet files and tars."""
+def streams(images, tmp_path_factory):
+    """Settings of runs that stream: of one process from parquet files, epoch after epoch, of two from a mixture of
+    parquet files and tars."""
     folder = tmp_path_factory.mktemp("shards")
-    for i, ids in enumerate((range(7), range(7, 9), range(9, 19))):
+    for i, ids in enumerate((range(9), range(9, 12), range(12, 26))):
         write_parquet(folder / f"p/{i}.parquet", ids, side=40)
         write_tar(folder / f"t/{i}.tar", ids, side=40)
+    both = {"data.streaming": "true", "data.shuffle_buffer": 5, "data.stream_lanes": 4, "eval.num_samples": 8}
+    both["data.eval_path"] = images / "validation"
+    mixture = json.dumps({f"{folder}/p/*": 1.0, f"{folder}/t/{{0..2}}.tar": 2.0})
     return {
-        "data.streaming": "true",
-        "data.mixture": json.dumps({f"{folder}/p/*": 1.0, f"{folder}/t/{{0..2}}.tar": 2.0}),
-        "data.eval_path": images / "validation",
-        "data.steps_per_epoch": 3,
-        "data.shuffle_buffer": 5,
-        "data.stream_lanes": 4,
-        "eval.num_samples": 8,
+        1: {**both, "data.path": f"{folder}/p/*"},
+        2: {**both, "data.mixture": mixture, "data.steps_per_epoch": 3},
     }
 
 
 @pytest.fixture(scope="module")
-def whole(images, mixture, tmp_path_factory):
+def whole(images, streams, tmp_path_factory):
     """Gives the folder of a finished run of one or two processes that nothing stopped."""
 
     @functools.cache
-    def run(processes: int, streams: bool = False):
+    def run(processes: int, streaming: bool = False):
         folder = tmp_path_factory.mktemp("whole")
-        training = Training(folder / "run", images, **SETTINGS, **(mixture if streams else {}))
+        training = Training(folder / "run", images, **{**SETTINGS, **(streams[processes] if streaming else {})})
         assert training.go(processes) == [0] * processes, training.output()
         return training.run_dir
 
     return run
 
 
-@pytest.mark.parametrize("streams", [False, True])
+@pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("processes", [1, 2])
-def test_resume_is_exact(processes, streams, images, mixture, whole, tmp_path):
+def test_resume_is_exact(processes, streaming, images, streams, whole, tmp_path):
     """Stopped by SIGTERM, SIGUSR1 and SIGKILL to one process, in the middle of an epoch and at its end, in
     accumulation, GAN phase, evaluation and checkpoint writing, each part with another number of workers."""
-    training = Training(tmp_path / "run", images, **SETTINGS, **(mixture if streams else {}))
+    training = Training(tmp_path / "run", images, **{**SETTINGS, **(streams[processes] if streaming else {})})
     for i, (signals, function, count, workers, step) in enumerate(STOPS):
         rank = i % processes
         fault = {"place": f"call {function}", "count": count, "action": signals, "rank": rank}
@@ -80,7 +79,7 @@ def test_resume_is_exact(processes, streams, images, mixture, whole, tmp_path):
             assert f"after step {step}, saved; the same command continues" in training.output()
             assert "Traceback" not in training.output() and not any(codes)
     assert training.go(processes, **{"data.num_workers": 2}) == [0] * processes
-    assert differences(training.run_dir, whole(processes, streams)) == []
+    assert differences(training.run_dir, whole(processes, streaming)) == []
 
 
 def test_signals_before_the_loop_and_ctrl_c(images, whole, tmp_path):

@@ -6,12 +6,9 @@ import itertools
 import json
 import os
 import shutil
-import signal
 import socket
-import subprocess
 import tarfile
 import threading
-import time
 from collections import Counter
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -23,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import PLAIN, ROOT, checkpoint_state, command, flags, read_metrics, run_command, same
+from conftest import run_command
 from PIL import Image
 
 import streams
@@ -309,41 +306,6 @@ def test_states_are_small(tmp_path):
     _, small = steps(settings(tmp_path), 3)
     _, large = steps(settings(tmp_path, shuffle_buffer=100), 3)
     assert len(json.dumps(large[-1])) < len(json.dumps(small[-1])) + 20 < 600
-
-
-@pytest.fixture(scope="module")
-def shards(tmp_path_factory):
-    """19 training images in three uneven parquet files, evaluation images beside them."""
-    folder = tmp_path_factory.mktemp("shards")
-    for i, ids in enumerate((range(7), range(7, 9), range(9, 19))):
-        write_parquet(folder / f"train-{i:05}-of-00003.parquet", ids, side=40)
-    write_parquet(folder / "validation-00000-of-00001.parquet", range(30, 36), side=40)
-    return folder
-
-
-def wait_and_stop(settings, run_dir):
-    """Start training, stop it with SIGTERM after its first step."""
-    process = subprocess.Popen(command("train_rae.py", *flags(settings)), cwd=ROOT, stdout=subprocess.PIPE, text=True)
-    deadline = time.time() + 120
-    while not (run_dir / "metrics.jsonl").exists() or len(read_metrics(run_dir)) < 2:
-        assert process.poll() is None and time.time() < deadline
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=120)
-    assert process.returncode == 0 and "the same command continues" in output, output
-
-
-def test_train_stop_and_resume_is_exact(shards, tmp_path):
-    """The real command line: an uninterrupted run, and one that was stopped and continued with another number of
-    workers, of 0 and 2. Networks, moving average, optimizers, counters, places in the stream and metrics are equal."""
-    settings = {"data.path": shards, "data.eval_split": "validation", "data.streaming": "true", "eval.num_samples": "4"}
-    settings |= {**PLAIN, "data.shuffle_buffer": "5", "data.stream_lanes": "4", "train.save_every_steps": "2"}
-    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
-    run_command("train_rae.py", *flags({**settings, "train.output_dir": whole}))
-    wait_and_stop({**settings, "train.output_dir": stopped, "data.num_workers": "2"}, stopped)
-    run_command("train_rae.py", *flags({**settings, "train.output_dir": stopped}))
-    assert read_metrics(stopped) == read_metrics(whole)
-    assert same(checkpoint_state(stopped), checkpoint_state(whole))
 
 
 # What cannot be read --------------------------------------------------------------------------------------------------
