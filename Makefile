@@ -10,7 +10,7 @@ help:
 	@echo "make demo       train on handwritten digits (about 3 minutes on 2 CPU cores)"
 	@echo "make test       run all tests (about 10 minutes on 2 cores)"
 	@echo "make lint       ruff check and format check"
-	@echo "make faults     kill a tiny run at 50 random moments and at named places (15 minutes on 2 idle cores)"
+	@echo "make faults     damaged files, full disks, lost data; kills at 50 random moments and named places (20 minutes)"
 	@echo "make cross-version  model folders between the oldest and the newest supported transformers (5 minutes)"
 	@echo "make data-pipeline  images per second of decoding, resize and crop, next to torchvision's (1 minute)"
 	@echo "make start-up   launch to first step with 1.3 million image files (1 minute)"
@@ -55,6 +55,7 @@ memory: setup
 	$(BIN)/python benchmarks/memory.py
 
 faults: setup
+	$(BIN)/python -m pytest tests/test_faults.py
 	$(BIN)/python tests/faults/kill.py
 
 data-pipeline: setup
