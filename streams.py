@@ -31,6 +31,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import torch
 from accelerate.utils import broadcast_object_list
+from fsspec.implementations.local import LocalFileSystem
 
 from data import (
     IMAGE_EXTENSIONS,
@@ -56,8 +57,8 @@ READ_AHEAD = 2**20  # bytes of a parquet column that are read at a time
 ROWS = 16  # of a parquet file that are unpacked at a time
 FOOTER_THREADS = 16
 SERVER_TIMEOUT = 60  # seconds in which a web server must give something
-MAX_SHARDS = 10**6  # that a range or a list may name
-SERVER_ERRORS = (OSError, aiohttp.ClientError, TimeoutError)
+MAX_SHARDS = 10**6  # that one path, range or glob may name
+SERVER_ERRORS = (OSError, aiohttp.ClientError)
 
 
 class UnreadableShard(Exception):
@@ -220,7 +221,7 @@ def file_options(path):
 def open_file(path):
     """A file for reading bytes, over whatever fsspec knows (local paths, http, hf, s3, ...)."""
     system, path = fsspec.url_to_fs(path, **file_options(path))
-    if os.path.exists(path) and not os.path.isfile(path):
+    if isinstance(system, LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path):
         raise OSError("no regular file")  # of a pipe, the first byte would be waited for
     try:
         return system.open(path, "rb")

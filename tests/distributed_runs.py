@@ -35,8 +35,8 @@ def train_and_measure(run, *rest) -> bool:
     done = train(run, *rest)
     state = [value for entries in run.optimizer.state.values() for value in entries.values()]
     tensors = {"parameters": run.model.parameters(), "ema": run.ema.shadow.values(), "optimizer": state}
-    discriminator = run.accelerator.unwrap_model(run.discriminator) if run.discriminator is not None else None
-    heads = None if discriminator is None else weights_digest(discriminator.heads)
+    discriminator = run.discriminator and run.accelerator.unwrap_model(run.discriminator)
+    heads = discriminator and weights_digest(discriminator.heads)
     held.append({"bytes": {name: local_bytes(values) for name, values in tensors.items()}, "heads": heads})
     return done
 

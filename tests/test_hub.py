@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import PLAIN, ROOT, flags, read_metrics, run_command, tiny_rae
+from conftest import PLAIN, ROOT, flags, read_metrics, run_command, same, tiny_rae
 from hub_server import READER, WRITER, HubServer, Repository
 from huggingface_hub import ModelCard, constants
 from PIL import Image
@@ -555,7 +555,8 @@ def test_card_snippet_loads_it_back(published, tmp_path):
 small = AutoModel.from_pretrained("user/small", trust_remote_code=True)
 with torch.no_grad():
     other = small(pixels).sample
-torch.save(dict(pixels=pixels, latent=latent, sample=sample, other=other, type=type(rae).__module__), "out.pt")
+out = dict(pixels=pixels, latent=latent, sample=sample, other=other, weights=small.state_dict())
+torch.save(dict(out, type=type(rae).__module__), "out.pt")
 """
     environment = {**os.environ, **server.environment(tmp_path / "home", token=""), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -570,7 +571,8 @@ torch.save(dict(pixels=pixels, latent=latent, sample=sample, other=other, type=t
         latent = rae.encode(pixels).latent
         sample = rae.decode(latent).sample
         other = small(pixels).sample
-    # its weights are not where a file's would be in memory, and sums of other alignment are rounded otherwise
+    assert same(out["weights"], small.state_dict())
+    # those weights are elsewhere in memory than a file's, and sums of other alignment are rounded otherwise
     torch.testing.assert_close(out["other"], other)
     assert torch.equal(out["pixels"], pixels) and torch.equal(out["latent"], latent)
     assert torch.equal(out["sample"], sample)
