@@ -181,9 +181,14 @@ class SpectralConv1d(nn.Module):
             return self.weight_orig / sigma
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.padding:
-            x = F.pad(x, (self.padding, self.padding), mode="circular")
-        return F.conv1d(x, self._weight(), self.bias)
+        p = self.padding
+        if not torch.compiler.is_compiling():
+            x = F.pad(x, (p, p), mode="circular") if p else x
+            return F.conv1d(x, self._weight(), self.bias)
+        # the same in the layout that tokens have, channels last, which convolutions keep in four dimensions alone
+        x = x.unsqueeze(2)  # (B, C, 1, N)
+        x = torch.cat([x[..., -p:], x, x[..., :p]], dim=3) if p else x
+        return F.conv2d(x, self._weight().unsqueeze(2), self.bias).squeeze(2)
 
 
 class PerSampleNorm(nn.Module):
@@ -197,7 +202,11 @@ class PerSampleNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.instance_norm(x.to(self.weight.dtype), weight=self.weight, bias=self.bias, eps=self.eps)
+        x = x.to(self.weight.dtype)
+        if not torch.compiler.is_compiling():
+            return F.instance_norm(x, weight=self.weight, bias=self.bias, eps=self.eps)
+        var, mean = torch.var_mean(x, dim=2, correction=0, keepdim=True)  # in the tokens' layout, as convolutions
+        return (x - mean) * (var + self.eps).rsqrt() * self.weight[:, None] + self.bias[:, None]
 
 
 class Residual(nn.Module):
@@ -253,14 +262,15 @@ class DinoDiscriminator(nn.Module):
             norm_layer = PerSampleNorm(width, norm_eps) if norm == "per_sample" else nn.GroupNorm(32, width, norm_eps)
             return nn.Sequential(conv(width, kernel), norm_layer, nn.LeakyReLU(0.2))
 
-        self.backbone = DinoBackbone(vit, key_depths)
+        self.backbone = DinoBackbone(vit, key_depths).eval()
         self.heads = nn.ModuleList(
             nn.Sequential(block(1), Residual(block(kernel_size)), conv(1, 1)) for _ in range(1 + len(key_depths))
         )
 
     def train(self, mode: bool = True) -> "DinoDiscriminator":
-        super().train(mode)
-        self.backbone.eval()
+        """Of the heads: the backbone stays in eval mode."""
+        self.training = mode
+        self.heads.train(mode)
         return self
 
     def judge(self, *batches: list) -> list:

@@ -49,6 +49,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedConfig, ViTConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
@@ -353,18 +354,20 @@ def build_discriminator(config: Config) -> DinoDiscriminator:
         return DinoDiscriminator(vit, gan.key_depths, gan.kernel_size, gan.norm, gan.norm_eps, gan.spectral_norm)
 
 
-def compile_networks(
-    decoder: nn.Module, discriminator: Optional[DinoDiscriminator], lpips: Optional[nn.Module]
-) -> None:
-    """Compile what a step spends its time in, in place, so that names of weights stay as they are. Blocks one by one:
-    they share one compiled function, and processes exchange gradients while the backward pass goes on. A graph break is
-    an error; every shape and mode of use has a graph of its own."""
-    parts = [*decoder.decoder_layers, *([] if lpips is None else [lpips])]
+def compile_networks(rae: RAEModel, discriminator: Optional[DinoDiscriminator], lpips: Optional[nn.Module]) -> None:
+    """Compile what a step spends its time in, in place, so that names of weights stay as they are. Transformer blocks
+    one by one: those of a network share one compiled function, and processes exchange gradients while the backward pass
+    goes on. A graph break is an error; every shape and mode of use has a graph of its own."""
+    torch._dynamo.config.recompile_limit = 64  # 8 are soon reached: an encoder may share its function with the backbone
+    faster = partial(torch.compile, fullgraph=True, dynamic=False, options={"max_autotune_pointwise": True})
+    modules = [*rae.modules(), *([] if discriminator is None else discriminator.backbone.modules())]
+    for part in modules:
+        if isinstance(part, GradientCheckpointingLayer):
+            part.forward = faster(part.forward)
+    if lpips is not None:
+        lpips.forward = faster(lpips.forward)
     if discriminator is not None:
-        parts += discriminator.backbone.blocks
-        discriminator.judge = torch.compile(discriminator.judge, fullgraph=True, dynamic=False)
-    for part in parts:
-        part.forward = torch.compile(part.forward, fullgraph=True, dynamic=False)
+        discriminator.judge = faster(discriminator.judge)
 
 
 def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, steps_per_epoch: int) -> Run:
@@ -406,7 +409,7 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
             accelerator.unwrap_model(discriminator).eval()(blank)  # whether the backbone takes images
     if config.train.compile:
         compile_networks(
-            accelerator.unwrap_model(rae).decoder,
+            accelerator.unwrap_model(rae),
             None if discriminator is None else accelerator.unwrap_model(discriminator),
             lpips,
         )

@@ -163,10 +163,37 @@ def load_heads(discriminator: DinoDiscriminator, heads: dict) -> None:
     assert all(name.startswith("backbone.") for name in result.missing_keys)
 
 
-def reconstruct(model, images):
+def build_case(name, tmp_path, compiled=False, attention="eager"):
+    """A parity case's run with its initial weights, its trace.json, images and expected tensors.
+
+    Plain attention in the decoder has the published order of operations: its first reconstructions are then equal to
+    the last bit, and no pixel falls on the other side of the rounding to 8 bit or of the L1 loss's kink."""
+    folder = PARITY_DIR / "cases" / name
+    trace = json.loads((folder / "trace.json").read_text())
+    images, expected = load_file(folder / "images.safetensors"), load_file(folder / "expected.safetensors")
+    config = case_config(trace["case"], folder, tmp_path)
+    config.train.compile = compiled
+    # steps_per_epoch is not used: the case gives all its times in steps
+    run = build_run(config, Accelerator(cpu=True), build_rae_config(config), steps_per_epoch=1)
+    run.model.config._attn_implementation = {"": attention, "encoder_config": "sdpa"}
+    run.model.decoder.load_state_dict(load_file(folder / "decoder_init.safetensors"))
+    run.ema.load_state_dict({n: p.detach().clone() for n, p in run.model.decoder.named_parameters()})
+    load_heads(run.discriminator, load_file(folder / "discriminator_heads_init.safetensors"))
+    return run, trace, images, expected
+
+
+def outputs(run, images):
+    """What the networks compute of images (B, 3, S, S) in [0, 1], in eval mode; names of expected.safetensors."""
+    model = run.model.eval()
     with torch.no_grad():
         latent = model.encode(images, add_noise=False).latent
-        return latent, model.decode(latent).sample
+        sample = model.decode(latent).sample
+        return {
+            "latents": latent,
+            "reconstruction": sample,
+            "discriminator_logits": run.discriminator.eval()(2 * images - 1),
+            "lpips": run.perceptual(2 * images - 1, 2 * sample - 1).flatten(),
+        }
 
 
 def test_cases_are_there():
@@ -174,37 +201,32 @@ def test_cases_are_there():
     assert CASES and UNITS, f"no cases under {PARITY_DIR}"
 
 
+@pytest.fixture
+def graphs_of(request):
+    """How compiled graphs run here, without inductor's code, which takes minutes: as they were captured, or with its
+    decompositions too. Forgets them afterwards."""
+    with torch.compiler.set_stance(force_backend=request.param):
+        yield
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("graphs_of", ["aot_eager"], indirect=True)
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", CASES)
-def test_case(name, tmp_path):
-    """A whole training run: losses of each step, the final weights, and what the networks compute before and after."""
-    folder = PARITY_DIR / "cases" / name
-    trace = json.loads((folder / "trace.json").read_text())
-    images, expected = load_file(folder / "images.safetensors"), load_file(folder / "expected.safetensors")
-    config = case_config(trace["case"], folder, tmp_path)
-    # steps_per_epoch is not used: the case gives all its times in steps
-    run = build_run(config, Accelerator(cpu=True), build_rae_config(config), steps_per_epoch=1)
-    # Plain attention in the decoder has the published order of operations: its first reconstructions are then equal to
-    # the last bit, and no pixel falls on the other side of the rounding to 8 bit or of the L1 loss's kink.
-    run.model.config._attn_implementation = {"": "eager", "encoder_config": "sdpa"}
-    run.model.decoder.load_state_dict(load_file(folder / "decoder_init.safetensors"))
-    run.ema.load_state_dict({n: p.detach().clone() for n, p in run.model.decoder.named_parameters()})
-    load_heads(run.discriminator, load_file(folder / "discriminator_heads_init.safetensors"))
+def test_case(name, compiled, graphs_of, tmp_path):
+    """A whole training run: losses of each step, the final weights, and what the networks compute before and after.
+    Compiled, it is in the order of operations of the captured graphs: inductor's decompositions round in another, and
+    the numbers are chaotic, see test_optimisations_only_round."""
+    run, trace, images, expected = build_case(name, tmp_path, compiled)
     margins = Margins()
 
-    def compare_networks(prefix, names):
-        latent, sample = reconstruct(run.model.eval(), images["eval"])
-        with torch.no_grad():
-            found = {
-                "latents": latent,
-                "reconstruction": sample,
-                "discriminator_logits": run.discriminator.eval()(2 * images["eval"] - 1),
-                "lpips": run.perceptual(2 * images["eval"] - 1, 2 * sample - 1).flatten(),
-            }
-        for key in names:
-            tolerance = 1e-3 if key == "reconstruction" else 1e-4
-            margins.tensor(prefix + key, found[key], expected[prefix + key], tolerance)
+    def compare_networks(prefix):
+        for key, value in outputs(run, images["eval"]).items():
+            if prefix + key in expected:
+                tolerance = 1e-3 if key == "reconstruction" else 1e-4
+                margins.tensor(prefix + key, value, expected[prefix + key], tolerance)
 
-    compare_networks("initial_", ("reconstruction", "discriminator_logits", "lpips"))
+    compare_networks("initial_")
     for step in trace["steps"]:
         where = f"step {step['step']}"
         record = train_step(run, [images[f"step_{step['step']:02d}"]], step["step"]).read()
@@ -227,11 +249,37 @@ def test_case(name, tmp_path):
     for key, norm in trace["final_norms"].items():
         if not key.endswith("attention.key.bias"):  # has no gradient but noise
             margins.number("final_norms", norms[key].detach().norm().item(), norm, NORM_TOLERANCE, key)
-    compare_networks("", ("latents", "reconstruction", "discriminator_logits", "lpips"))
+    compare_networks("")
     with run.ema.applied():
-        margins.tensor("ema_reconstruction", reconstruct(run.model, images["eval"])[1],
+        margins.tensor("ema_reconstruction", outputs(run, images["eval"])["reconstruction"],
                        expected["ema_reconstruction"], 1e-3)  # fmt: skip
-    margins.check(name)
+    margins.check(f"{name}, compiled" if compiled else name)
+
+
+@pytest.mark.parametrize("graphs_of", ["aot_eager_decomp_partition"], indirect=True)
+@pytest.mark.parametrize("name", CASES[:1])
+def test_optimisations_only_round(name, graphs_of, tmp_path, monkeypatch):
+    """Compiled with inductor's decompositions, with VGG16 on channels-last tensors as on GPUs, a case in float64 is the
+    case without: what they change in float32 is rounding."""
+    torch.set_num_threads(1)  # the order of sums does not matter here
+    results = []
+    for optimised in (False, True):
+        run, trace, images, _ = build_case(name, tmp_path, optimised, "sdpa")
+        layout = torch.channels_last if optimised else torch.contiguous_format
+        for network in (run.model, run.discriminator, run.perceptual.to(memory_format=layout)):
+            network.double()
+        images = {key: image.double() for key, image in images.items()}
+        first = next(step["step"] for step in trace["steps"] if step["gan"] != 0)
+        steps = trace["steps"][: first + 2]  # every loss is on in the last two
+        records = [train_step(run, [images[f"step_{s['step']:02d}"]], s["step"]).read() for s in steps]
+        results.append((records, outputs(run, images["eval"])))
+    (records, tensors), (optimised_records, optimised_tensors) = results
+    assert records[-1]["gan"] != 0 and records[-1]["lpips"] > 0 and records[-1]["disc_loss"] > 0
+    for record, other in zip(records, optimised_records, strict=True):
+        numbers = {key: value for key, value in record.items() if isinstance(value, float)}
+        assert {key: other[key] for key in numbers} == pytest.approx(numbers, rel=1e-6)  # they are float32
+    for key, tensor in tensors.items():
+        torch.testing.assert_close(optimised_tensors[key], tensor, rtol=0, atol=1e-12 * tensor.norm().item())
 
 
 @pytest.mark.parametrize("name", UNITS)
