@@ -4,7 +4,8 @@ accelerate launch ... tests/distributed_runs.py RUNS.json
 
 RUNS.json: a list of {"fsdp": bool, "argv": [...], "nan_steps": [...]}, steps (0-based) in which the last process gets a
 pixel that is nan. Each process writes RUNS.rank0.json, ...: for each run the "bytes" that it holds of the parameters,
-the moving average and the optimizer's state, and a digest of the discriminator's "heads".
+the moving average and the optimizer's state, a digest of the discriminator's "heads", and how many "graphs" were
+compiled.
 """
 
 import json
@@ -12,7 +13,9 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from accelerate.state import AcceleratorState, PartialState
+from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed import destroy_process_group
 from torch.distributed.tensor import DTensor
 
@@ -37,7 +40,8 @@ def train_and_measure(run, *rest) -> bool:
     tensors = {"parameters": run.model.parameters(), "ema": run.ema.shadow.values(), "optimizer": state}
     discriminator = run.discriminator and run.accelerator.unwrap_model(run.discriminator)
     heads = discriminator and weights_digest(discriminator.heads)
-    held.append({"bytes": {name: local_bytes(values) for name, values in tensors.items()}, "heads": heads})
+    sizes = {name: local_bytes(values) for name, values in tensors.items()}
+    held.append({"bytes": sizes, "heads": heads, "graphs": len(compiled_graphs)})
     return done
 
 
@@ -47,10 +51,24 @@ def spoiled_step(run, batches, step, *rest):
     return train_step(run, batches, step, *rest)
 
 
+def count_graph(graph, inputs):
+    compiled_graphs.append(graph)
+    return lookup_backend("aot_eager_decomp_partition")(graph, inputs)
+
+
+def without_inductor(function, options, **rest):
+    """torch.compile without inductor's code, which takes minutes."""
+    return torch_compile(function, backend=count_graph, **rest)
+
+
+compiled_graphs = []
+torch_compile, torch.compile = torch.compile, without_inductor
 train_rae.train, train_rae.train_step = train_and_measure, spoiled_step
 PartialState.destroy_process_group = lambda self, group=None: None  # a run ends it, and a second one cannot be made
 for run in runs:
     os.environ["ACCELERATE_USE_FSDP"] = str(run["fsdp"]).lower()
+    compiled_graphs.clear()
+    torch._dynamo.reset()
     sys.argv, nan_steps = ["train_rae.py", *run["argv"]], run["nan_steps"]
     train_rae.main()
     AcceleratorState._reset_state()
