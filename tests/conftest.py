@@ -10,8 +10,10 @@ import tempfile
 import time
 from pathlib import Path
 
-# before torch is imported: two tests run at a time, and more threads would only wait for each other
+# before torch is imported: two tests run at a time, and more threads would only wait for each other. Where a test wants
+# two, they sleep while they wait, in place of taking the other test's core.
 os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import pytest
 import torch
