@@ -158,8 +158,8 @@ class TrainConfig:
     """Threads of each process on a CPU, at most 16 for each of the machine's cores; none: the cores shared out among
     its processes. (accelerate launch leaves one thread.)"""
     compile: bool = False
-    """Whether torch.compile makes faster code of encoder, decoder, discriminator and LPIPS, at the first step and when
-    an evaluation has batches of another size (minutes)."""
+    """Whether torch.compile makes faster code of encoder, decoder, discriminator and LPIPS, each when a step first uses
+    it (minutes); evaluation stays as it is."""
     tf32: bool = False
     """Whether a GPU may round the factors of float32 products and convolutions to TF32: faster, about 3 digits."""
     clip_grad_norm: Optional[float] = None

@@ -359,7 +359,7 @@ def compile_networks(rae: RAEModel, discriminator: Optional[DinoDiscriminator], 
     one by one: those of a network share one compiled function, and processes exchange gradients while the backward pass
     goes on. A graph break is an error; every shape and mode of use has a graph of its own."""
     torch._dynamo.config.optimize_ddp = False  # it would cut the heads' graph, whose buffers two batches change in turn
-    torch._dynamo.config.recompile_limit = 64  # 8 are soon reached: an encoder may share its function with the backbone
+    torch._dynamo.config.recompile_limit = 64  # graphs of a function: transformers gives all networks' blocks the same
     faster = partial(torch.compile, fullgraph=True, dynamic=False, options={"max_autotune_pointwise": True})
     modules = [*rae.modules(), *([] if discriminator is None else discriminator.backbone.modules())]
     for part in modules:

@@ -46,7 +46,7 @@ from modeling_rae import RAEModel  # noqa: E402
 from runtime import run_main  # noqa: E402
 
 # assumptions of the model
-MATRIX_RATE = 790e12  # FLOP/s of a large bf16 matrix product on an H100 or H200; their data sheets' peak is 989e12
+MATRIX_RATE = 768e12  # FLOP/s of a large bf16 matrix product on an H200, measured; the data sheet's peak is 989e12
 GPUS_PER_MACHINE = 8
 NVLINK = 450e9  # bytes/s of a GPU in one direction: data sheets of H100 and H200, 900 GB/s in both together
 NETWORK = 25e9  # bytes/s of a machine in one direction: one link of 200 Gb/s
@@ -388,7 +388,7 @@ def model_table(preset: str, work: dict, rows: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--mfu", type=float, default=0.5, help="share of the matrix rate that a GPU reaches by itself")
+    parser.add_argument("--mfu", type=float, default=0.43, help="share of the matrix rate that a GPU reaches by itself")
     parser.add_argument("--json", metavar="FILE", help="also write the numbers here")
     args = parser.parse_args()
 

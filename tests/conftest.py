@@ -25,6 +25,8 @@ os.environ["ACCELERATE_USE_CPU"] = "true"
 os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="rae-tests-")  # what tests cache is not the user's
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
+from accelerate.state import AcceleratorState  # noqa: E402
+
 from checkpointing import checkpoints, read_checkpoint  # noqa: E402
 from modeling_rae import RAEConfig, RAEModel  # noqa: E402
 
@@ -159,6 +161,14 @@ def make_images(folder: Path) -> Path:
         "--size", 40, "--splits", "train:0.75,validation:0.25",
     )  # fmt: skip
     return folder
+
+
+@pytest.fixture
+def new_accelerator():
+    """Accelerate keeps the first Accelerator's precision for all later ones of a process."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
 
 
 @pytest.fixture(scope="session")

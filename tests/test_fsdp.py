@@ -6,7 +6,6 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.commands.config.config_args import load_config_from_file
-from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 from conftest import PLAIN, ROOT, TINY, checkpoint_state, flags, read_metrics, run_command, same
 from test_encoders import FAMILIES, from_architecture
@@ -89,8 +88,8 @@ def runs(images, tmp_path_factory):
 
 @pytest.mark.parametrize("settings", ["all", "compiled", "other", "three", "skipped"])
 def test_numbers_are_those_of_ddp(runs, settings):
-    """Every loss of every step and every evaluation: with LPIPS, GAN and accumulation; in bf16 with activations
-    computed again; with clipping, and a process without an image."""
+    """Every loss of every step and every evaluation: with LPIPS, GAN and accumulation, compiled too; in bf16 with
+    activations computed again; with clipping, and a process without an image."""
     root, _ = runs
     expected, found = (read_metrics(root / f"{settings}_{how}") for how in ("ddp", "fsdp"))
     assert len(expected) == len(found) > 2
@@ -148,14 +147,6 @@ def test_final_model_loads_without_fsdp(runs):
                 checkpoint_state(root / "all_fsdp")["ema"])  # fmt: skip
     for file in (root / "all_ddp" / "final").iterdir():
         assert file.read_bytes() == (root / "all_fsdp" / "final" / file.name).read_bytes(), file.name
-
-
-@pytest.fixture
-def new_accelerator():
-    """Accelerate keeps the first Accelerator's precision for all later ones of a process."""
-    AcceleratorState._reset_state()
-    yield
-    AcceleratorState._reset_state()
 
 
 def test_one_process_continues(runs, images, new_accelerator, monkeypatch, capsys):

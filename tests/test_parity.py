@@ -34,7 +34,8 @@ from discriminator import DinoDiscriminator, diff_augment, load_backbone
 from losses import DISCRIMINATOR_LOSSES
 from train_rae import build_rae_config, build_run, train_step
 
-PARITY_DIR = Path(os.environ.get("PARITY_DIR", Path(__file__).parent / "parity"))
+OWN_CASES = Path(__file__).resolve().parent / "parity"
+PARITY_DIR = Path(os.environ.get("PARITY_DIR", OWN_CASES))
 CASES = sorted(path.parent.name for path in PARITY_DIR.glob("cases/*/trace.json"))
 UNITS = sorted(path.stem for path in PARITY_DIR.glob("discriminator_unit*.json"))
 
@@ -211,12 +212,13 @@ def graphs_of(request):
 
 
 @pytest.mark.parametrize("graphs_of", ["aot_eager"], indirect=True)
-@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("compiled", [False, *([True] if PARITY_DIR.resolve() == OWN_CASES else [])])
 @pytest.mark.parametrize("name", CASES)
 def test_case(name, compiled, graphs_of, tmp_path):
     """A whole training run: losses of each step, the final weights, and what the networks compute before and after.
-    Compiled, it is in the order of operations of the captured graphs: inductor's decompositions round in another, and
-    the numbers are chaotic, see test_optimisations_only_round."""
+    Compiled, it is in the order of operations of the captured graphs, which is another only in the discriminator's
+    heads: the numbers are chaotic (benchmarks/README.md), and other folders' cases may not bear even that. What
+    inductor's decompositions change is looked at in float64, below."""
     run, trace, images, expected = build_case(name, tmp_path, compiled)
     margins = Margins()
 
@@ -258,9 +260,9 @@ def test_case(name, compiled, graphs_of, tmp_path):
 
 @pytest.mark.parametrize("graphs_of", ["aot_eager_decomp_partition"], indirect=True)
 @pytest.mark.parametrize("name", CASES[:1])
-def test_optimisations_only_round(name, graphs_of, tmp_path, monkeypatch):
-    """Compiled with inductor's decompositions, with VGG16 on channels-last tensors as on GPUs, a case in float64 is the
-    case without: what they change in float32 is rounding."""
+def test_optimisations_only_round(name, graphs_of, tmp_path):
+    """Compiled with inductor's decompositions, with VGG16 on channels-last tensors as on GPUs, two steps in float64 are
+    the steps without: what they change in float32 is rounding."""
     torch.set_num_threads(1)  # the order of sums does not matter here
     results = []
     for optimised in (False, True):
@@ -269,12 +271,11 @@ def test_optimisations_only_round(name, graphs_of, tmp_path, monkeypatch):
         for network in (run.model, run.discriminator, run.perceptual.to(memory_format=layout)):
             network.double()
         images = {key: image.double() for key, image in images.items()}
-        first = next(step["step"] for step in trace["steps"] if step["gan"] != 0)
-        steps = trace["steps"][: first + 2]  # every loss is on in the last two
+        steps = ([step for step in trace["steps"] if step["gan"] != 0] or trace["steps"])[:2]  # with every loss
         records = [train_step(run, [images[f"step_{s['step']:02d}"]], s["step"]).read() for s in steps]
         results.append((records, outputs(run, images["eval"])))
     (records, tensors), (optimised_records, optimised_tensors) = results
-    assert records[-1]["gan"] != 0 and records[-1]["lpips"] > 0 and records[-1]["disc_loss"] > 0
+    assert all((records[-1][loss] != 0) == (steps[-1][loss] != 0) for loss in ("recon", "lpips", "gan"))
     for record, other in zip(records, optimised_records, strict=True):
         numbers = {key: value for key, value in record.items() if isinstance(value, float)}
         assert {key: other[key] for key in numbers} == pytest.approx(numbers, rel=1e-6)  # they are float32

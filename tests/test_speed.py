@@ -68,8 +68,9 @@ def test_published_step_is_the_same_step(tmp_path, monkeypatch, capsys):
     own, theirs = (result["steps"][name][0] for name in ("this repository", "published loop"))
     assert result["times_published"] == theirs / own and result["images_per_second"]["this repository"] == 2 / own
     assert result["mfu"] == pytest.approx(result["flops_counted_by_torch"] * 2 / own / result["matrix_rate"], rel=1e-3)
+    assert result["mfu_in_a_row"] == pytest.approx(result["mfu"] * own / result["seconds_in_a_row"])
     text = capsys.readouterr().out
-    assert all(name in text for name in (*result["parts"], *result["steps"]))
+    assert all(name in text for name in (*result["parts"], *result["steps"], "steps in a row"))
 
 
 OTHER = {
@@ -299,15 +300,28 @@ def test_compiled_run(images, tmp_path, monkeypatch):
     assert all(torch.equal(p, parts[1]["ema"][name]) for name, p in exported.decoder.named_parameters())
 
 
-def test_compiled_run_continues_without(images, tmp_path, monkeypatch):
-    """A compiled run, with checkpointing, without LPIPS and GAN, goes on uncompiled from its checkpoint."""
-    settings = {**TINY, "data.path": images, "perceptual.weight": 0, "eval.metrics": "[psnr]", "gan.weight": 0,
-                "train.output_dir": tmp_path / "run"}  # fmt: skip
-    changes = {"train.max_steps": 2, "train.compile": "true", "model.gradient_checkpointing": "true"}
-    for change in (changes, {"train.max_steps": 3}):
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"gan.weight": 0, "model.gradient_checkpointing": "true"},
+        {"gan.start_step": 0, "gan.update_start_step": 0, "gan.norm": "group", "gan.disc_input": "reuse",
+         "gan.updates_per_step": 2, "train.mixed_precision": "bf16"},
+    ],
+)  # fmt: skip
+def test_compiled_run_continues_without(settings, images, new_accelerator, tmp_path, monkeypatch):
+    """A compiled run goes on uncompiled from its checkpoint, and gives the losses of one that never was compiled: with
+    activations computed again; in bf16, with what else the discriminator may do."""
+    settings = {**TINY, "data.path": images, "perceptual.weight": 0, "eval.metrics": "[psnr]", **settings}
+    plan = (("compiled", 2, "true"), ("compiled", 3, "false"), ("plain", 3, "false"))
+    torch._dynamo.reset()
+    for name, steps, compiled in plan:
         AcceleratorState._reset_state()
+        change = {"train.output_dir": tmp_path / name, "train.max_steps": steps, "train.compile": compiled}
         monkeypatch.setattr(sys, "argv", ["train_rae.py", *flags({**settings, **change})])
         with torch.compiler.set_stance(force_backend="aot_eager_decomp_partition"):
             train_rae.main()
-    steps = [line["step"] for line in read_metrics(tmp_path / "run") if line["kind"] == "train"]
-    assert steps == [1, 2, 3]
+    compiled, plain = (
+        {line["step"]: line["loss"] for line in read_metrics(tmp_path / name) if line["kind"] == "train"}
+        for name in ("compiled", "plain")
+    )
+    assert list(plain) == [1, 2, 3] and compiled == pytest.approx(plain, rel=2e-2)
