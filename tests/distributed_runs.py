@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
-from torch._dynamo.backends.registry import lookup_backend
 from torch.distributed import destroy_process_group
 from torch.distributed.tensor import DTensor
 
@@ -53,11 +52,11 @@ def spoiled_step(run, batches, step, *rest):
 
 def count_graph(graph, inputs):
     compiled_graphs.append(graph)
-    return lookup_backend("aot_eager_decomp_partition")(graph, inputs)
+    return graph
 
 
 def without_inductor(*args, options=None, **rest):
-    """torch.compile without inductor's code, which takes minutes."""
+    """torch.compile that runs the graphs as they were captured: inductor's code takes minutes."""
     return torch_compile(*args, backend=count_graph, **rest)
 
 

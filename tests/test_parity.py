@@ -211,7 +211,7 @@ def graphs_of(request):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("graphs_of", ["aot_eager"], indirect=True)
+@pytest.mark.parametrize("graphs_of", ["eager"], indirect=True)
 @pytest.mark.parametrize("compiled", [False, *([True] if PARITY_DIR.resolve() == OWN_CASES else [])])
 @pytest.mark.parametrize("name", CASES)
 def test_case(name, compiled, graphs_of, tmp_path):
