@@ -292,10 +292,11 @@ def test_compiled_run(images, tmp_path, monkeypatch):
     for part in ("decoder", "ema", "discriminator"):
         assert parts[0][part].keys() == parts[1][part].keys()
         for name, tensor in parts[0][part].items():
-            if name.endswith((".key.bias", ".0.bias")):
-                continue  # a softmax, or the norm after it, cancels it: its gradient is rounding
-            deviation = (parts[1][part][name] - tensor).norm() / tensor.norm()
-            assert deviation < 5e-2, f"{part} {name}: {deviation}"
+            other = parts[1][part][name]
+            if part != "discriminator":
+                torch.testing.assert_close(other, tensor, rtol=1e-2, atol=1e-3, msg=f"{part} {name}")
+            elif not name.endswith(".0.bias"):  # the norm after it cancels it: its gradient is rounding
+                assert (other - tensor).norm() < 5e-2 * tensor.norm(), f"{part} {name}"
     exported = RAEModel.from_pretrained(tmp_path / "true" / "final")
     assert all(torch.equal(p, parts[1]["ema"][name]) for name, p in exported.decoder.named_parameters())
 
