@@ -47,6 +47,7 @@ TINY = {
     "gan.update_start_step": "1",
     "gan.start_step": "2",
     "eval.every_steps": "3",
+    "logging.samples_every_steps": "100",  # at the start and the end
     "logging.every_steps": "1",
     "logging.report_to": "[]",
     "logging.progress_bar": "false",

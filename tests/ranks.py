@@ -10,7 +10,6 @@ process its exit code (minus the signal that ended it) and the seconds that it o
 was still there after DEADLINE; and whether processes that load data were left behind.
 """
 
-import functools
 import json
 import os
 import signal
@@ -22,13 +21,10 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import matplotlib.figure  # noqa: E402, F401
-import torchmetrics  # noqa: E402, F401
 import training_steps  # noqa: E402
 from forked import free_port  # noqa: E402
 
 import checkpointing  # noqa: E402
-import losses  # noqa: E402
 import train_rae  # noqa: E402
 
 DEADLINE = 60  # seconds after the first process has ended
@@ -154,8 +150,6 @@ def group_of(pid: int) -> int:
 
 def main() -> bool:
     """Run all scenarios. True in the processes that are forked for them, whose program is still to be run."""
-    losses.random_vgg16_state = functools.cache(losses.random_vgg16_state)
-    losses.random_vgg16_state()  # the processes share it
     for scenario in json.loads(Path(sys.argv[1]).read_text()):
         folder, port, processes = Path(scenario["folder"]), free_port(), {}
         folder.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,7 @@ def whole_run(images, tmp_path_factory):
     """Six uninterrupted steps with every loss on, accumulation, noise and augmentation."""
     run_dir = tmp_path_factory.mktemp("runs") / "whole"
     settings = {**TINY, "train.gradient_accumulation_steps": "2", "eval.raw": "true"}
+    settings["logging.samples_every_steps"] = "null"  # the default: with each evaluation
     done = train(images, run_dir, settings)
     return run_dir, settings, done.stdout
 
@@ -369,6 +370,7 @@ def test_bf16_with_trackers(images, tmp_path):
 
     run_dir = tmp_path / "tracked"
     settings = {**PLAIN, "train.mixed_precision": "bf16", "logging.report_to": "[tensorboard,wandb]"}
+    settings["logging.samples_every_steps"] = "null"  # the default: with each evaluation
     train(images, run_dir, settings, WANDB_MODE="offline", WANDB_SILENT="true")
     assert all(np.isfinite(line["loss"]) for line in read_metrics(run_dir) if line["kind"] == "train")
     events = EventAccumulator(str(run_dir / "logs" / "rae"), size_guidance={"images": 0})
