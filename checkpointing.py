@@ -171,7 +171,7 @@ def restore_folders(run_dir: Path) -> None:
 def lock_run_folder(run_dir: Path) -> TextIO:
     """Hold the run folder until the returned file is closed or the process ends. Raises BlockingIOError when another
     process holds it."""
-    file = (run_dir / ".lock").open("w")
+    file = (run_dir / ".lock").open("a")  # what the process that holds it wrote stays
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     held = weakref.ref(file)
 

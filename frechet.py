@@ -150,7 +150,8 @@ def load_inception(path: Optional[str], key: str, device: torch.device) -> tuple
         try:
             network = InceptionV3W(folder, download=False).to(device).eval().requires_grad_(False)
         except (RuntimeError, AttributeError) as error:
-            raise ConfigError(f"{key}: {file} cannot be used ({str(error).splitlines()[0]}), {wanted}") from error
+            reason, again = str(error).splitlines()[0], "" if path else "; delete the file to have it downloaded again"
+            raise ConfigError(f"{key}: {file} cannot be used ({reason}), {wanted}{again}") from error
     try:
         for network.resize_inside in (False, True):
             network(torch.zeros(1, 3, 299, 299, device=device))
@@ -260,19 +261,22 @@ def read_reference(path: str, metrics: list, accelerator: Accelerator, batch_siz
     try:
         with np.load(path) as arrays:
             names = set(arrays.files)
-            given = {name: arrays[name] for name in ("mu", "sigma") if name in names}
+            given = {name: arrays[name] for name in ("mu", "sigma", "count") if name in names}
     except DAMAGED as error:
         raise ConfigError(f"{key}: {path} cannot be read as .npz ({error}), {expected}") from error
     if {"mu", "sigma"} <= names and len(metrics) == 1:
         metric, shape = metrics[0], given["mu"].shape
         if shape != (metric.width,) or given["sigma"].shape != shape * 2:
             raise ConfigError(f"{key}: mu in {path} has shape {shape}, the features of {metric.name} ({metric.width},)")
-        if not all(values.dtype.kind == "f" for values in given.values()):
-            found = ", ".join(str(values.dtype) for values in given.values())
+        moments = [given["mu"], given["sigma"]]
+        if not all(values.dtype.kind == "f" for values in moments):
+            found = ", ".join(str(values.dtype) for values in moments)
             raise ConfigError(f"{key}: mu and sigma in {path} are {found}, expected floating-point numbers")
-        if not all(np.isfinite(values).all() for values in given.values()):
+        if not all(np.isfinite(values).all() for values in moments):
             raise ConfigError(f"{key}: {path} holds values that are not finite")
-        metric.reference = Reference(given["mu"].astype(np.float64), given["sigma"].astype(np.float64), None)
+        count = given.get("count")  # `write_cache` gives it; somebody else's may mean something else
+        count = int(count) if count is not None and count.ndim == 0 and count.dtype.kind == "i" else None
+        metric.reference = Reference(given["mu"].astype(np.float64), given["sigma"].astype(np.float64), count)
         return
     if "arr_0" not in names:
         several = f" for each of {len(metrics)} distances" if {"mu", "sigma"} <= names else ""

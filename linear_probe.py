@@ -24,14 +24,13 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Literal, Optional, TextIO
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from huggingface_hub.constants import HF_HOME
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -48,13 +47,11 @@ from runtime import (
     ConfigError,
     RunError,
     alone,
-    blame,
-    check_precision,
     make_folder,
+    measuring_accelerator,
     quiet_transformers,
     run_main,
     save_results,
-    share_cores,
     writing,
 )
 
@@ -845,12 +842,9 @@ def main(argv: Optional[list] = None) -> None:
         LinearProbeConfig, "linear_probe.py", "Linear classifier on frozen latents.", argv, DEFAULT_CONFIG, check=check
     )
     quiet_transformers()
-    with blame("features.mixed_precision"):
-        # the main process looks at every file of a large data set while the others wait
-        patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
-        accelerator = Accelerator(mixed_precision=config.features.mixed_precision, kwargs_handlers=[patience])
-        check_precision(accelerator)
-    share_cores(accelerator, config.train.cpu_threads)
+    accelerator = measuring_accelerator(
+        config.features.mixed_precision, "features.mixed_precision", config.train.cpu_threads
+    )
 
     # everything that can be wrong is looked at before features are extracted
     head = load_head(config) if config.eval_only else None

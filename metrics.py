@@ -15,6 +15,7 @@ from accelerate.utils import gather_object
 
 from data import DataError
 from frechet import FrechetMetric, distance, reference_of, write_cache
+from runtime import to_device
 
 logger = logging.getLogger(__name__)
 
@@ -126,7 +127,7 @@ def evaluate_reconstructions(
         empty = len(batch["pixels"]) == 0
         if empty and not sharded:
             continue
-        images, image_index = batch["pixels"].to(device, non_blocking=True), batch["index"]
+        images, image_index = to_device(batch["pixels"], device), batch["index"]
         if empty:  # the other processes wait for this one in each forward pass: it joins in with a black image
             images, image_index = images.new_zeros(1, *images.shape[1:]), image_index.new_zeros(1)
         pixels = images.float() / 255

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from importlib.metadata import version
 from pathlib import Path
 from pickle import UnpicklingError
@@ -17,6 +18,7 @@ from typing import Optional, Union
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs
 from huggingface_hub.constants import HF_HUB_CACHE
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -136,6 +138,27 @@ def share_cores(accelerator: Accelerator, threads: Optional[int] = None) -> None
     one thread.)"""
     if accelerator.device.type == "cpu":
         torch.set_num_threads(threads or cores_of_process(accelerator))
+
+
+def measuring_accelerator(
+    mixed_precision: Optional[str] = None, key: str = "mixed_precision", threads: Optional[int] = None
+) -> Accelerator:
+    """An Accelerator for commands that measure: float32 products are not of TF32, as in training. Arguments as of
+    Accelerator and `share_cores`; raises ConfigError, about the setting `key`, for a precision that cannot be had."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    with blame(key):
+        # the main process looks at every file of a large data set, or packs all images, while the others wait
+        patience = InitProcessGroupKwargs(timeout=timedelta(hours=2))
+        accelerator = Accelerator(mixed_precision=mixed_precision, kwargs_handlers=[patience])
+        check_precision(accelerator)
+    share_cores(accelerator, threads)
+    return accelerator
+
+
+def to_device(pixels: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A batch that a loader gave, on the device. To a CUDA GPU the host does not wait for the copy, from pinned memory;
+    other devices do not promise that the memory is kept until the copy was made."""
+    return pixels.to(device, non_blocking=device.type == "cuda")
 
 
 def compute_deterministically() -> None:

@@ -47,6 +47,9 @@ def fsdp_is_asked_for() -> bool:
 
 def check_launch() -> None:
     """Raise ConfigError when accelerate launch asks for something else than data parallelism or FSDP2 as it is here."""
+    dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")
+    if dynamo.lower() != "no":  # it would wrap the whole model, whose weights then have other names
+        raise ConfigError(f"accelerate launch: expected dynamo_backend no, got {dynamo}; train.compile: true compiles")
     for variable, engine in OTHER_ENGINES.items():
         if _is_set(variable):
             raise ConfigError(f"accelerate launch: {engine} is not supported, expected data parallelism or FSDP2")

@@ -24,6 +24,7 @@ import socket
 import threading
 import time
 import uuid
+import warnings
 from collections import deque
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -37,6 +38,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import (
+    GradientAccumulationPlugin,
     InitProcessGroupKwargs,
     ProjectConfiguration,
     broadcast_object_list,
@@ -118,6 +120,7 @@ from runtime import (
     run_main,
     seeded_generator,
     share_cores,
+    to_device,
     writing,
 )
 from sharding import check_launch, check_processes, fsdp_is_asked_for, plain_accelerator, shard
@@ -183,9 +186,13 @@ def build_accelerator(config: Config) -> Accelerator:
     check_launch()
     # a microsecond more: Accelerate takes ten minutes for its default and would not pass them on
     timeout = timedelta(minutes=config.train.timeout_minutes, microseconds=1)
+    # Accelerate knows no other name for it that all supported releases of torch have
+    warnings.filterwarnings("ignore", "`broadcast_buffers` is deprecated", FutureWarning)
     with blame("train.mixed_precision"), plain_accelerator():
         accelerator = Accelerator(
             mixed_precision=config.train.mixed_precision,
+            # the step divides by the micro-batches itself; an environment variable would have it done twice
+            gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
             log_with=list(config.logging.report_to) or None,
             project_config=ProjectConfiguration(project_dir=output, logging_dir=f"{output}/logs"),
             # buffers are the same on all processes by construction; a broadcast would change the discriminator's
@@ -197,6 +204,7 @@ def build_accelerator(config: Config) -> Accelerator:
         )
         check_precision(accelerator)
     check_processes(accelerator)
+    check_skipping(config.train.max_nonfinite_steps, accelerator.device)
     set_tf32(config.train.tf32, accelerator)
     share_cores(accelerator, config.train.cpu_threads)
     missing = set(config.logging.report_to) - {str(tracker) for tracker in accelerator.log_with}
@@ -204,6 +212,15 @@ def build_accelerator(config: Config) -> Accelerator:
         raise ConfigError(f"logging.report_to: the package of tracker '{sorted(missing)[0]}' is not installed")
     config.train.mixed_precision = accelerator.mixed_precision  # what the launcher decided is a part of the run
     return accelerator
+
+
+def check_skipping(max_nonfinite_steps: int, device: torch.device) -> None:
+    """Raise ConfigError where steps that are not finite cannot be skipped."""
+    if max_nonfinite_steps and device.type == "mps":
+        raise ConfigError(
+            f"train.max_nonfinite_steps: expected 0, got {max_nonfinite_steps}: the fused AdamW of Apple's GPUs takes "
+            "its step whatever the gradients are"
+        )
 
 
 def set_tf32(allowed: bool, accelerator: Accelerator) -> None:
@@ -390,7 +407,9 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
         lpips.to(accelerator.device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
     discriminator = build_discriminator(config) if gan.weight > 0 else None
     rae = build_rae(config, rae_config)
-    frozen = {"model.encoder": weights_digest(rae, ("decoder.",))}
+    frozen = {"model.encoder": weights_digest(rae, ("decoder.", "latent_"))}
+    if rae_config.use_latent_stats:
+        frozen["model.latent_stats"] = weights_digest(rae, ("decoder.", "encoder."))
     if discriminator is not None:
         frozen["gan.backbone"] = weights_digest(discriminator.backbone)
     if perceptual.weight > 0:
@@ -467,7 +486,10 @@ def step_generator(run: Run, step: int, micro_batch: int) -> torch.Generator:
     """Source of noise and augmentation: a function of seed, step and the micro-batch's place in the global batch, so a
     resumed run repeats it, also with micro-batches of this size on other processes."""
     a = run.accelerator
-    place = micro_batch * a.num_processes + a.process_index  # as TrainBatches shares them out
+    if run.config.data.streaming:  # a process has the images of neighbouring lanes
+        place = a.process_index * run.config.train.gradient_accumulation_steps + micro_batch
+    else:  # as TrainBatches shares them out
+        place = micro_batch * a.num_processes + a.process_index
     return seeded_generator(run.config.train.seed, step, place, device=a.device)
 
 
@@ -508,7 +530,8 @@ class StepRecord:
         self.step = step
         self.layout = [(update.names, update.watched, update.rate) for update in updates]
         values = torch.cat([part for update in updates for part in (update.values, update.finite)])
-        self.values = values.to("cpu", non_blocking=True)  # from a GPU into pinned memory
+        # from a CUDA GPU into pinned memory; from others, whose copies could not be waited for, at once
+        self.values = values.to("cpu", non_blocking=values.is_cuda)
         self.arrived = torch.cuda.Event() if values.is_cuda else None
         if self.arrived is not None:
             self.arrived.record()
@@ -545,7 +568,7 @@ def train_step(run: Run, batches: list, step: int, stop: bool = False) -> StepRe
 
     An update with a term that is nan or inf is not made, and those after it neither, which is decided on the device: a
     term of the decoder leaves everything as it was; one of the discriminator comes after the decoder's update, which
-    stands.
+    stands. Gradients that overflow in fp16 only keep their own optimizer from its step.
 
     Args:
         batches: this process's micro-batches of pixels, each (B, 3, S, S) in [0, 1] on the device.
@@ -760,6 +783,7 @@ class Reporter:
             for path in (*by_step(self.run_dir / "samples", r"\.png"), *by_step(self.run_dir / "pairs", "-(raw|ema)")):
                 if checkpoint_step(path) > step:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.run.accelerator.wait_for_everyone()  # other processes write pictures of the same names
 
     def train(self, record: dict, images_per_second: float) -> None:
         values = {k: v for k, v in record.items() if k not in ("step", "stop", "nonfinite")}
@@ -991,6 +1015,7 @@ def check_shared_folder(run_dir: Path, lock: Optional[TextIO], patience: float =
     network file system may remember for a minute that a file was not there."""
     token = uuid.uuid4().hex
     if lock is not None:
+        lock.truncate(0)  # it was opened to append
         lock.write(token)
         lock.flush()
         os.fsync(lock.fileno())
@@ -1189,7 +1214,7 @@ def train(
         for _ in range(config.train.gradient_accumulation_steps):
             batch = next(micro_batches)
             reporter.unreadable.add(batch["unreadable"])
-            batches.append(batch["pixels"].to(accelerator.device, non_blocking=True).float() / 255)
+            batches.append(to_device(batch["pixels"], accelerator.device).float() / 255)
         on_their_way.append(train_step(run, batches, state.step, stop.received is not None))
         state.step += 1
 

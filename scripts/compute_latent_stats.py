@@ -53,10 +53,11 @@ from runtime import (
     alone,
     blame,
     check_output_file,
+    measuring_accelerator,
     progress_bar,
     quiet_transformers,
     run_main,
-    share_cores,
+    to_device,
 )
 
 CHECK_IMAGES = 256
@@ -203,7 +204,7 @@ class LatentReader:
                 self.unreadable.add(batch["unreadable"])
                 if len(batch["pixels"]) == 0:
                     continue
-                pixels = batch["pixels"].to(accelerator.device, non_blocking=True).float() / 255
+                pixels = to_device(batch["pixels"], accelerator.device).float() / 255
                 for view in (pixels, pixels.flip(3)) if config.flip else (pixels,):
                     with accelerator.autocast():
                         latent = model.encode(view, normalize=normalize).latent
@@ -319,8 +320,7 @@ def report(config: LatentStatsConfig, stats: dict, num_images: int, num_unreadab
 def main() -> None:
     config = parse(LatentStatsConfig, "compute_latent_stats.py", "Exact statistics of an RAE's latents.", check=check)
     quiet_transformers()
-    accelerator = Accelerator()
-    share_cores(accelerator)
+    accelerator = measuring_accelerator()
 
     # everything that can be wrong is looked at before anything expensive starts
     images = load_images(config)

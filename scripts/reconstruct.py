@@ -66,10 +66,11 @@ from runtime import (
     alone,
     check_output_file,
     make_folder,
+    measuring_accelerator,
     progress_bar,
     quiet_transformers,
     run_main,
-    share_cores,
+    to_device,
     writing,
 )
 
@@ -259,7 +260,7 @@ def reconstruct_all(
             unreadable.add(batch["unreadable"])
             if len(batch["pixels"]) == 0:
                 continue
-            pixels = batch["pixels"].to(accelerator.device, non_blocking=True).float() / 255
+            pixels = to_device(batch["pixels"], accelerator.device).float() / 255
             with accelerator.autocast():
                 latents = autoencoder.encode(pixels)
                 recons = autoencoder.decode(latents)
@@ -328,8 +329,7 @@ def report(config: ReconstructConfig, images: SquareImages, names: list, measure
 def main() -> None:
     config = parse(ReconstructConfig, "reconstruct.py", "Run images through an autoencoder.", check=check)
     quiet_transformers()
-    accelerator = Accelerator()
-    share_cores(accelerator)
+    accelerator = measuring_accelerator()
     source, names = find_inputs(config.input)
     make_folder(f"{config.output}/reconstructions", "output")
     check_output_file(config.json, "json")

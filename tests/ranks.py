@@ -12,6 +12,7 @@ was still there after DEADLINE; and whether processes that load data were left b
 
 import json
 import os
+import shutil
 import signal
 import sys
 import time
@@ -32,9 +33,11 @@ START = 300  # seconds for the first process to end
 
 
 def strike(fault: dict) -> None:
-    """End or halt this process ("kill", "halt"), ask it to stop ("stop"), or end a process that loads data for it
-    ("kill_worker"), as the system does when memory runs out."""
-    if fault["what"] == "kill_worker":
+    """End or halt this process ("kill", "halt"), ask it to stop ("stop"), hold it up ("slow"), or end a process that
+    loads data for it ("kill_worker"), as the system does when memory runs out."""
+    if fault["what"] == "slow":
+        time.sleep(3)
+    elif fault["what"] == "kill_worker":
         psutil.Process().children()[0].kill()
     else:
         signals = {"kill": signal.SIGKILL, "halt": signal.SIGSTOP, "stop": signal.SIGTERM}
@@ -57,9 +60,10 @@ def spoil(fault: dict, run: train_rae.Run, batches: list) -> list:
 
 
 def inject(faults: list) -> None:
-    """Put this rank's faults into the functions of a run. `place` is "step" (before it is taken), or "evaluation" or
-    "checkpoint" after that step; `step` is counted from 1."""
+    """Put this rank's faults into the functions of a run. `place` is "step" (before it is taken), or "evaluation",
+    "checkpoint" or "removal" (of a folder) after that step; `step` is counted from 1."""
     train_step, reconstruct, write_folder = train_rae.train_step, train_rae.reconstruct, checkpointing.write_folder
+    rmtree = shutil.rmtree
     now = {"step": 0}
 
     def due(place: str) -> list:
@@ -92,7 +96,12 @@ def inject(faults: list) -> None:
 
         write_folder(target, write_part, *rest)
 
-    train_rae.train_step, train_rae.reconstruct = faulty_step, faulty_reconstruct
+    def faulty_rmtree(*arguments, **options):
+        for fault in due("removal"):
+            strike(fault)
+        rmtree(*arguments, **options)
+
+    train_rae.train_step, train_rae.reconstruct, shutil.rmtree = faulty_step, faulty_reconstruct, faulty_rmtree
     checkpointing.write_folder = faulty_folder
 
 

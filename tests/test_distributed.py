@@ -157,6 +157,22 @@ def test_fewer_images_than_processes(images, tmp_path):
     assert not (tmp_path / "other").exists()
 
 
+def test_pictures_of_an_earlier_start_go_first(images, tmp_path):
+    """A run that was killed before its first checkpoint left pictures. However slowly they are removed, those that
+    another process writes stay."""
+    settings = {**PLAIN, "train.max_steps": "1", "eval.save_pairs": "8", "data.path": images}
+    scenario = {"processes": 2, "argv": ["train_rae.py", {**settings, "train.output_dir": tmp_path / "run"}]}
+    killed = [{"what": "kill", "rank": rank, "place": "step", "step": 1} for rank in (0, 1)]
+    slow = [{"what": "slow", "rank": 0, "place": "removal", "step": 0}]
+    first, second = run_ranks(
+        {"folder": tmp_path / "0", **scenario, "faults": killed},
+        {"folder": tmp_path / "1", **scenario, "faults": slow},
+    )
+    assert [end["code"] for end in first["ends"]] == [-9, -9], first
+    assert [end["code"] for end in second["ends"]] == [0, 0], second
+    assert len(list((tmp_path / "run" / "pairs" / "step-00000000-ema" / "images").iterdir())) == 8
+
+
 def test_an_error_of_one_process_ends_all(images, tmp_path):
     """Unreadable images that only the second process meets: its line is printed and the launcher fails."""
     data = shutil.copytree(images, tmp_path / "data")

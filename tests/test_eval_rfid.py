@@ -21,11 +21,18 @@ import eval_rfid
 from autoencoders import latents_digest
 from config import ImagesConfig
 from data import load_split
-from frechet import frechet_distance_of_few, inception_file, inception_metrics
+from frechet import (
+    FrechetMetric,
+    frechet_distance_of_few,
+    inception_file,
+    inception_metrics,
+    load_inception,
+    read_reference,
+)
 from metrics import PSNR_CAP, evaluate_reconstructions, to_8bit
 from modeling_rae import RAEModel
 from moments import Moments
-from runtime import run_main
+from runtime import measuring_accelerator, run_main
 
 SIZE = 32  # pixels
 
@@ -249,6 +256,27 @@ def test_rounding_is_what_it_says(evaluate, tmp_path):
     assert set(np.unique(difference)) == {0, 1}
 
 
+def test_a_download_that_was_cut(tmp_path, monkeypatch):
+    """torch.hub does not notice that the server closed too early, and finds the file there the next time."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / "inception-2015-12-05.pt"
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"PK" * 1000)
+    with pytest.raises(ValueError, match=f"^inception_path: {file} cannot be used.* delete the file to have it downl"):
+        load_inception(None, "inception_path", torch.device("cpu"))
+
+
+def test_measuring_is_without_tf32(new_accelerator):
+    """LPIPS and encoder would have it in their convolutions: other numbers than in training."""
+    before = torch.backends.cudnn.allow_tf32
+    try:
+        torch.backends.cudnn.allow_tf32 = True
+        measuring_accelerator()
+        assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.matmul.allow_tf32
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
 # ------------------------------------------------------------------------------------------------ references and cache
 
 
@@ -257,6 +285,9 @@ def test_references(evaluate, images, tmp_path):
     base = evaluate()["rfid"]
     (cached,) = (tmp_path / "cache").glob("rfid-*.npz")
     assert evaluate({"reference": cached}, "statistics")["rfid"] == pytest.approx(base, rel=1e-9)
+    metric = FrechetMetric("rfid", None, 2048, "")
+    read_reference(str(cached), [metric], None, 1, "reference")
+    assert metric.reference.count == 24
 
     source = load_split(ImagesConfig(path=str(images), train_split="none"), "train")
     pixels = np.stack([np.array(eval_rfid.EvalImages(source, SIZE)[i]["pixels"]) for i in range(24)])

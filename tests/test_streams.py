@@ -24,6 +24,7 @@ from conftest import run_command
 from PIL import Image
 
 import streams
+import train_rae
 from config import DataConfig, config_yaml, parse_config
 from data import DataError
 from streams import StreamLoader, expand_braces, list_shards, load_stream_eval_images, open_stream
@@ -228,6 +229,24 @@ def test_only_the_buffer_is_held(tmp_path):
 
 
 # Independence ---------------------------------------------------------------------------------------------------------
+
+
+def test_noise_goes_with_its_images(tmp_path):
+    """Four micro-batches have the same images and the same noise on one, two and four processes."""
+    write_shards(tmp_path, [10, 10], write_parquet)
+    cfg, found = settings(tmp_path), []
+    for processes, micro_batches in ((1, 4), (2, 2), (4, 1)):
+        stream, pairs = open_(cfg, world_size=processes), set()
+        train = SimpleNamespace(seed=0, gradient_accumulation_steps=micro_batches)
+        for rank in range(processes):
+            place = SimpleNamespace(num_processes=processes, process_index=rank, device="cpu")
+            run = SimpleNamespace(accelerator=place, config=SimpleNamespace(train=train, data=cfg))
+            batches = iter(StreamLoader(stream, cfg, SIZE, rank, processes, micro_batches))
+            for i in range(micro_batches):
+                seen = tuple(numbers(next(batches)["pixels"]))
+                pairs.add((seen, train_rae.step_generator(run, 0, i).initial_seed()))
+        found.append(pairs)
+    assert len(found[0]) == 4 and found[0] == found[1] == found[2]
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_tar])

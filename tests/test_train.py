@@ -147,6 +147,7 @@ def test_killed_before_the_first_checkpoint(images, whole_run, tmp_path):
     process.kill()
     process.wait()
     assert done.returncode == 2 and "another run is at work in" in error_line(done.stderr)
+    assert (run_dir / ".lock").read_text()  # what the other machines of the first run read is still there
     assert not list((run_dir / "checkpoints").glob("step-*"))
     run_command("train_rae.py", *flags(settings))
     kinds = [(line["kind"], line["step"]) for line in read_metrics(run_dir)]
@@ -342,6 +343,20 @@ def test_noise_depends_on_step_rank_and_micro_batch(images):
     assert not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[3])
 
 
+def test_gradients_are_not_divided_twice(images, new_accelerator, monkeypatch):
+    """A variable of accelerate launch that would divide the discriminator's gradients once more."""
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    config = parse_config(flags({**PLAIN, "data.path": images}))
+    assert train_rae.build_accelerator(config).gradient_accumulation_steps == 1
+
+
+def test_skipping_is_refused_where_nothing_is_skipped():
+    train_rae.check_skipping(0, torch.device("mps"))
+    train_rae.check_skipping(1, torch.device("cuda"))
+    with pytest.raises(ValueError, match="train.max_nonfinite_steps: expected 0, got 1"):
+        train_rae.check_skipping(1, torch.device("mps"))
+
+
 @pytest.mark.parametrize(
     "settings, expected",
     [
@@ -513,6 +528,9 @@ def test_start_from_a_trained_model(images, whole_run, tmp_path):
     pixels = torch.rand(1, 3, 32, 32)
     torch.testing.assert_close(new.encode(pixels).latent, (old.encode(pixels).latent - 0.5) / (4 + 1e-5) ** 0.5)
     torch.testing.assert_close(new(pixels).sample, old(pixels).sample, rtol=1e-4, atol=1e-4)
+    torch.save({"mean": torch.full((64, 8, 8), 0.5), "var": torch.full((64, 8, 8), 2.0)}, tmp_path / "stats.pt")
+    done = train(images, tmp_path / "run", {**settings, "train.max_steps": "2"}, check=False)
+    assert "error: model.latent_stats: its weights are not those" in done.stderr
 
 
 def test_nonfinite_loss(images, tmp_path):
