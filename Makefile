@@ -8,7 +8,7 @@ BIN := .venv/bin
 help:
 	@echo "make setup      create .venv and install requirements.txt"
 	@echo "make demo       train on handwritten digits (about 3 minutes on 2 CPU cores)"
-	@echo "make test       run all tests (about 10 minutes on 2 cores)"
+	@echo "make test       run all tests (about 8 minutes on 2 cores)"
 	@echo "make lint       ruff check and format check"
 	@echo "make faults     damaged files, full disks, lost data; kills at 50 random moments and named places (20 minutes)"
 	@echo "make cross-version  model folders between the oldest and the newest supported transformers (5 minutes)"

@@ -123,7 +123,9 @@ def _kind(source: str, key: str) -> str:
         with blame(key, source):
             try:
                 file = Path(hf_hub_download(source, "config.json"))
-            except (HFValidationError, HfHubHTTPError) as error:
+            except HFValidationError as error:  # more than one slash, say: a path
+                raise ConfigError(f"{key}: {source} does not exist, expected a model folder or a Hub id") from error
+            except HfHubHTTPError as error:
                 reason = str(error).strip().splitlines()[0]
                 raise ConfigError(f"{key}: {source} is no folder and no model on the Hub ({reason})") from error
     try:

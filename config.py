@@ -390,7 +390,7 @@ def parse(
         default_config: YAML file that is read when the command line names none.
         check: called with the result; raises ConfigError for values that cannot be used.
     """
-    parser = build_parser(schema, prog, description)
+    parser = build_parser(schema, prog, description, default_config)
     try:
         argv = join_lists(schema, sys.argv[1:] if argv is None else argv)
         argv = files_first(argv, default_config)
@@ -411,19 +411,24 @@ def parse(
 
 
 @functools.cache  # a tenth of a second, for those who read many configs
-def build_parser(schema: type, prog: str, description: str) -> ArgumentParser:
+def build_parser(schema: type, prog: str, description: str, default_config: Optional[Path]) -> ArgumentParser:
     """The parser of YAML files and flags for the dataclass `schema`."""
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=description)
-    parser.add_argument("--config", action="config", help="YAML file; repeatable, later ones win")
+    # a flag is written out: `--conf` for `--config` would be read by the parser and by nobody else
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=description, allow_abbrev=False)
+    default = "" if default_config is None else f"; none: configs/{default_config.name}, over the defaults below"
+    parser.add_argument("--config", action="config", help=f"YAML file; repeatable, later ones win{default}")
     parser.add_class_arguments(schema, nested_key=None, as_group=False)
     return parser
 
 
 def parse_config(argv: Optional[list] = None) -> Config:
     """The settings of train_rae.py from the command line. Bad input exits with code 2."""
-    return parse(
+    config = parse(
         Config, "train_rae.py", "Train a representation autoencoder.", argv, DEFAULT_CONFIG, check=check_config
     )
+    if not config_files(sys.argv[1:] if argv is None else argv) and os.environ.get("RANK", "0") == "0":
+        print(f"no --config: the settings are those of the demo, configs/{DEFAULT_CONFIG.name}, and of the flags")
+    return config
 
 
 def files_first(argv: list, default_config: Optional[Path] = None) -> list:

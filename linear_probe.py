@@ -4,6 +4,7 @@
     accelerate launch --num_processes 8 linear_probe.py --model runs/dinov2_b/final --data.path /data/imagenet_hf
     python linear_probe.py --eval_only --head runs/linear_probe/head --data.path /data/imagenet_hf
 
+The evaluation images are the split `validation`, or what --data.eval_split says (`val` for most image folders).
 Models are RAE folders or Hub ids, or diffusers' AutoencoderRAE and AutoencoderKL. Published top-1 on ImageNet-1k
 (RAE paper): DINOv2-B 84.5, SigLIP2-B 79.1, MAE-B 68.0, SD-VAE 8.0. configs/linear_probe.yaml, the default --config,
 has the protocol and what it gives on the handwritten digits.
@@ -20,6 +21,7 @@ Results do not depend on the number of processes. In --output_dir: results.json,
 import hashlib
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterable, Iterator
@@ -928,8 +930,10 @@ def describe(
 
 def provenance(extractor: Extractor) -> dict:
     """What a result and a head say about their features."""
+    name = extractor.model.name
     return {
-        "model": extractor.model.name,
+        # a folder from wherever the head is used later
+        "model": os.path.abspath(name) if os.path.isdir(name) else name,
         "model_kind": extractor.model.kind,
         "weights": extractor.weights,
         "features": extractor.kind,

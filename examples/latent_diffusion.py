@@ -42,7 +42,7 @@ GRID_CLASSES, GRID_ROWS = 10, 6
 
 
 def parse_args() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     parser.add_argument("--model", default="runs/digits_tiny/final", help="folder or Hub id of an RAE")
     parser.add_argument("--data", default="data/digits/train", help="folder of images, <data>/<class>/*.png")
     parser.add_argument("--output", type=Path, default=Path("runs/latent_diffusion"), help="folder for the results")
@@ -96,7 +96,10 @@ def encode_images(rae, images: datasets.ImageFolder, batch_size: int, num_worker
         [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]  # (3, S, S) in [0, 1]
     )
     batches = DataLoader(images, batch_size, num_workers=num_workers)
-    latents = torch.cat([rae.encode(pixels.to(rae.device)).latent.cpu() for pixels, _ in batches])
+    try:
+        latents = torch.cat([rae.encode(pixels.to(rae.device)).latent.cpu() for pixels, _ in batches])
+    except OSError as error:  # of Pillow, in a process that reads; its last line has the reason
+        fail(f"--data: an image cannot be read: {str(error).strip().splitlines()[-1]}")
     return latents, torch.tensor(images.targets)
 
 

@@ -11,8 +11,8 @@
 
     python scripts/convert_checkpoint.py --from diffusers --to rae --input my_autoencoder_rae --output my_rae
     python scripts/convert_checkpoint.py --from rae --to diffusers --input runs/dinov2_b/final --output my_diffusers
-        What AutoencoderRAE cannot hold (a learnt position table, latents from several blocks, ...) is named and stops
-        the conversion; --force converts the rest.
+        What AutoencoderRAE cannot hold (a latent grid other than 16 x 16, a learnt position table, latents from several
+        blocks, ...) is named and stops the conversion; --force converts the rest.
 
     python scripts/convert_checkpoint.py --from rae --to published --input runs/dinov2_b/final --output published
         Writes model.pt and, for a model with latent statistics, stat.pt. What the published code fixes otherwise (the
@@ -21,7 +21,8 @@
 Any two different sides can be combined. Weights are written in float32. The result is written beside --output, loaded
 from there and compared with the source: tensor by tensor, and on two photographs and a noise image where both sides can
 run (this suite's decoder stands for the published one). Only when nothing differs by more than 1e-4 is it put in its
-place; else the exit code is 1 and nothing is left. Bad input ends with one line and exit code 2. A CPU is enough: two
+place; else the exit code is 1 and nothing is left. With --force, differences that were named beforehand are printed
+and stop nothing. Bad input ends with one line and exit code 2. A CPU is enough: two
 minutes and 7 GB of memory for a ViT-XL decoder.
 """
 
@@ -109,6 +110,9 @@ class Source:
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(**{**options, "allow_abbrev": False})
+
     def error(self, message: str) -> None:
         fail(message)
 

@@ -40,6 +40,9 @@ CHUNK = 1024  # images checked at a time: progress, and a bound on the queue
 
 
 class Parser(argparse.ArgumentParser):
+    def __init__(self, **options):
+        super().__init__(**{**options, "allow_abbrev": False})
+
     def error(self, message):
         self.exit(2, f"error: {message}\n")
 

@@ -123,10 +123,11 @@ def test_flags_before_files_win_too(tmp_path):
     assert parse_config(["--gan.weight", "0.3", "--config", file]).gan.weight == 0.3
 
 
-def test_without_a_file_the_default_preset_is_used(monkeypatch, tmp_path):
-    """No --config means configs/digits_tiny.yaml, from any folder, and flags change it."""
+def test_without_a_file_the_default_preset_is_used(monkeypatch, tmp_path, capsys):
+    """No --config means configs/digits_tiny.yaml, which is said, from any folder, and flags change it."""
     monkeypatch.chdir(tmp_path)
     assert parse_config([]) == parse_config(["--config", DIGITS])
+    assert capsys.readouterr().out.count("no --config: the settings are those of the demo, configs/digits_tiny") == 1
     config = parse_config(["--train.max_steps", "3"])
     assert config.train.max_steps == 3 and config.model.encoder_weights == "random"
     monkeypatch.setattr("sys.argv", ["train_rae.py", "--train.seed", "4"])
@@ -170,7 +171,9 @@ def test_a_group_that_is_no_mapping_is_an_error(tmp_path, error, text):
 
 def test_bad_flags_are_one_line_that_names_the_key(tmp_path, error):
     """The same for flags, and for a file that does not exist."""
-    for arguments in (["--gan.wieght", 1], ["--gan.wieght=1"], ["--gan.optimizer.lrr", 1], ["--seed", 1]):
+    wrong = (["--gan.wieght", 1], ["--gan.wieght=1"], ["--gan.optimizer.lrr", 1], ["--seed", 1])
+    abbreviated = (["--train.max_step", 8], ["--conf", PRESETS[0]])
+    for arguments in (*wrong, *abbreviated):
         assert arguments[0].split("=")[0] in error(*arguments)
     for key, value in (("gan.weight", "x"), ("train.max_steps", 1.5), ("gan.loss", "x"), ("eval.metrics", "[fid]")):
         assert key in error(f"--{key}", value) and str(value).strip("[]") in error(f"--{key}", value)

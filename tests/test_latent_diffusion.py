@@ -123,11 +123,14 @@ def test_width_follows_from_the_latents():
 def test_bad_input_ends_in_one_line(model, images, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
+    (tmp_path / "broken" / "a").mkdir(parents=True)
+    (tmp_path / "broken" / "a" / "bad.png").write_text("not an image")
     tiny_rae().encoder.save_pretrained(tmp_path / "encoder")
     good = {"model": model, "data": images / "train", "output": tmp_path / "out"}
     cases = (
         ({"data": tmp_path / "nowhere"}, "--data: expected images in"),
         ({"data": tmp_path / "empty"}, "--data: expected images in"),
+        ({"data": tmp_path / "broken"}, f"{tmp_path}/broken/a/bad.png"),
         ({"data": images}, f"--data: expected one split, such as {images}/train"),
         ({"model": tmp_path / "nowhere"}, f"--model: expected the folder or Hub id of an RAE, got {tmp_path}/nowhere"),
         ({"model": "user/nowhere"}, "--model: expected the folder or Hub id of an RAE, got user/nowhere"),

@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -253,6 +254,18 @@ def test_eval_only_repeats_the_figures(digits_run, model, digits, probe, tmp_pat
         assert results[name] == before[name], name
     assert results["sweep"] is None and not (tmp_path / "again" / "head").exists()
     assert "note" not in printed
+
+
+def test_a_head_names_its_model_from_anywhere(tmp_path, monkeypatch):
+    """A folder as it was given is somewhere else for a command that is started in another one."""
+    (tmp_path / "rae").mkdir()
+    monkeypatch.chdir(tmp_path)
+    for given, recorded in (("rae", str(tmp_path / "rae")), ("user/rae", "user/rae")):
+        model, accelerator = SimpleNamespace(name=given, kind="rae"), SimpleNamespace(mixed_precision="no")
+        extractor = SimpleNamespace(
+            model=model, weights="", kind="mean", width=1, image_size=8, accelerator=accelerator
+        )
+        assert linear_probe.provenance(extractor)["model"] == recorded
 
 
 # --------------------------------------------------------------------------------------------------------------------
