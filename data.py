@@ -743,9 +743,11 @@ def _load_from_hub(path, config_name):
     try:
         return datasets.load_dataset(path, name=config_name)
     except (ConnectionError, DatasetNotFoundError) as error:
-        offline = "; HF_HUB_OFFLINE is set, so only cached data sets are found" if constants.HF_HUB_OFFLINE else ""
+        hint = "; HF_HUB_OFFLINE is set, so only cached data sets are found" if constants.HF_HUB_OFFLINE else ""
+        if path == "data/digits":
+            hint += "; scripts/prepare_data.py digits --output data/digits makes this one"
         raise DataError(
-            f"data.path: '{path}' is neither a local folder nor a Hub data set that can be reached{offline}: "
+            f"data.path: '{path}' is neither a local folder nor a Hub data set that can be reached{hint}: "
             f"{one_line(error)}"
         ) from error
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:

@@ -189,7 +189,10 @@ def find_shards(path, split, cfg, setting="data.path"):
         return list_shards(path, setting)
     splits = list_splits(path, cfg.config_name, setting)
     if split not in splits:
-        raise DataError(f"{setting}: there is no split '{split}' in {path}, it has {', '.join(sorted(splits))}")
+        raise DataError(
+            f"{setting}: there is no split '{split}' in {path}, it has {', '.join(sorted(splits))}; expected another "
+            "data.train_split or data.eval_split, or evaluation images elsewhere (data.eval_path)"
+        )
     return splits[split]
 
 

@@ -716,7 +716,7 @@ def discriminator_step(
 
 
 def encoder_distance(run: Run) -> FrechetMetric:
-    """rfdd of the run's own encoder, in float32 as eval_rfid.py measures it."""
+    """rfdd of the run's own encoder, in float32 as eval_rfid.py measures it (in TF32 with train.tf32)."""
 
     def tokens(pixels: torch.Tensor) -> torch.Tensor:
         return run.model.encode(pixels, add_noise=False, normalize=False).latent

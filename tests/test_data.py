@@ -595,7 +595,7 @@ def test_hub_data_set(monkeypatch):
     one_line_error(lambda: data.load_splits(config("name"), 0), "data.eval_split", "'validation'", "test, train")
 
 
-def test_hub_errors_are_one_line(monkeypatch):
+def test_hub_errors_are_one_line(monkeypatch, tmp_path):
     from huggingface_hub import constants
 
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -604,6 +604,9 @@ def test_hub_errors_are_one_line(monkeypatch):
         lambda: data.load_split(config("user/surely_not_there"), "train"),
         "data.path", "'user/surely_not_there'", "neither a local folder nor a Hub data set", "HF_HUB_OFFLINE",
     )  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    call = lambda: data.load_split(config("data/digits"), "train")  # noqa: E731
+    one_line_error(call, "scripts/prepare_data.py digits --output data/digits")
 
     def bad_config(path, name):
         raise ValueError("BuilderConfig 'x' not found.\nAvailable: ['a']")

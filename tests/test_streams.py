@@ -607,7 +607,7 @@ def test_bad_settings_are_one_line(tmp_path):
         ({**tar, "steps_per_epoch": None}, "data.steps_per_epoch: needed, because the number of images in"),
         ({**tar, "image_column": "webp"}, "data.path: none of the first 2 shards gives an image; .* no images in it"),
         ({**tar, "config_name": "a"}, "data.config_name: 'a' is for Hub data sets"),
-        ({"train_split": "other"}, "data.path: there is no split 'other' in .*, it has train"),
+        ({"train_split": "other"}, "data.path: there is no split 'other' in .*, it has train; .*data.eval_path"),
         ({"image_column": "label"}, "data.image_column: column 'label'"),
         ({"holdout_fraction": 0.1}, "data.holdout_fraction: 0.1, but a stream holds no images out"),
         ({"stream_lanes": 3}, "data.stream_lanes: 3 .* is no divisor of the global batch of 8"),
