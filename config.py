@@ -405,9 +405,28 @@ def parse(
         check_rules(config, RULES)
         if check is not None:
             check(config)
-    except (ArgumentError, ValueError, OSError) as error:
+    except ArgumentError as error:
+        fail(in_plain_words(str(error)))
+    except (ValueError, OSError) as error:
         fail(error)
     return config
+
+
+TYPES_IN_WORDS = {"int": "an integer", "float": "a number", "bool": "true or false", "dict": "a mapping"}
+
+
+def in_plain_words(message: str) -> str:
+    """What the parser says of a value, said as by the other errors: key, what is expected, what was found."""
+    text = " ".join(message.split())
+    none = "<class 'NoneType'>"  # every union of the schemas is of something and nothing
+    union = rf"Does not validate against .*? Subtypes: \[(.+?), {none}\] Errors: .* Given value: "
+    text = re.sub(union, r"Expected a \1 or nothing. Got value: ", text)
+    text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", text)
+    text = re.sub(r"a <class '(\w+)'>", lambda found: TYPES_IN_WORDS.get(found[1], found[0]), text)
+    group = r"\1: expected a YAML file of these settings, got \2; a single one is given as --\1.NAME"
+    text = re.sub(r'^Parser key "(\w+)": Unable to load config .* "(.*)"$', group, text)
+    text = re.sub(r'^Parser key "([\w.]+)": Expected (.*?)\. Got value: ', r"\1: expected \2, got ", text)
+    return re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", text)
 
 
 @functools.cache  # a tenth of a second, for those who read many configs

@@ -169,6 +169,29 @@ def test_a_group_that_is_no_mapping_is_an_error(tmp_path, error, text):
     assert "gan" in error("--config", write(tmp_path / "bad.yaml", text))
 
 
+@pytest.mark.parametrize(
+    "arguments, line",
+    [
+        (("--train.max_steps", "six"), "train.max_steps: expected an integer or nothing, got six"),
+        (
+            ("--train.mixed_precision", "b"),
+            "train.mixed_precision: expected one of 'no', 'fp16', 'bf16' or nothing, got b",
+        ),
+        (("--gan.weight", "x"), "gan.weight: expected a number, got x"),
+        (("--train.compile", "maybe"), "train.compile: expected true or false, got maybe"),
+        (("--data.mixture", "a"), "data.mixture: expected a mapping, got a"),
+        (("--gan.loss", "x"), "gan.loss: expected one of 'hinge', 'vanilla', got x"),
+        (("--optimizer.betas", "3"), "optimizer.betas: expected a tuple with 2 elements, got [3]"),
+        (
+            ("--data", "data/none"),
+            "data: expected a YAML file of these settings, got data/none; a single one is given as --data.NAME",
+        ),
+    ],
+)
+def test_bad_values_are_said_in_plain_words(error, arguments, line):
+    assert error(*arguments).strip().removeprefix("error: ") == line
+
+
 def test_bad_flags_are_one_line_that_names_the_key(tmp_path, error):
     """The same for flags, and for a file that does not exist."""
     wrong = (["--gan.wieght", 1], ["--gan.wieght=1"], ["--gan.optimizer.lrr", 1], ["--seed", 1])
