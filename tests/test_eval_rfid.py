@@ -433,6 +433,7 @@ def test_rfid_while_training(evaluate, images, inception, tmp_path):
         ({"inception_path": "FOLDER/none.pt"}, ["inception_path", "none.pt does not exist", "inception-2015-12-05.pt"]),
         ({"inception_path": "TEXT"}, ["inception_path", "cannot be used"]),
         ({"inception_path": "OTHER_NETWORK"}, ["inception_path", "expected the TorchScript network"]),
+        ({"model": "runs/no/final"}, ["model: runs/no/final does not exist"]),
         ({"reference": "FOLDER/none.npz"}, ["reference", "none.npz"]),
         ({"reference": "TEXT"}, ["reference", "cannot be read as .npz"]),
         ({"reference": "NARROW"}, ["reference", "shape (3,)", "(2048,)"]),
