@@ -1,5 +1,6 @@
 """Errors that end a command in one line. Imports nothing that takes time: config.py answers --help with it."""
 
+import argparse
 import os
 import sys
 from typing import NoReturn, Union
@@ -27,3 +28,13 @@ def fail(message: Union[str, Exception], code: int = 2, everywhere: bool = False
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
         sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
     sys.exit(code)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """argparse's parser, and those of its subcommands: bad input ends in one line, and flags are written out."""
+
+    def __init__(self, **options):
+        super().__init__(**{**options, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        fail(message)

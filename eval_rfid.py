@@ -355,7 +355,7 @@ def report(m: Measurement, rows: list) -> None:
 def main() -> None:
     config = parse(EvalRFIDConfig, "eval_rfid.py", "Measure the reconstructions of autoencoders.", check=check)
     quiet_transformers()
-    accelerator = measuring_accelerator(config.mixed_precision, "mixed_precision")
+    accelerator = measuring_accelerator(config.mixed_precision)
     source = load_eval_images(config.data, config.seed)
     output_dir = make_folder(config.output_dir or f"evaluations/{row_name(config.model[0], 0)}", "output_dir")
     cache = make_folder(config.reference_cache, "reference_cache") if config.reference_cache else DEFAULT_CACHE

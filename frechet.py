@@ -268,11 +268,11 @@ def read_reference(path: str, metrics: list, accelerator: Accelerator, batch_siz
         metric, shape = metrics[0], given["mu"].shape
         if shape != (metric.width,) or given["sigma"].shape != shape * 2:
             raise ConfigError(f"{key}: mu in {path} has shape {shape}, the features of {metric.name} ({metric.width},)")
-        moments = [given["mu"], given["sigma"]]
-        if not all(values.dtype.kind == "f" for values in moments):
-            found = ", ".join(str(values.dtype) for values in moments)
+        floats = [given["mu"], given["sigma"]]
+        if not all(values.dtype.kind == "f" for values in floats):
+            found = ", ".join(str(values.dtype) for values in floats)
             raise ConfigError(f"{key}: mu and sigma in {path} are {found}, expected floating-point numbers")
-        if not all(np.isfinite(values).all() for values in moments):
+        if not all(np.isfinite(values).all() for values in floats):
             raise ConfigError(f"{key}: {path} holds values that are not finite")
         count = given.get("count")  # `write_cache` gives it; somebody else's may mean something else
         count = int(count) if count is not None and count.ndim == 0 and count.dtype.kind == "i" else None

@@ -51,6 +51,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repositor
 from autoencoders import RAE, Autoencoder, DiffusersRAE, load_autoencoder
 from checkpointing import read_latent_stats, read_saved, read_tensors, write_folder
 from data import center_crop
+from errors import OneLineParser
 from hub import image_processor_json
 from modeling_rae import (
     ENCODER_FAMILIES,
@@ -63,7 +64,7 @@ from modeling_rae import (
     encoder_family,
     sincos_position_table,
 )
-from runtime import ConfigError, RunError, blame, check_output_file, fail, quiet_transformers, run_main
+from runtime import ConfigError, RunError, blame, check_output_file, quiet_transformers, run_main
 
 TOLERANCE = 1e-4  # largest difference of a conversion that counts as right
 TABLE_TOLERANCE = 1e-5  # position tables that are closer are the same one: a step of training moves a table further
@@ -109,14 +110,6 @@ class Source:
     notes: list = field(default_factory=list)
 
 
-class Parser(argparse.ArgumentParser):
-    def __init__(self, **options):
-        super().__init__(**{**options, "allow_abbrev": False})
-
-    def error(self, message: str) -> None:
-        fail(message)
-
-
 def main(argv: Optional[list] = None) -> None:
     args = parse_arguments(argv)
     check_arguments(args)
@@ -143,7 +136,7 @@ def main(argv: Optional[list] = None) -> None:
 
 
 def parse_arguments(argv: Optional[list]) -> argparse.Namespace:
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--from", dest="source", required=True, choices=list(SIDES), help="what --input is")
     parser.add_argument("--to", dest="target", required=True, choices=list(WRITERS), help="what to write")
     parser.add_argument("--input", type=Path, required=True, help="file or folder to convert")

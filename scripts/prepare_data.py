@@ -33,18 +33,11 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root: data.py
 from config import LARGEST, MOST_TASKS
 from data import DataError, UnreadableImage, UnreadableLog, class_folders, scan_folder, split_folders
+from errors import OneLineParser
 
 RECORD = "prepare_data.json"  # settings and counts of a finished folder
 DEFAULT_SPLITS = "train:0.8,validation:0.1,test:0.1"
 CHUNK = 1024  # images checked at a time: progress, and a bound on the queue
-
-
-class Parser(argparse.ArgumentParser):
-    def __init__(self, **options):
-        super().__init__(**{**options, "allow_abbrev": False})
-
-    def error(self, message):
-        self.exit(2, f"error: {message}\n")
 
 
 def main(argv=None):
@@ -65,7 +58,7 @@ def main(argv=None):
 
 
 def parse_arguments(argv):
-    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="{digits,dummy,convert}")
 
     digits = commands.add_parser("digits", help="scikit-learn's handwritten digits as class folders")

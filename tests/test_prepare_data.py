@@ -179,6 +179,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, fail):
     result = prepare("convert", "--input", tmp_path / "missing", "--output", output)
     assert result.returncode == 2 and result.stdout == "" and result.stderr.count("\n") == 1
     assert "required" in fail("digits")
+    assert "are required: --output" in fail("digits", "--outp", output)  # flags are written out
     assert "invalid choice" in fail("nonsense")
     assert "--size" in fail("digits", "--output", output, "--size", 0)
     assert "not a folder of this script" in fail("digits", "--output", tmp_path / "other")
