@@ -26,9 +26,9 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
-from config import ImagesConfig, check_rules, config_dict, parse, require
-from data import (
+from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
+from rae_suite.config import ImagesConfig, check_rules, config_dict, parse, require
+from rae_suite.data import (
     EvalImages,
     ImageSource,
     UnreadableLog,
@@ -37,11 +37,11 @@ from data import (
     evenly_spread,
     load_eval_images,
 )
-from frechet import DEFAULT_CACHE, FID_MODES, encoder_metric, inception_metrics, read_reference, use_cache
-from losses import build_lpips
-from metrics import HIGHER_IS_BETTER, IMAGE_METRICS, Evaluation, evaluate_reconstructions, quantize
-from pictures import comparison_grid, save_pairs, spread_with_last
-from runtime import (
+from rae_suite.frechet import DEFAULT_CACHE, FID_MODES, encoder_metric, inception_metrics, read_reference, use_cache
+from rae_suite.losses import build_lpips
+from rae_suite.metrics import HIGHER_IS_BETTER, IMAGE_METRICS, Evaluation, evaluate_reconstructions, quantize
+from rae_suite.pictures import comparison_grid, save_pairs, spread_with_last
+from rae_suite.runtime import (
     ConfigError,
     RunError,
     alone,

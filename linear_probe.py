@@ -40,12 +40,12 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, latents_digest, load_autoencoder
-from checkpointing import lock_run_folder, write_folder
-from config import ImagesConfig, check_rules, config_dict, parse, require
-from data import DataError, ImageSource, UnreadableLog, eval_loader, load_eval_images, load_splits
-from moments import Moments
-from runtime import (
+from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, latents_digest, load_autoencoder
+from rae_suite.checkpointing import lock_run_folder, write_folder
+from rae_suite.config import ImagesConfig, check_rules, config_dict, parse, require
+from rae_suite.data import DataError, ImageSource, UnreadableLog, eval_loader, load_eval_images, load_splits
+from rae_suite.moments import Moments
+from rae_suite.runtime import (
     ConfigError,
     RunError,
     alone,

@@ -2,7 +2,8 @@
 
     accelerate launch train_rae.py --config configs/dinov2_b.yaml --data.path /data/imagenet
 
-Any setting of config.py can be given as a flag; `--help` lists them. The same command continues a run that was stopped.
+Any setting of rae_suite/config.py can be given as a flag; `--help` lists them. The same command continues a run that
+was stopped.
 The method is that of arXiv 2510.11690. `--config configs/digits_tiny.yaml`, which is also read where there is no
 --config, trains on handwritten digits (`python scripts/prepare_data.py digits --output data/digits`) in about three
 minutes on two CPU cores and ends at 30 dB PSNR on held-out digits; configs/ has the published settings.
@@ -11,7 +12,7 @@ minutes on two CPU cores and ends at 30 dB PSNR on held-out digits; configs/ has
 # ruff: noqa: E402
 import sys
 
-from config import parse_config
+from rae_suite.config import parse_config
 
 if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv):
     parse_config()  # prints the help and ends the process: the imports below take seconds
@@ -56,8 +57,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from autoencoders import weights_digest
-from checkpointing import (
+from modeling_rae import ENCODER_FAMILIES, RAEConfig, RAEModel, encoder_family, vision_config
+from rae_suite.autoencoders import weights_digest
+from rae_suite.checkpointing import (
     MetricsFile,
     StopSignal,
     by_step,
@@ -77,7 +79,7 @@ from checkpointing import (
     write_folder,
     write_text,
 )
-from config import (
+from rae_suite.config import (
     LARGEST,
     Config,
     GANConfig,
@@ -87,7 +89,7 @@ from config import (
     config_dict,
     config_yaml,
 )
-from data import (
+from rae_suite.data import (
     DataError,
     EvalImages,
     ImageSource,
@@ -100,15 +102,21 @@ from data import (
     train_loader,
     training_resize_size,
 )
-from discriminator import BACKBONE_SETTINGS, DiffAug, DinoDiscriminator, load_backbone
-from ema import EMA
-from frechet import FID_MODES, FrechetMetric, encoder_metric, inception_metrics, use_cache
-from hub import Publisher, check_access, check_encoder_left_out, check_target, image_processor_json, push_command
-from losses import DISCRIMINATOR_LOSSES, build_lpips, generator_gradient, to_discriminator_range
-from metrics import HIGHER_IS_BETTER, IMAGE_METRICS, evaluate_reconstructions, quantize
-from modeling_rae import ENCODER_FAMILIES, RAEConfig, RAEModel, encoder_family, vision_config
-from pictures import plot_curves, progress_strip, reconstruction_grid, save_pairs
-from runtime import (
+from rae_suite.discriminator import BACKBONE_SETTINGS, DiffAug, DinoDiscriminator, load_backbone
+from rae_suite.ema import EMA
+from rae_suite.frechet import FID_MODES, FrechetMetric, encoder_metric, inception_metrics, use_cache
+from rae_suite.hub import (
+    Publisher,
+    check_access,
+    check_encoder_left_out,
+    check_target,
+    image_processor_json,
+    push_command,
+)
+from rae_suite.losses import DISCRIMINATOR_LOSSES, build_lpips, generator_gradient, to_discriminator_range
+from rae_suite.metrics import HIGHER_IS_BETTER, IMAGE_METRICS, evaluate_reconstructions, quantize
+from rae_suite.pictures import plot_curves, progress_strip, reconstruction_grid, save_pairs
+from rae_suite.runtime import (
     INTERRUPTED,
     ConfigError,
     RunError,
@@ -124,8 +132,8 @@ from runtime import (
     to_device,
     writing,
 )
-from sharding import check_launch, check_processes, fsdp_is_asked_for, plain_accelerator, shard
-from streams import Stream, StreamLoader, load_stream_eval_images, open_stream
+from rae_suite.sharding import check_launch, check_processes, fsdp_is_asked_for, plain_accelerator, shard
+from rae_suite.streams import Stream, StreamLoader, load_stream_eval_images, open_stream
 
 logger = logging.getLogger(__name__)
 

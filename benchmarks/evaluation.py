@@ -28,11 +28,11 @@ from torchvision.models import inception_v3
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from data import eval_loader, scan_folder  # noqa: E402
-from frechet import inception_metrics  # noqa: E402
-from metrics import evaluate_reconstructions  # noqa: E402
 from modeling_rae import RAEConfig, RAEModel  # noqa: E402
-from runtime import share_cores  # noqa: E402
+from rae_suite.data import eval_loader, scan_folder  # noqa: E402
+from rae_suite.frechet import inception_metrics  # noqa: E402
+from rae_suite.metrics import evaluate_reconstructions  # noqa: E402
+from rae_suite.runtime import share_cores  # noqa: E402
 
 DECODERS = {"b": (768, 12, 12, 3072), "xl": (1152, 28, 16, 4096)}  # width, blocks, heads, MLP
 

@@ -29,7 +29,7 @@ from train_step import ROOT, benchmark_config
 sys.path.insert(0, str(ROOT))
 
 import train_rae  # noqa: E402
-from runtime import run_main  # noqa: E402
+from rae_suite.runtime import run_main  # noqa: E402
 
 CARDS = {"24 GB": 23.5, "48 GB": 47.4, "80 GB": 79.2, "141 GB": 139.8}  # GiB that the driver shows
 ASIDE_GIB, ASIDE_SHARE = 1.0, 0.05

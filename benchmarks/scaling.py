@@ -43,7 +43,7 @@ sys.path.insert(0, str(ROOT))
 
 import train_rae  # noqa: E402
 from modeling_rae import RAEModel  # noqa: E402
-from runtime import run_main  # noqa: E402
+from rae_suite.runtime import run_main  # noqa: E402
 
 # assumptions of the model
 MATRIX_RATE = 768e12  # FLOP/s of a large bf16 matrix product on an H200, measured; the data sheet's peak is 989e12

@@ -32,15 +32,15 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from config import Config, parse_config  # noqa: E402
-from losses import (  # noqa: E402
+from rae_suite.config import Config, parse_config  # noqa: E402
+from rae_suite.losses import (  # noqa: E402
     DISCRIMINATOR_LOSSES,
     adaptive_weight,
     generator_gradient,
     generator_loss,
     to_discriminator_range,
 )
-from runtime import run_main  # noqa: E402
+from rae_suite.runtime import run_main  # noqa: E402
 from train_rae import (  # noqa: E402
     Run,
     build_accelerator,

@@ -41,13 +41,13 @@ from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
-from autoencoders import load_autoencoder
-from checkpointing import write_folder
-from config import ImagesConfig, check_rules, parse, parse_config, require
-from data import DataError, ImageSource, UnreadableLog, chosen_images, eval_loader, load_splits
 from modeling_rae import LATENT_VAR_EPS, RAEModel
-from moments import Moments
-from runtime import (
+from rae_suite.autoencoders import load_autoencoder
+from rae_suite.checkpointing import write_folder
+from rae_suite.config import ImagesConfig, check_rules, parse, parse_config, require
+from rae_suite.data import DataError, ImageSource, UnreadableLog, chosen_images, eval_loader, load_splits
+from rae_suite.moments import Moments
+from rae_suite.runtime import (
     ConfigError,
     RunError,
     alone,

@@ -48,11 +48,6 @@ from transformers import MODEL_MAPPING, AutoConfig, PreTrainedConfig
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root
-from autoencoders import RAE, Autoencoder, DiffusersRAE, load_autoencoder
-from checkpointing import read_latent_stats, read_saved, read_tensors, write_folder
-from data import center_crop
-from errors import OneLineParser
-from hub import image_processor_json
 from modeling_rae import (
     ENCODER_FAMILIES,
     IMAGENET_MEAN,
@@ -64,7 +59,12 @@ from modeling_rae import (
     encoder_family,
     sincos_position_table,
 )
-from runtime import ConfigError, RunError, blame, check_output_file, quiet_transformers, run_main
+from rae_suite.autoencoders import RAE, Autoencoder, DiffusersRAE, load_autoencoder
+from rae_suite.checkpointing import read_latent_stats, read_saved, read_tensors, write_folder
+from rae_suite.data import center_crop
+from rae_suite.errors import OneLineParser
+from rae_suite.hub import image_processor_json
+from rae_suite.runtime import ConfigError, RunError, blame, check_output_file, quiet_transformers, run_main
 
 TOLERANCE = 1e-4  # largest difference of a conversion that counts as right
 TABLE_TOLERANCE = 1e-5  # position tables that are closer are the same one: a step of training moves a table further

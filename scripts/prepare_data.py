@@ -30,10 +30,10 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root: data.py
-from config import LARGEST, MOST_TASKS
-from data import DataError, UnreadableImage, UnreadableLog, class_folders, scan_folder, split_folders
-from errors import OneLineParser
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
+from rae_suite.config import LARGEST, MOST_TASKS
+from rae_suite.data import DataError, UnreadableImage, UnreadableLog, class_folders, scan_folder, split_folders
+from rae_suite.errors import OneLineParser
 
 RECORD = "prepare_data.json"  # settings and counts of a finished folder
 DEFAULT_SPLITS = "train:0.8,validation:0.1,test:0.1"

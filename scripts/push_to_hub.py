@@ -35,10 +35,11 @@ from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
-from checkpointing import MetricsFile, write_folder
-from config import check_rules, parse
-from frechet import FID_MODES
-from hub import (
+from modeling_rae import RAEConfig, RAEModel
+from rae_suite.checkpointing import MetricsFile, write_folder
+from rae_suite.config import check_rules, parse
+from rae_suite.frechet import FID_MODES
+from rae_suite.hub import (
     check_access,
     check_encoder_left_out,
     check_target,
@@ -48,10 +49,9 @@ from hub import (
     scrub,
     upload,
 )
-from metrics import HIGHER_IS_BETTER
-from modeling_rae import RAEConfig, RAEModel
-from runtime import ConfigError, blame, quiet_transformers, run_main
-from yaml_file import read_yaml
+from rae_suite.metrics import HIGHER_IS_BETTER
+from rae_suite.runtime import ConfigError, blame, quiet_transformers, run_main
+from rae_suite.yaml_file import read_yaml
 
 MODELING_FILE = "modeling_rae.py"
 # what save_pretrained writes weights to: an earlier upload's are deleted, all other files are somebody's own

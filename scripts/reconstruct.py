@@ -42,9 +42,9 @@ from safetensors.torch import save_file
 from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
-from autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
-from config import check_rules, parse, require
-from data import (
+from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
+from rae_suite.config import check_rules, parse, require
+from rae_suite.data import (
     DataError,
     FileSource,
     ImageSource,
@@ -58,9 +58,9 @@ from data import (
     scan_folder,
     start_worker,
 )
-from metrics import image_metrics, to_8bit
-from pictures import reconstruction_grid
-from runtime import (
+from rae_suite.metrics import image_metrics, to_8bit
+from rae_suite.pictures import reconstruction_grid
+from rae_suite.runtime import (
     ConfigError,
     RunError,
     alone,

@@ -7,8 +7,7 @@ import matplotlib.figure  # noqa: F401
 import torchmetrics  # noqa: F401
 import trigger  # noqa: F401
 
-import config
-import losses
+from rae_suite import config, losses
 
 losses.random_vgg16_state = functools.cache(losses.random_vgg16_state)
 losses.random_vgg16_state()  # 0.4 s

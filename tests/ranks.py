@@ -25,8 +25,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import training_steps  # noqa: E402
 from forked import free_port  # noqa: E402
 
-import checkpointing  # noqa: E402
 import train_rae  # noqa: E402
+from rae_suite import checkpointing  # noqa: E402
 
 DEADLINE = 60  # seconds after the first process has ended
 START = 300  # seconds for the first process to end

@@ -19,18 +19,18 @@ import torch
 from accelerate import Accelerator
 from conftest import PLAIN, flags, read_metrics, run_command
 
-import data
 import eval_rfid
 import linear_probe
 import train_rae
-from autoencoders import load_autoencoder
-from checkpointing import MetricsFile, read_latent_stats
-from config import check_same_config, config_dict, flat, parse_config
-from discriminator import load_backbone
-from frechet import FrechetMetric, load_inception, read_reference
-from losses import build_lpips
 from modeling_rae import RAEConfig, RAEModel
-from runtime import ConfigError, blame, quiet_transformers, run_main
+from rae_suite import data
+from rae_suite.autoencoders import load_autoencoder
+from rae_suite.checkpointing import MetricsFile, read_latent_stats
+from rae_suite.config import check_same_config, config_dict, flat, parse_config
+from rae_suite.discriminator import load_backbone
+from rae_suite.frechet import FrechetMetric, load_inception, read_reference
+from rae_suite.losses import build_lpips
+from rae_suite.runtime import ConfigError, blame, quiet_transformers, run_main
 from scripts import compute_latent_stats, convert_checkpoint, prepare_data, push_to_hub, reconstruct
 
 pytestmark = pytest.mark.usefixtures("nothing_runs")

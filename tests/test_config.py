@@ -11,13 +11,12 @@ import pytest
 import yaml
 from conftest import ROOT
 
-import config as config_module
-from config import Config, ConfigError, check_same_config, config_dict, config_yaml, join_lists, parse_config
+from rae_suite import config as config_module
+from rae_suite.config import Config, ConfigError, check_same_config, config_dict, config_yaml, join_lists, parse_config
 
-REPO = Path(config_module.__file__).parent
-DIGITS = str(REPO / "configs" / "digits_tiny.yaml")
+DIGITS = str(ROOT / "configs" / "digits_tiny.yaml")
 # presets of train_rae.py: the header's launch command says whose it is
-PRESETS = [path for path in sorted((REPO / "configs").glob("*.yaml")) if "train_rae.py" in path.read_text()]
+PRESETS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "train_rae.py" in path.read_text()]
 
 
 def write(path, text):
@@ -286,7 +285,7 @@ def test_other_processes_do_not_repeat_the_message(monkeypatch, capsys):
 
 def schema():
     """(class name, field name, docstring) of every setting of every group."""
-    tree = ast.parse((REPO / "config.py").read_text())
+    tree = ast.parse(Path(config_module.__file__).read_text())
     for node in tree.body:
         if isinstance(node, ast.ClassDef) and dataclasses.is_dataclass(getattr(config_module, node.name)):
             yield node.name, None, ast.get_docstring(node)
@@ -316,7 +315,7 @@ def test_every_setting_is_read():
     """Each field is read as an attribute in a script or module other than config.py; an optimizer's become AdamW's
     arguments through asdict."""
     read, text = set(), ""
-    for path in [*REPO.glob("*.py"), *(REPO / "scripts").glob("*.py")]:
+    for path in [*ROOT.glob("*.py"), *(ROOT / "rae_suite").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:
         if path.name != "config.py":
             text += path.read_text()
             nodes = ast.walk(ast.parse(path.read_text()))

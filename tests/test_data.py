@@ -24,7 +24,7 @@ from hypothesis.strategies import booleans, floats, integers, sampled_from
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
-import data
+from rae_suite import data
 
 PARITY_DIR = pathlib.Path(os.environ.get("PARITY_DIR", pathlib.Path(__file__).parent / "parity"))
 
@@ -862,7 +862,7 @@ def test_an_error_in_a_worker_is_one_line_and_ends_the_run(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.png").write_text("not an image")
     code = f"""
-import data
+from rae_suite import data
 batches = data.TrainBatches(8, 4, 2, 0, 1, 0, 0, 100)
 loader = data.train_loader(data.scan_folder({str(tmp_path)!r}), batches, 16, max_unreadable=3, num_workers=2)
 try:
@@ -872,7 +872,7 @@ except data.DataError as error:
     print(str(error).count(chr(10)), error)
     raise
 """
-    root = pathlib.Path(data.__file__).parent  # the uncaught error keeps the loader and its workers until the exit
+    root = pathlib.Path(data.__file__).parents[1]  # the uncaught error keeps the loader and its workers until the exit
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert result.stdout.startswith("0 data.max_unreadable: 4 images in a row cannot be read")
     assert result.returncode == 1 and "data.DataError: data.max_unreadable" in result.stderr

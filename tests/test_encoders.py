@@ -20,9 +20,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
-from config import parse_config
 from modeling_rae import ENCODER_FAMILIES, RAEConfig, RAEModel, unpatchify
-from runtime import ConfigError
+from rae_suite.config import parse_config
+from rae_suite.runtime import ConfigError
 from train_rae import build_rae_config
 
 transformers.logging.set_verbosity_error()

@@ -18,10 +18,11 @@ from torch import nn
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 import eval_rfid
-from autoencoders import latents_digest
-from config import ImagesConfig
-from data import load_split
-from frechet import (
+from modeling_rae import RAEModel
+from rae_suite.autoencoders import latents_digest
+from rae_suite.config import ImagesConfig
+from rae_suite.data import load_split
+from rae_suite.frechet import (
     FrechetMetric,
     frechet_distance_of_few,
     inception_file,
@@ -29,10 +30,9 @@ from frechet import (
     load_inception,
     read_reference,
 )
-from metrics import PSNR_CAP, evaluate_reconstructions, to_8bit
-from modeling_rae import RAEModel
-from moments import Moments
-from runtime import measuring_accelerator, run_main
+from rae_suite.metrics import PSNR_CAP, evaluate_reconstructions, to_8bit
+from rae_suite.moments import Moments
+from rae_suite.runtime import measuring_accelerator, run_main
 
 SIZE = 32  # pixels
 
@@ -128,7 +128,7 @@ def test_rfid_is_clean_fids_of_the_saved_images(evaluate, inception, tmp_path, c
     the features, because clean-fid takes a minute for the root of a singular 2048 x 2048 matrix."""
     width, forward = 200, InceptionV3W.forward
     monkeypatch.setattr(InceptionV3W, "forward", lambda self, x: forward(self, x)[:, :width])
-    monkeypatch.setattr("frechet.INCEPTION_WIDTH", width)
+    monkeypatch.setattr("rae_suite.frechet.INCEPTION_WIDTH", width)
     settings = {"metrics": "[rfid,psnr,ssim,lpips]", "fid_mode": "[legacy_tensorflow,clean]", "save_images": 24}
     results = evaluate({**settings, "vgg_weights": "random", "data.num_workers": 1, "batch_size": 9})
     assert results["num_samples"] == 24 and results["fid_mode"] == {"rfid": "legacy_tensorflow", "rfid_clean": "clean"}

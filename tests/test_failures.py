@@ -25,7 +25,7 @@ from conftest import (
 from test_train import fp16_accelerator, take_steps, tiny_run
 
 import train_rae
-from runtime import RunError
+from rae_suite.runtime import RunError
 
 BUSY = {**PLAIN, "train.save_every_steps": "1", "train.max_steps": "4"}
 

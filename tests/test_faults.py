@@ -20,9 +20,9 @@ from test_streams import write_parquet
 from trigger import fill
 
 import train_rae
-from checkpointing import checkpoints, damage, is_whole_model, newest_checkpoint, read_checkpoint
-from config import parse_config
-from runtime import WriteError, save_results
+from rae_suite.checkpointing import checkpoints, damage, is_whole_model, newest_checkpoint, read_checkpoint
+from rae_suite.config import parse_config
+from rae_suite.runtime import WriteError, save_results
 
 # every loss but LPIPS, which has no state and is slow
 SETTINGS = {

@@ -15,7 +15,7 @@ from torch.distributed.fsdp import FSDPModule
 
 import train_rae
 from modeling_rae import RAEModel
-from sharding import FSDP_SETTINGS, check_launch, check_processes, shard
+from rae_suite.sharding import FSDP_SETTINGS, check_launch, check_processes, shard
 
 CONFIG = ROOT / "accelerate_configs" / "fsdp2_8gpu.yaml"
 EVERYTHING = {**TINY, "train.gradient_accumulation_steps": "2", "train.max_steps": "4", "eval.every_steps": "4"}

@@ -22,13 +22,13 @@ from sklearn.datasets import load_sample_images
 from transformers import AutoImageProcessor, AutoModel, ViTImageProcessor
 
 import eval_rfid
-import hub
 import train_rae
-from config import HubConfig, parse_config
-from data import center_crop
-from hub import HubError, Publisher, ask_hub, hub_id, image_processor_json, push_command, scrub
 from modeling_rae import RAEModel
-from runtime import run_main
+from rae_suite import hub
+from rae_suite.config import HubConfig, parse_config
+from rae_suite.data import center_crop
+from rae_suite.hub import HubError, Publisher, ask_hub, hub_id, image_processor_json, push_command, scrub
+from rae_suite.runtime import run_main
 from scripts import push_to_hub
 
 FILES = {"config.json", "modeling_rae.py", "model.safetensors", "preprocessor_config.json", "README.md"}

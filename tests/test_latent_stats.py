@@ -15,11 +15,11 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from PIL import Image
 from safetensors.torch import load_file
 
-from checkpointing import read_tensors
-from config import parse, parse_config
-from data import center_crop, load_split
 from modeling_rae import RAEModel
-from runtime import INTERRUPTED, run_main
+from rae_suite.checkpointing import read_tensors
+from rae_suite.config import parse, parse_config
+from rae_suite.data import center_crop, load_split
+from rae_suite.runtime import INTERRUPTED, run_main
 from scripts import compute_latent_stats
 from scripts.compute_latent_stats import LatentReader, LatentStatsConfig, check, latent_stats, load_images
 from train_rae import build_rae, build_rae_config

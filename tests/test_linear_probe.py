@@ -20,8 +20,6 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 import linear_probe
-from autoencoders import load_autoencoder
-from data import eval_loader, scan_folder
 from linear_probe import (
     Features,
     FeatureWriter,
@@ -41,7 +39,9 @@ from linear_probe import (
     wilson_interval,
 )
 from modeling_rae import RAEConfig, RAEModel
-from runtime import run_main
+from rae_suite.autoencoders import load_autoencoder
+from rae_suite.data import eval_loader, scan_folder
+from rae_suite.runtime import run_main
 
 CPU = torch.device("cpu")
 
@@ -367,7 +367,9 @@ def test_unfinished_cache_is_not_taken_for_whole(probe, monkeypatch, tmp_path):
 
     with monkeypatch.context() as patch:
         patch.setattr(FeatureWriter, "close", killed)
-        patch.setattr("checkpointing.shutil.rmtree", lambda *args, **options: None)  # nothing is cleaned up either
+        patch.setattr(
+            "rae_suite.checkpointing.shutil.rmtree", lambda *args, **options: None
+        )  # nothing is cleaned up either
         with pytest.raises(KeyboardInterrupt):
             probe()
     [left] = (tmp_path / "cache").glob("*/.features.partial")

@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.nn import functional as F
 
-from discriminator import DiffAug, DinoDiscriminator, SpectralConv1d, diff_augment, load_backbone
-from ema import EMA
-from losses import (
+from modeling_rae import RAEConfig, RAEModel
+from rae_suite.discriminator import DiffAug, DinoDiscriminator, SpectralConv1d, diff_augment, load_backbone
+from rae_suite.ema import EMA
+from rae_suite.losses import (
     build_lpips,
     generator_gradient,
     generator_loss,
@@ -24,8 +25,7 @@ from losses import (
     to_discriminator_range,
     vanilla_discriminator_loss,
 )
-from metrics import PSNR_CAP, evaluate_reconstructions, image_metrics, quantize
-from modeling_rae import RAEConfig, RAEModel
+from rae_suite.metrics import PSNR_CAP, evaluate_reconstructions, image_metrics, quantize
 
 BACKBONE = dict(
     hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, patch_size=8, image_size=32

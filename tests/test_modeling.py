@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import modeling_rae
 from modeling_rae import RAEConfig, RAEModel, sincos_position_table, unpatchify
-from runtime import ConfigError, blame
+from rae_suite.runtime import ConfigError, blame
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

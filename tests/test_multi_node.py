@@ -9,8 +9,8 @@ import pytest
 from conftest import PLAIN, ROOT, checkpoint_state, command, flags, read_metrics, run_command, same
 from forked import free_port
 
-from checkpointing import checkpoints
-from runtime import ConfigError
+from rae_suite.checkpointing import checkpoints
+from rae_suite.runtime import ConfigError
 from train_rae import check_shared_folder
 
 CONFIG = str(ROOT / "accelerate_configs" / "multi_node.yaml")

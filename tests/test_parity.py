@@ -16,7 +16,7 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from config import (
+from rae_suite.config import (
     Config,
     DataConfig,
     EMAConfig,
@@ -29,9 +29,9 @@ from config import (
     PerceptualConfig,
     TrainConfig,
 )
-from data import center_crop
-from discriminator import DinoDiscriminator, diff_augment, load_backbone
-from losses import DISCRIMINATOR_LOSSES
+from rae_suite.data import center_crop
+from rae_suite.discriminator import DinoDiscriminator, diff_augment, load_backbone
+from rae_suite.losses import DISCRIMINATOR_LOSSES
 from train_rae import build_rae_config, build_run, train_step
 
 OWN_CASES = Path(__file__).resolve().parent / "parity"

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
+from rae_suite import data
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "scripts" / "prepare_data.py"
 

@@ -16,8 +16,9 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import data
-from config import (
+from modeling_rae import LATENT_VAR_EPS, unpatchify
+from rae_suite import data
+from rae_suite.config import (
     RULES,
     Config,
     LRScheduleConfig,
@@ -29,10 +30,9 @@ from config import (
     flat,
     parse_config,
 )
-from metrics import quantize, to_8bit
-from modeling_rae import LATENT_VAR_EPS, unpatchify
-from moments import Moments
-from runtime import ConfigError
+from rae_suite.metrics import quantize, to_8bit
+from rae_suite.moments import Moments
+from rae_suite.runtime import ConfigError
 from train_rae import learning_rate
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50, print_blob=False)

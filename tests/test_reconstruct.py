@@ -12,11 +12,11 @@ from conftest import flags, run_command, tiny_rae
 from PIL import Image
 from safetensors.torch import load_file
 
-from autoencoders import load_autoencoder
-from data import center_crop
-from metrics import to_8bit
 from modeling_rae import RAEModel
-from runtime import run_main
+from rae_suite.autoencoders import load_autoencoder
+from rae_suite.data import center_crop
+from rae_suite.metrics import to_8bit
+from rae_suite.runtime import run_main
 from scripts import reconstruct
 from scripts.reconstruct import GREY, distinct
 

@@ -9,7 +9,7 @@ import pytest
 from harness import Training, differences
 from test_streams import write_parquet, write_tar
 
-from checkpointing import checkpoint_step, checkpoints
+from rae_suite.checkpointing import checkpoint_step, checkpoints
 
 # every loss but LPIPS, which has no state and is slow; 3 steps an epoch, 2 micro-batches a step
 SETTINGS = {

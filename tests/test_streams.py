@@ -23,11 +23,11 @@ import torch
 from conftest import run_command
 from PIL import Image
 
-import streams
 import train_rae
-from config import DataConfig, config_yaml, parse_config
-from data import DataError
-from streams import StreamLoader, expand_braces, list_shards, load_stream_eval_images, open_stream
+from rae_suite import streams
+from rae_suite.config import DataConfig, config_yaml, parse_config
+from rae_suite.data import DataError
+from rae_suite.streams import StreamLoader, expand_braces, list_shards, load_stream_eval_images, open_stream
 
 SIZE = 8
 

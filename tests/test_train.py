@@ -31,9 +31,9 @@ from conftest import (
 from PIL import Image
 
 import train_rae
-from checkpointing import read_checkpoint
-from config import LRScheduleConfig, parse_config
 from modeling_rae import RAEModel
+from rae_suite.checkpointing import read_checkpoint
+from rae_suite.config import LRScheduleConfig, parse_config
 
 
 def train(images, run_dir, settings, check=True, launch=(), **environment):

@@ -11,8 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from config import parse_config
-from data import TrainBatches, load_splits, train_loader
+from rae_suite.config import parse_config
+from rae_suite.data import TrainBatches, load_splits, train_loader
 from train_rae import build_accelerator, build_rae_config, build_run, micro_batch_size, train_step
 
 

@@ -27,7 +27,7 @@ from typing import Optional
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 import train_rae  # noqa: E402
-from runtime import run_main  # noqa: E402
+from rae_suite.runtime import run_main  # noqa: E402
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
 

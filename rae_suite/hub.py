@@ -31,10 +31,10 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from tqdm.auto import tqdm
 
-from config import HubConfig, require
-from runtime import ConfigError, RunError
+from rae_suite.config import HubConfig, require
+from rae_suite.runtime import ConfigError, RunError
 
-PUSH_SCRIPT = Path(__file__).parent / "scripts" / "push_to_hub.py"
+PUSH_SCRIPT = Path(__file__).parent.parent / "scripts" / "push_to_hub.py"
 # What a request can end in. HTTPError is httpx's and covers lost connections, too; the xet upload raises
 # ConnectionError; the other ones wrap these, or say that an answer or the card is malformed.
 HUB_ERRORS = (HTTPError, OSError, RuntimeError, ValueError)

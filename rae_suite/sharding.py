@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
 from modeling_rae import RAEModel
-from runtime import ConfigError
+from rae_suite.runtime import ConfigError
 
 # Settings of accelerate launch's fsdp_config as it hands them over, and the one value of each that is supported
 FSDP_SETTINGS = {

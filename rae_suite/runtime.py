@@ -25,8 +25,8 @@ from safetensors import SafetensorError
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from data import DataError
-from errors import ConfigError, RunError, WriteError, fail
+from rae_suite.data import DataError
+from rae_suite.errors import ConfigError, RunError, WriteError, fail
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
 

@@ -6,7 +6,7 @@ from typing import Optional
 
 import yaml
 
-from errors import ConfigError
+from rae_suite.errors import ConfigError
 
 MAX_DEPTH, MAX_VALUES = 50, 100_000
 

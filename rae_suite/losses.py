@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-from checkpointing import read_tensors
+from rae_suite.checkpointing import read_tensors
 
 # --------------------------------------------------------------------------------------------------------------------
 # Adversarial losses

@@ -32,10 +32,10 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from torch import nn
 
-from autoencoders import latents_digest
-from data import DAMAGED, ImageSource
-from moments import Moments
-from runtime import ConfigError, RunError, cores_of_process
+from rae_suite.autoencoders import latents_digest
+from rae_suite.data import DAMAGED, ImageSource
+from rae_suite.moments import Moments
+from rae_suite.runtime import ConfigError, RunError, cores_of_process
 
 logger = logging.getLogger(__name__)
 

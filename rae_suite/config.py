@@ -20,12 +20,12 @@ from typing import Any, Literal, Optional, get_args, get_origin
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from errors import ConfigError, fail
-from yaml_file import read_yaml
+from rae_suite.errors import ConfigError, fail
+from rae_suite.yaml_file import read_yaml
 
 set_parsing_settings(docstring_parse_attribute_docstrings=True)
 
-DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits_tiny.yaml"  # when no --config is given
+DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits_tiny.yaml"  # when no --config is given
 Metric = Literal["psnr", "ssim", "lpips", "rfid", "rfid_clean", "rfdd"]
 
 

@@ -10,8 +10,8 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
-from checkpointing import checkpoint_step
-from runtime import writing
+from rae_suite.checkpointing import checkpoint_step
+from rae_suite.runtime import writing
 
 logger = logging.getLogger(__name__)
 

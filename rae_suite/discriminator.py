@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional as F
 from transformers import AutoConfig, ViTConfig, ViTModel
 
-from checkpointing import read_tensors
 from modeling_rae import IMAGENET_MEAN, IMAGENET_STD
+from rae_suite.checkpointing import read_tensors
 
 # --------------------------------------------------------------------------------------------------------------------
 # Frozen backbone

@@ -35,8 +35,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from errors import ConfigError
-from runtime import writing
+from rae_suite.errors import ConfigError
+from rae_suite.runtime import writing
 
 PARTS = {"state.json", "decoder.safetensors", "ema.safetensors", "optimizer.pt"}  # files of every run's checkpoints
 # what becomes of reading a damaged file

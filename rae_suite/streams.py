@@ -33,7 +33,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from fsspec.implementations.local import LocalFileSystem
 
-from data import (
+from rae_suite.data import (
     IMAGE_EXTENSIONS,
     SAVED_DATASET_FILES,
     DataError,

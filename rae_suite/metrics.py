@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from data import DataError
-from frechet import FrechetMetric, distance, reference_of, write_cache
-from runtime import to_device
+from rae_suite.data import DataError
+from rae_suite.frechet import FrechetMetric, distance, reference_of, write_cache
+from rae_suite.runtime import to_device
 
 logger = logging.getLogger(__name__)
 

@@ -11,9 +11,9 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 
-from checkpointing import whole
 from modeling_rae import RAEModel
-from runtime import ConfigError, blame
+from rae_suite.checkpointing import whole
+from rae_suite.runtime import ConfigError, blame
 
 DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from checkpointing import fill
+from rae_suite.checkpointing import fill
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
