@@ -19,7 +19,7 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Literal, Optional
 
 import numpy as np
 import torch
@@ -27,58 +27,60 @@ from accelerate import Accelerator
 from PIL import Image
 
 from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
-from rae_suite.config import ImagesConfig, check_rules, config_dict, parse, require
-from rae_suite.data import (
-    EvalImages,
-    ImageSource,
-    UnreadableLog,
-    chosen_images,
-    eval_loader,
-    evenly_spread,
-    load_eval_images,
+from rae_suite.cli import ALL_AT_LEAST_0, AT_LEAST_0, POSITIVE, Limit, config_dict, parse, require, setting
+from rae_suite.errors import ConfigError, RunError, error_names_setting
+from rae_suite.files import make_folder, writing
+from rae_suite.frechet import (
+    DEFAULT_CACHE,
+    FID_MODES,
+    cached_references,
+    encoder_metric,
+    inception_metrics,
+    read_references,
 )
-from rae_suite.frechet import DEFAULT_CACHE, FID_MODES, encoder_metric, inception_metrics, read_reference, use_cache
-from rae_suite.losses import build_lpips
-from rae_suite.metrics import HIGHER_IS_BETTER, IMAGE_METRICS, Evaluation, evaluate_reconstructions, quantize
-from rae_suite.pictures import comparison_grid, save_pairs, spread_with_last
-from rae_suite.runtime import (
-    ConfigError,
-    RunError,
-    alone,
-    blame,
-    make_folder,
+from rae_suite.launch import (
+    data_errors_end_this_process,
     measuring_accelerator,
-    progress_bar,
     quiet_transformers,
     run_main,
-    save_results,
-    seeded_generator,
-    writing,
 )
+from rae_suite.loaders import EvalImages, UnreadableLog, chosen_images, eval_loader, evenly_spread
+from rae_suite.lpips_vgg16 import build_lpips
+from rae_suite.metrics import HIGHER_IS_BETTER, IMAGE_METRICS, Evaluation, Evaluator, quantize
+from rae_suite.pictures import comparison_grid, save_pairs, spread_with_last
+from rae_suite.randomness import seeded_generator
+from rae_suite.results import save_results
+from rae_suite.settings import ImagesConfig
+from rae_suite.sources import ImageSource
+from rae_suite.splits import load_eval_images
 
 GRID_IMAGES = 12  # in comparison.png
 WORST_IMAGES = 10  # named in the results
+
+
+DISTINCT = Limit(lambda values: 0 < len(values) == len(set(values)), "distinct values")
+NOT_EMPTY = Limit(lambda values: len(values) > 0, "a model folder or Hub id")
 
 
 @dataclass
 class EvalRFIDConfig:
     """Settings of eval_rfid.py."""
 
-    model: tuple[str, ...] = ()
+    model: tuple[str, ...] = setting((), NOT_EMPTY)
     """Folders or Hub ids of the autoencoders."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
     """The images. Class folders without split folders are taken whole."""
-    num_samples: Optional[int] = None
+    num_samples: Optional[int] = setting(None, POSITIVE)
     """Images that are evaluated, spread evenly over the split; none: all."""
-    batch_size: int = 64
+    batch_size: int = setting(64, POSITIVE)
     """Images of one batch in each process."""
-    image_size: Optional[int] = None
+    image_size: Optional[int] = setting(None, POSITIVE)
     """Side in pixels, for models that take any size; none: that of the other models, or 256."""
-    metrics: tuple[Literal["rfid", "psnr", "ssim", "lpips"], ...] = ("rfid", "psnr", "ssim", "lpips")
+    metrics: tuple[Literal["rfid", "psnr", "ssim", "lpips"], ...] = setting(("rfid", "psnr", "ssim", "lpips"), DISTINCT)
     """What is measured, PSNR in any case. rfid is the Frechet distance in each of `features`."""
-    features: tuple[Literal["inception", "encoder"], ...] = ("inception",)
+    features: tuple[Literal["inception", "encoder"], ...] = setting(("inception",), DISTINCT)
     """Feature spaces of the Frechet distance; encoder: the frozen encoder of the first model, reported as rfdd."""
-    fid_mode: tuple[Literal["legacy_tensorflow", "clean"], ...] = ("legacy_tensorflow",)
+    fid_mode: tuple[Literal["legacy_tensorflow", "clean"], ...] = setting(("legacy_tensorflow",), DISTINCT)
     """Resize before Inception: legacy_tensorflow as published, reported as rfid; clean is reported as rfid_clean."""
     inception_path: Optional[str] = None
     """Local copy of inception-2015-12-05.pt; none: torch.hub's folder (TORCH_HOME), else downloaded."""
@@ -88,13 +90,13 @@ class EvalRFIDConfig:
     """Local copy of torchvision's vgg16-397923af.pth; none: torch.hub's folder (TORCH_HOME), else downloaded."""
     quantize: Literal["round", "truncate"] = "round"
     """How reconstructions become 8-bit; the published evaluation truncates."""
-    latent_noise: tuple[float, ...] = (0.0,)
+    latent_noise: tuple[float, ...] = setting((0.0,), DISTINCT, ALL_AT_LEAST_0)
     """Standard deviations of Gaussian noise that is added to the latents as a diffusion model sees them."""
     reference: Optional[str] = None
     """.npz file to compare with instead of the images: mu and sigma of features, or images arr_0."""
     reference_cache: Optional[str] = None
     """Folder in which the references' features are kept; none: rae_references in HF_HOME."""
-    save_images: int = 0
+    save_images: int = setting(0, AT_LEAST_0)
     """Pairs that are written as PNG, spread evenly over the images, for each row of the results."""
     save_npz: bool = False
     """Write all reconstructions as arr_0 (N, H, W, 3), for each row of the results. All processes write into one file:
@@ -103,24 +105,12 @@ class EvalRFIDConfig:
     """Folder of the results; none: evaluations/<run>-<folder> of the first model."""
     mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = None
     """Autocast precision of the autoencoder; none: what `accelerate launch` was told."""
-    seed: int = 0
+    seed: int = setting(0, AT_LEAST_0)
     """Seed of the latent noise and of data.holdout_fraction (the training run's, to evaluate its held-out images)."""
 
 
 def check(config: EvalRFIDConfig) -> None:
     """Raise ConfigError for what can be seen without loading anything."""
-    rules = (
-        ("num_samples batch_size image_size", lambda value: value > 0, "a positive number"),
-        ("save_images seed", lambda value: value >= 0, "a number of at least 0"),
-        (
-            "metrics features fid_mode latent_noise",
-            lambda values: 0 < len(values) == len(set(values)),
-            "distinct values",
-        ),
-        ("latent_noise", lambda values: min(values) >= 0, "numbers of at least 0"),
-        ("model", lambda values: len(values) > 0, "a model folder or Hub id"),
-    )
-    check_rules(config, rules)
     for key, value, used, needed in (
         ("reference", config.reference, "rfid" in config.metrics, "metrics has rfid"),
         (
@@ -288,10 +278,7 @@ class Measurement:
     source: ImageSource
     chosen: list  # indices of the images in the source
     size: int  # side in pixels
-    loader: Any
-    perceptual: Optional[torch.nn.Module]
-    distances: list
-    unreadable: UnreadableLog
+    evaluator: Evaluator
     output_dir: Path
 
 
@@ -300,18 +287,8 @@ def measure(m: Measurement, model: Autoencoder, noise: float, picture: str) -> d
     name = row_name(model.name, noise)
     writer = ReconstructionWriter(m.config, m.output_dir / name, m.chosen, m.size, m.accelerator)
     reconstruct = reconstruction_of(model, noise, m.config.seed, m.accelerator)
-    with alone(m.accelerator):
-        evaluation = evaluate_reconstructions(
-            reconstruct,
-            progress_bar(m.loader, m.accelerator, name),
-            ["psnr", *(name for name in IMAGE_METRICS if name in m.config.metrics and name != "psnr")],
-            m.accelerator,
-            m.perceptual,
-            m.unreadable.add,
-            m.distances,
-            m.config.quantize,
-            writer.add,
-        )
+    with data_errors_end_this_process(m.accelerator):
+        evaluation = m.evaluator(reconstruct, writer.add, name)
     if evaluation.values["psnr"].isnan().any():
         bad = evaluation.index[evaluation.values["psnr"].isnan()].tolist()
         raise RunError(f"{name}: {len(bad)} reconstructions are not finite, the first is of {m.source.name(bad[0])}")
@@ -360,36 +337,37 @@ def main() -> None:
     output_dir = make_folder(config.output_dir or f"evaluations/{row_name(config.model[0], 0)}", "output_dir")
     cache = make_folder(config.reference_cache, "reference_cache") if config.reference_cache else DEFAULT_CACHE
     distances = inception_distances(config, accelerator)
-    with blame("vgg_path"):
+    with error_names_setting("vgg_path"):
         perceptual = None
         if "lpips" in config.metrics:
             perceptual = build_lpips(config.vgg_weights, config.vgg_path, "vgg_path").to(accelerator.device)
     models, size = load_models(config)
     distances += encoder_distances(config, models[0].to(accelerator.device), accelerator)
     if config.reference is not None:
-        read_reference(config.reference, distances, accelerator, config.batch_size, "reference")
+        references = read_references(config.reference, distances, accelerator, config.batch_size, "reference")
     else:
-        use_cache(distances, source, config.num_samples, size, accelerator, cache)
-    measurement = Measurement(
-        config=config,
-        accelerator=accelerator,
-        source=source,
-        chosen=chosen_images(source, config.num_samples),
-        size=size,
-        loader=eval_loader(
-            source,
-            size,
-            config.batch_size,
-            config.data.num_workers,
-            accelerator.process_index,
-            accelerator.num_processes,
-            config.num_samples,
-        ),
-        perceptual=perceptual,
-        distances=distances,
-        unreadable=UnreadableLog(config.data.max_unreadable),
-        output_dir=output_dir,
+        references = cached_references(distances, source, config.num_samples, size, accelerator, cache)
+    loader = eval_loader(
+        source,
+        size,
+        config.batch_size,
+        config.data.num_workers,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.num_samples,
     )
+    evaluator = Evaluator(
+        loader,
+        accelerator,
+        ["psnr", *(name for name in IMAGE_METRICS if name in config.metrics and name != "psnr")],
+        perceptual,
+        distances,
+        references,
+        UnreadableLog(config.data.max_unreadable).add,
+        config.quantize,
+    )
+    chosen = chosen_images(source, config.num_samples)
+    measurement = Measurement(config, accelerator, source, chosen, size, evaluator, output_dir)
     rows = []
     for model in models:
         model.to(accelerator.device)

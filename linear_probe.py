@@ -40,28 +40,25 @@ from torch import nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, latents_digest, load_autoencoder
-from rae_suite.checkpointing import lock_run_folder, write_folder
-from rae_suite.config import ImagesConfig, check_rules, config_dict, parse, require
-from rae_suite.data import DataError, ImageSource, UnreadableLog, eval_loader, load_eval_images, load_splits
+from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
+from rae_suite.cli import ALL_AT_LEAST_0, POSITIVE, Limit, config_dict, parse, require, setting
+from rae_suite.digests import latents_digest
+from rae_suite.errors import ConfigError, DataError, RunError
+from rae_suite.files import make_folder, write_folder, writing
+from rae_suite.launch import data_errors_end_this_process, measuring_accelerator, quiet_transformers, run_main
+from rae_suite.loaders import UnreadableLog, eval_loader
 from rae_suite.moments import Moments
-from rae_suite.runtime import (
-    ConfigError,
-    RunError,
-    alone,
-    make_folder,
-    measuring_accelerator,
-    quiet_transformers,
-    run_main,
-    save_results,
-    writing,
-)
+from rae_suite.results import save_results
+from rae_suite.run_folder import lock_run_folder
+from rae_suite.settings import FEW_TASKS, SEED, ImagesConfig
+from rae_suite.sources import ImageSource
+from rae_suite.splits import load_eval_images, load_splits
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "linear_probe.yaml"  # when no --config is given
 MOMENTUM = 0.9
 SHARD_BYTES = 2**28  # of features in one file of the cache: what the main process gathers before it writes
 BLOCK_ELEMENTS = 2**24  # numbers in the tensors that a pass over features works on: 64 MiB in float32
-SELECTION_STREAM, ORDER_STREAM = 3, 4  # second words of seeds; data.py has 0 to 2
+SELECTION_STREAM, ORDER_STREAM = 3, 4  # second words of seeds, as in rae_suite/randomness.py
 HEAD_KEYS = {
     "classes", "features", "image_size", "model", "weights", "seed", "holdout_fraction", "lr", "weight_decay",
     "num_train_samples",
@@ -76,6 +73,11 @@ ANNOTATED_CLASSES = 30  # up to so many, the confusion matrix shows numbers and 
 # --------------------------------------------------------------------------------------------------------------------
 
 
+ALL_POSITIVE = Limit(lambda values: all(value > 0 for value in values), "positive numbers")
+DISTINCT = Limit(lambda values: 0 < len(values) == len(set(values)), "one or more, distinct")
+SELECTION = Limit(lambda value: 0 < value < 1, "a number in (0, 1)")
+
+
 @dataclass
 class FeaturesConfig:
     """What the classifier sees, and how it is computed."""
@@ -83,9 +85,9 @@ class FeaturesConfig:
     kind: Optional[Literal["mean", "mean_max", "flat", "tokens"]] = None
     """mean: of the latent (C, h, w) over its patches; mean_max: that and the maximum; flat: the whole latent; tokens:
     mean of the encoder's patch tokens without latent statistics. None: mean, or with eval_only what the head takes."""
-    image_size: Optional[int] = None
+    image_size: Optional[int] = setting(None, POSITIVE)
     """Side in pixels, for models that take any size; none: 256, or with eval_only what the head takes."""
-    batch_size: int = 128
+    batch_size: int = setting(128, POSITIVE)
     """Images of one forward pass of each process."""
     mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = None
     """Autocast precision of the encoder; none: what `accelerate launch` was told. The heads are float32."""
@@ -97,21 +99,21 @@ class FeaturesConfig:
 class HeadTrainingConfig:
     """The heads: SGD with Nesterov momentum 0.9, cosine decay to zero, weights and biases from zero."""
 
-    lrs: tuple[float, ...] = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+    lrs: tuple[float, ...] = setting((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), ALL_POSITIVE, DISTINCT)
     """Peak learning rates to try, for features of variance 1; wide features take smaller ones."""
-    weight_decays: tuple[float, ...] = (1e-5, 1e-4)
+    weight_decays: tuple[float, ...] = setting((1e-5, 1e-4), ALL_AT_LEAST_0, DISTINCT)
     """Factors of half the squared weights in the loss to try, each with each learning rate."""
-    selection_fraction: float = 0.1
+    selection_fraction: float = setting(0.1, SELECTION)
     """Share of the training images, the same of every class, that the choice is made on; in (0, 1)."""
-    epochs: float = 10
+    epochs: float = setting(10, POSITIVE)
     """Length of training in epochs."""
-    min_steps: int = 2000
+    min_steps: int = setting(2000, POSITIVE)
     """Steps that are taken at least: small data sets are gone through more often."""
-    batch_size: int = 1024
+    batch_size: int = setting(1024, POSITIVE)
     """Images of one step; all if they are fewer."""
-    seed: int = 0
+    seed: int = setting(0, SEED)
     """Seed of data.holdout_fraction, of the selection part and of the order of the images."""
-    cpu_threads: Optional[int] = None
+    cpu_threads: Optional[int] = setting(None, POSITIVE, FEW_TASKS)
     """Threads of each process on a CPU; none: the machine's cores shared out among its processes."""
 
 
@@ -138,18 +140,6 @@ class LinearProbeConfig:
 
 def check(config: LinearProbeConfig) -> None:
     """Raise ConfigError for what can be seen without loading anything."""
-    rules = (
-        (
-            "features.image_size features.batch_size train.min_steps train.batch_size",
-            lambda value: value > 0,
-            "a positive number",
-        ),
-        ("train.lrs", lambda values: all(0 < v < math.inf for v in values), "positive numbers"),
-        ("train.weight_decays", lambda values: all(0 <= v < math.inf for v in values), "numbers of at least 0"),
-        ("train.lrs train.weight_decays", lambda values: 0 < len(values) == len(set(values)), "one or more, distinct"),
-        ("train.selection_fraction", lambda value: 0 < value < 1, "a number in (0, 1)"),
-    )
-    check_rules(config, rules)
     if config.eval_only:
         require(config.head is not None, "head", "the folder of a head, which eval_only evaluates", None)
         inside = config.output_dir is not None and (Path(config.output_dir) / "head").exists()
@@ -432,7 +422,7 @@ def extract(extractor: Extractor, source: ImageSource, config: LinearProbeConfig
     loader = eval_loader(source, extractor.image_size, size, config.data.num_workers, rank, world)
     log, unreadable = UnreadableLog(config.data.max_unreadable), []
     writer = FeatureWriter(folder, extractor.width) if main else None
-    with alone(accelerator):
+    with data_errors_end_this_process(accelerator):
         for batch in progress(loader, len(loader), name, main):
             log.add(batch["unreadable"])
             unreadable += batch["unreadable"]

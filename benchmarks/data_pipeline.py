@@ -30,7 +30,8 @@ from torchvision.transforms import Compose, InterpolationMode, PILToTensor, Rand
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rae_suite.data import TrainBatches, TrainImages, scan_folder, train_loader  # noqa: E402
+from rae_suite.loaders import TrainBatches, TrainImages, train_loader  # noqa: E402
+from rae_suite.splits import scan_folder  # noqa: E402
 
 IMAGE_SIZE, RESIZE_SIZE, BATCH_SIZE = 256, 384, 32
 

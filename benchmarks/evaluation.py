@@ -1,4 +1,4 @@
-"""What an evaluation costs beyond the networks: evaluate_reconstructions against bare forward passes, in one run.
+"""What an evaluation costs beyond the networks: Evaluator against bare forward passes, in one run.
 
     python benchmarks/evaluation.py                                        (CPU: ViT-B decoder, 32 images, 5 minutes)
     python benchmarks/evaluation.py --decoder xl --batch_size 64 --num_images 2048 --mixed_precision bf16   (one GPU)
@@ -29,10 +29,11 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from modeling_rae import RAEConfig, RAEModel  # noqa: E402
-from rae_suite.data import eval_loader, scan_folder  # noqa: E402
 from rae_suite.frechet import inception_metrics  # noqa: E402
-from rae_suite.metrics import evaluate_reconstructions  # noqa: E402
-from rae_suite.runtime import share_cores  # noqa: E402
+from rae_suite.launch import share_cores  # noqa: E402
+from rae_suite.loaders import eval_loader  # noqa: E402
+from rae_suite.metrics import Evaluator  # noqa: E402
+from rae_suite.splits import scan_folder  # noqa: E402
 
 DECODERS = {"b": (768, 12, 12, 3072), "xl": (1152, 28, 16, 4096)}  # width, blocks, heads, MLP
 
@@ -111,7 +112,7 @@ def main() -> None:
                 metric.features(images)
                 metric.features(reconstructions)
             middle = synchronize()
-            evaluate_reconstructions(reconstruct, loader, ["psnr", "ssim"], accelerator, frechet=[metric])
+            Evaluator(loader, accelerator, ["psnr", "ssim"], distances=[metric])(reconstruct)
             times["evaluation"].append(synchronize() - middle)
             times["bare forward passes"].append(middle - start)
 

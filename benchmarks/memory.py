@@ -29,7 +29,8 @@ from train_step import ROOT, benchmark_config
 sys.path.insert(0, str(ROOT))
 
 import train_rae  # noqa: E402
-from rae_suite.runtime import run_main  # noqa: E402
+from rae_suite import launch, rae_networks, settings_rae  # noqa: E402
+from rae_suite.launch import run_main  # noqa: E402
 
 CARDS = {"24 GB": 23.5, "48 GB": 47.4, "80 GB": 79.2, "141 GB": 139.8}  # GiB that the driver shows
 ASIDE_GIB, ASIDE_SHARE = 1.0, 0.05
@@ -109,9 +110,11 @@ def drop_values(run: train_rae.Run, mode: FakeTensorMode) -> list:
 class Calculation:
     """Steps of a run without values. A step that read one back to the host would raise an error."""
 
-    def __init__(self, config: train_rae.Config):
-        accelerator = train_rae.build_accelerator(config)
-        self.run = train_rae.build_run(config, accelerator, train_rae.build_rae_config(config), steps_per_epoch=1)
+    def __init__(self, config: settings_rae.Config):
+        accelerator = launch.build_accelerator(config.train, config.logging.report_to)
+        self.run = train_rae.build_run(
+            config, accelerator, rae_networks.build_rae_config(config.model), steps_per_epoch=1
+        )
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.tensors = drop_values(self.run, self.mode)
 

@@ -26,7 +26,7 @@ from transformers import Dinov2WithRegistersConfig, Dinov2WithRegistersModel, Vi
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rae_suite.losses import random_vgg16_state  # noqa: E402
+from rae_suite.lpips_vgg16 import random_vgg16_state  # noqa: E402
 
 
 def save_networks(folder: Path) -> dict:

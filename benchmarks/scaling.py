@@ -43,7 +43,8 @@ sys.path.insert(0, str(ROOT))
 
 import train_rae  # noqa: E402
 from modeling_rae import RAEModel  # noqa: E402
-from rae_suite.runtime import run_main  # noqa: E402
+from rae_suite import launch, rae_networks, settings_rae, updates  # noqa: E402
+from rae_suite.launch import run_main  # noqa: E402
 
 # assumptions of the model
 MATRIX_RATE = 768e12  # FLOP/s of a large bf16 matrix product on an H200, measured; the data sheet's peak is 989e12
@@ -83,7 +84,7 @@ class Collectives(TorchDispatchMode):
     """Records the collectives that this process starts within it, in their order, as dicts:
 
     collective: torch's name of it.
-    asked_by: the functions of train_rae.py, below train_step, that were at work.
+    asked_by: the functions of train_rae.py and updates.py, below train_step, that were at work.
     bytes: of the whole tensor; one that is gathered or scattered has that many on all processes together.
     backward: None outside a backward pass; in one, the share of its FLOPs that were done before.
     """
@@ -110,7 +111,7 @@ class Collectives(TorchDispatchMode):
         names, frame = [], sys._getframe()
         while frame is not None and frame.f_code is not train_rae.train_step.__code__:
             code = frame.f_code
-            if code.co_filename == train_rae.__file__ and not code.co_name.startswith("<"):
+            if code.co_filename in (train_rae.__file__, updates.__file__) and not code.co_name.startswith("<"):
                 names.insert(0, code.co_name)
             frame = frame.f_back
         return names
@@ -145,9 +146,9 @@ def start_run(settings: dict, sharded: bool = False) -> tuple:
     os.environ["ACCELERATE_USE_FSDP"] = str(sharded).lower()
     flags = [str(part) for key, value in settings.items() for part in (f"--{key}", value)]
     config = benchmark_config("digits_tiny", 8, "no", flags)
-    accelerator = train_rae.build_accelerator(config)
-    run = train_rae.build_run(config, accelerator, train_rae.build_rae_config(config), steps_per_epoch=1)
-    shape = train_rae.micro_batch_size(config, PROCESSES), 3, config.model.image_size, config.model.image_size
+    accelerator = launch.build_accelerator(config.train, config.logging.report_to)
+    run = train_rae.build_run(config, accelerator, rae_networks.build_rae_config(config.model), steps_per_epoch=1)
+    shape = launch.micro_batch_size(config.train, PROCESSES), 3, config.model.image_size, config.model.image_size
     return run, [torch.rand(shape) for _ in range(config.train.gradient_accumulation_steps)]
 
 
@@ -189,7 +190,7 @@ def measure_exposed(settings: dict, rounds: int = 9) -> dict:
 
     for i in range(2 * rounds):
         name = ("without", "with")[i % 2]
-        with train_rae.no_sync_except_last(run, run.rae, i % 2, 2):
+        with updates.no_sync_except_last(run, run.rae, i % 2, 2):
             out = run.rae(latent=latent, return_last_layer=True).patches
             for kind, function in ((name, backward), ("bucket", reduce)):
                 distributed.barrier()
@@ -293,10 +294,12 @@ def transfer_seconds(size: float, gpus: int) -> float:
 def workload(preset: str) -> dict:
     """FLOPs of a preset's step and bytes of its networks, from networks without values."""
     config = benchmark_config(preset, MICRO_BATCH, "bf16")
-    published = train_rae.parse_config(["--config", str(ROOT / "configs" / f"{preset}.yaml")])
+    published = settings_rae.parse_config(["--config", str(ROOT / "configs" / f"{preset}.yaml")])
     with torch.device("meta"):
-        model = RAEModel(train_rae.build_rae_config(config))
-        discriminator = train_rae.build_discriminator(config)
+        model = RAEModel(rae_networks.build_rae_config(config.model))
+        discriminator = rae_networks.build_discriminator(
+            config.gan, config.model.attn_implementation, config.train.seed
+        )
     unprepared = SimpleNamespace(unwrap_model=lambda network: network)
     run = SimpleNamespace(model=model, discriminator=discriminator, config=config, accelerator=unprepared)
     return {

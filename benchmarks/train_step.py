@@ -32,7 +32,7 @@ from torch.utils.flop_counter import FlopCounterMode
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from rae_suite.config import Config, parse_config  # noqa: E402
+from rae_suite.launch import build_accelerator, run_main  # noqa: E402
 from rae_suite.losses import (  # noqa: E402
     DISCRIMINATOR_LOSSES,
     adaptive_weight,
@@ -40,17 +40,9 @@ from rae_suite.losses import (  # noqa: E402
     generator_loss,
     to_discriminator_range,
 )
-from rae_suite.runtime import run_main  # noqa: E402
-from train_rae import (  # noqa: E402
-    Run,
-    build_accelerator,
-    build_rae_config,
-    build_run,
-    learning_rate,
-    set_learning_rate,
-    step_generator,
-    train_step,
-)
+from rae_suite.rae_networks import build_rae_config  # noqa: E402
+from rae_suite.settings_rae import Config, parse_config  # noqa: E402
+from train_rae import Run, build_run, learning_rate, set_learning_rate, step_generator, train_step  # noqa: E402
 
 # sizes of the presets' encoders, which are built with random weights
 DINOV2 = {"model_type": "dinov2_with_registers", "patch_size": 14, "image_size": 518}
@@ -297,7 +289,7 @@ class PublishedStep:
         optimizer, disc_optimizer = (run.optimizer, run.disc_optimizer) if "adamw" in levers else self.optimizers
         set_learning_rate(optimizer, learning_rate(step, config.optimizer.lr, config.lr_schedule, 1))
         set_learning_rate(disc_optimizer, learning_rate(step, config.gan.optimizer.lr, config.gan.lr_schedule, 1))
-        generator = step_generator(run, step, 0)
+        generator = step_generator(accelerator, config.train, False, step, 0)
         model.train()
         discriminator.eval()
 
@@ -481,10 +473,10 @@ def peak_memory(device: torch.device) -> float:
 
 def measure(config: Config, repeats: int, baseline: bool = False, levers: bool = False) -> dict:
     """All numbers of the table. Times are medians over `repeats` rounds in which all variants take turns."""
-    accelerator = build_accelerator(config)
+    accelerator = build_accelerator(config.train, config.logging.report_to)
     device, batch = accelerator.device, config.train.global_batch_size
     on_gpu = device.type == "cuda"
-    run = build_run(config, accelerator, build_rae_config(config), steps_per_epoch=1)
+    run = build_run(config, accelerator, build_rae_config(config.model), steps_per_epoch=1)
     size = config.model.image_size
     pixels = torch.rand(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
     if on_gpu:

@@ -1,6 +1,5 @@
 """One interface to what can be measured: RAEs of this suite, and the RAE and KL autoencoders of diffusers."""
 
-import hashlib
 import json
 import os
 from pathlib import Path
@@ -12,8 +11,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 
 from modeling_rae import RAEModel
-from rae_suite.checkpointing import whole
-from rae_suite.runtime import ConfigError, blame
+from rae_suite.errors import ConfigError, error_names_setting
 
 DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
 
@@ -98,7 +96,7 @@ def load_autoencoder(source: str, key: str = "model") -> Autoencoder:
     """
     source = str(Path(source).expanduser()) if source.startswith("~") else source
     kind = _kind(source, key)
-    with blame(key, source):
+    with error_names_setting(key, source):
         if kind == "rae":
             rae = RAE(source, RAEModel.from_pretrained(source, dtype=torch.float32))
             with torch.no_grad():  # whether its encoder gives the tokens that its config says
@@ -120,7 +118,7 @@ def _kind(source: str, key: str) -> str:
     if os.path.exists(source) and not file.is_file():
         raise ConfigError(f"{key}: {source} has no config.json, expected a model folder such as runs/<name>/final")
     if not os.path.exists(source):
-        with blame(key, source):
+        with error_names_setting(key, source):
             try:
                 file = Path(hf_hub_download(source, "config.json"))
             except HFValidationError as error:  # more than one slash, say: a path
@@ -138,23 +136,3 @@ def _kind(source: str, key: str) -> str:
             f"{key}: {source} is a {kind}, expected an RAE, or diffusers' AutoencoderRAE or AutoencoderKL"
         )
     return kind
-
-
-def weights_digest(network: nn.Module, without: tuple = ()) -> str:
-    """SHA-256 of the weights, but those whose names begin with one of `without`: a key for what they computed."""
-    digest = hashlib.sha256()
-    for name, weight in sorted(network.state_dict().items()):
-        if not name.startswith(without):
-            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(whole(weight, keep=True).reshape(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()
-
-
-def latents_digest(model: nn.Module) -> str:
-    """SHA-256 of all that an autoencoder's latents depend on: the settings and weights that are not the decoder's, so
-    that `best/` and `final/` of a run, or two decoders for one encoder, share what was computed from their latents."""
-    config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
-    left_out = ("_", "decoder_", "encoder_id", "encoder_revision", "encoder_bundled", "noise_tau", "dtype")
-    kept = {name: value for name, value in config.items() if not name.startswith(left_out)}
-    settings = json.dumps(kept, sort_keys=True, default=str)
-    return hashlib.sha256((settings + weights_digest(model, ("decoder.", "post_quant_conv."))).encode()).hexdigest()

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, ViTConfig, ViTModel
 
 from modeling_rae import IMAGENET_MEAN, IMAGENET_STD
-from rae_suite.checkpointing import read_tensors
+from rae_suite.files import read_tensors
 
 # --------------------------------------------------------------------------------------------------------------------
 # Frozen backbone

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from rae_suite.checkpointing import fill
+from rae_suite.sharding import load_tensors_into
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:
@@ -61,4 +61,4 @@ class EMA:
 
     def load_state_dict(self, state: dict) -> None:
         """Raises ValueError on other names or shapes."""
-        fill(self.shadow, state, "EMA state")
+        load_tensors_into(self.shadow, state, "EMA state")

@@ -19,7 +19,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
@@ -32,10 +32,12 @@ from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from torch import nn
 
-from rae_suite.autoencoders import latents_digest
-from rae_suite.data import DAMAGED, ImageSource
+from rae_suite.digests import latents_digest
+from rae_suite.errors import ConfigError, RunError
+from rae_suite.files import NPZ_ERRORS
+from rae_suite.launch import cores_of_process
 from rae_suite.moments import Moments
-from rae_suite.runtime import ConfigError, RunError, cores_of_process
+from rae_suite.sources import ImageSource
 
 logger = logging.getLogger(__name__)
 
@@ -53,23 +55,73 @@ class Reference:
     count: Optional[int]
 
 
-@dataclass
+@dataclass(frozen=True)
 class FrechetMetric:
-    """One distance. `features` maps images, uint8 (B, 3, H, W), to (B, width); `network` identifies it in the cache.
-
-    Without a `reference` an evaluation computes it from its own images; it stays here, and in the cache.
-    """
+    """One distance. `features` maps images, uint8 (B, 3, H, W), to (B, width); `network` identifies it in the cache."""
 
     name: str
     features: Callable
     width: int
     network: str
-    reference: Optional[Reference] = None
-    cache: Optional[Path] = None  # on the main process: file in which a reference of all images is kept
-    warned: bool = False  # that there are few images
 
     def new_moments(self, device: torch.device) -> Moments:
         return Moments((self.width,), covariance=True, device=device)
+
+
+@dataclass
+class References:
+    """What distances are measured to, by the metric's name. An evaluation computes those that are not `known` from its
+    own images and keeps them: here, and on the main process in the metric's file if it has one."""
+
+    known: dict = field(default_factory=dict)
+    files: dict = field(default_factory=dict)
+
+    def keep(self, name: str, reference: Reference, whole: bool) -> None:
+        """`whole`: whether it is of all images; one of a part is not written."""
+        self.known[name] = reference
+        if whole and name in self.files:
+            write_cache(self.files[name], name, reference)
+
+
+class FrechetMeasurement:
+    """One distance while an evaluation goes through the images of one process."""
+
+    def __init__(self, metric: FrechetMetric, reference: Optional[Reference], device: torch.device):
+        self.metric, self.reference = metric, reference
+        self.fake = metric.new_moments(device)
+        self.real = metric.new_moments(device) if reference is None else None
+
+    def update(self, images: torch.Tensor, reconstructions: torch.Tensor, count: bool = True) -> None:
+        """Add a batch, uint8 (B, 3, H, W) each; without `count` only its features are computed."""
+        fake = self.metric.features(reconstructions)
+        real = None if self.real is None else self.metric.features(images)
+        if count:
+            self.fake.update(fake)
+            if real is not None:
+                self.real.update(real)
+
+    def merge_processes(self, accelerator: Accelerator) -> None:
+        """Join what all processes have, and make a reference where there was none. Every process calls this."""
+        self.fake.merge_processes(accelerator)
+        if self.real is not None:
+            self.real.merge_processes(accelerator)
+            self.reference = reference_of(self.real, self.metric.name)
+
+    def distance(self, accelerator: Accelerator) -> float:
+        """To be called after merge_processes, by every process."""
+        return distance(self.fake, self.reference, self.metric, accelerator)
+
+    def warnings(self) -> list:
+        """What makes this distance one that does not compare with others."""
+        count, texts = self.fake.count, []
+        if count <= self.metric.width:
+            texts.append(
+                f"{self.metric.name}: {count} images are too few for the covariance of {self.metric.width} features: "
+                "the number depends on how many they are"
+            )
+        if self.reference.count not in (None, count):
+            texts.append(f"{self.metric.name}: {count} images are compared with a reference of {self.reference.count}")
+        return texts
 
 
 def reference_of(moments: Moments, name: str) -> Reference:
@@ -79,13 +131,13 @@ def reference_of(moments: Moments, name: str) -> Reference:
     return Reference(moments.mean.cpu().numpy(), moments.variance(correction=1).cpu().numpy(), moments.count)
 
 
-def distance(moments: Moments, metric: FrechetMetric, accelerator: Accelerator) -> float:
-    """Frechet distance of merged moments to the metric's reference, computed once and told to all processes."""
+def distance(moments: Moments, theirs: Reference, metric: FrechetMetric, accelerator: Accelerator) -> float:
+    """Frechet distance of merged moments to a reference, computed once and told to all processes."""
     result = [None]
     if accelerator.is_main_process:
         from cleanfid.fid import frechet_distance  # slow to import
 
-        ours, theirs = reference_of(moments, metric.name), metric.reference
+        ours = reference_of(moments, metric.name)
         few = any(side.count is not None and side.count <= metric.width for side in (ours, theirs))
         compute = frechet_distance_of_few if few else frechet_distance
         result = [float(compute(ours.mean, ours.covariance, theirs.mean, theirs.covariance))]
@@ -204,27 +256,29 @@ def encoder_metric(tokens: Callable, model: nn.Module, width: int, accelerator: 
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def use_cache(
+def cached_references(
     metrics: list,
     source: ImageSource,
     num_samples: Optional[int],
     image_size: int,
     accelerator: Accelerator,
     folder: Path = DEFAULT_CACHE,
-) -> None:
-    """Give `metrics` their cached references, the same on all processes, and, on the main one, a place for those that
-    are not there. The reference are the images that eval_loader gives of `source`."""
+) -> References:
+    """The references of `metrics` that are in the cache, the same on all processes, and, on the main one, a place for
+    those that are not there. The reference are the images that eval_loader gives of `source`."""
     if not metrics:
-        return
-    found = [None] * len(metrics)
+        return References()
+    found, files = {}, {}
     if accelerator.is_main_process:
         images = f"{source.fingerprint()} {num_samples} centre crop {image_size}"  # looks at every file
-        for i, metric in enumerate(metrics):
+        for metric in metrics:
             key = json.dumps([metric.name, metric.network, images, Image.__version__])
-            metric.cache = folder / f"{metric.name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
-            found[i] = read_cache(metric.cache)
-    for metric, reference in zip(metrics, broadcast_object_list(found), strict=True):
-        metric.reference = reference
+            file = folder / f"{metric.name}-{hashlib.sha256(key.encode()).hexdigest()[:32]}.npz"
+            files[metric.name], reference = file, read_cache(file)
+            if reference is not None:
+                found[metric.name] = reference
+    [found] = broadcast_object_list([found])
+    return References(found, files)
 
 
 def read_cache(file: Path) -> Optional[Reference]:
@@ -234,25 +288,24 @@ def read_cache(file: Path) -> Optional[Reference]:
     try:
         with np.load(file) as arrays:
             return Reference(arrays["mu"], arrays["sigma"], int(arrays["count"]))
-    except DAMAGED as error:
+    except NPZ_ERRORS as error:
         logger.warning(f"{file} is damaged ({error}), the reference is computed again")
         return None
 
 
-def write_cache(metric: FrechetMetric) -> None:
-    """Keep the metric's reference, in clean-fid's names: the file is also good for `--reference`."""
-    beside = metric.cache.with_name(f".{metric.cache.stem}-{os.getpid()}.npz")
-    reference = metric.reference
+def write_cache(file: Path, name: str, reference: Reference) -> None:
+    """Keep a reference, in clean-fid's names: the file is also good for `--reference`."""
+    beside = file.with_name(f".{file.stem}-{os.getpid()}.npz")
     try:
-        metric.cache.parent.mkdir(parents=True, exist_ok=True)
+        file.parent.mkdir(parents=True, exist_ok=True)
         np.savez(beside, mu=reference.mean, sigma=reference.covariance, count=reference.count)
-        beside.replace(metric.cache)
+        beside.replace(file)
     except OSError as error:
-        logger.warning(f"the reference of {metric.name} is not kept for another time: {error}")
+        logger.warning(f"the reference of {name} is not kept for another time: {error}")
 
 
-def read_reference(path: str, metrics: list, accelerator: Accelerator, batch_size: int, key: str) -> None:
-    """Give `metrics` their reference from a file: `mu` and `sigma`, as clean-fid and ADM write them, or images `arr_0`,
+def read_references(path: str, metrics: list, accelerator: Accelerator, batch_size: int, key: str) -> References:
+    """The references of `metrics` from a file: `mu` and `sigma`, as clean-fid and ADM write them, or images `arr_0`,
     uint8 (N, H, W, 3). The features of one kind are of no use to another: mu and sigma serve a single metric.
 
     Raises ConfigError, about the setting `key`, for a file of another kind.
@@ -262,7 +315,7 @@ def read_reference(path: str, metrics: list, accelerator: Accelerator, batch_siz
         with np.load(path) as arrays:
             names = set(arrays.files)
             given = {name: arrays[name] for name in ("mu", "sigma", "count") if name in names}
-    except DAMAGED as error:
+    except NPZ_ERRORS as error:
         raise ConfigError(f"{key}: {path} cannot be read as .npz ({error}), {expected}") from error
     if {"mu", "sigma"} <= names and len(metrics) == 1:
         metric, shape = metrics[0], given["mu"].shape
@@ -276,8 +329,8 @@ def read_reference(path: str, metrics: list, accelerator: Accelerator, batch_siz
             raise ConfigError(f"{key}: {path} holds values that are not finite")
         count = given.get("count")  # `write_cache` gives it; somebody else's may mean something else
         count = int(count) if count is not None and count.ndim == 0 and count.dtype.kind == "i" else None
-        metric.reference = Reference(given["mu"].astype(np.float64), given["sigma"].astype(np.float64), count)
-        return
+        reference = Reference(given["mu"].astype(np.float64), given["sigma"].astype(np.float64), count)
+        return References({metric.name: reference})
     if "arr_0" not in names:
         several = f" for each of {len(metrics)} distances" if {"mu", "sigma"} <= names else ""
         raise ConfigError(f"{key}: {path} holds {', '.join(sorted(names))}, {expected}{several}")
@@ -289,11 +342,13 @@ def read_reference(path: str, metrics: list, accelerator: Accelerator, batch_siz
                     running.update(metric.features(images))
     except (zipfile.BadZipFile, zlib.error, EOFError) as error:
         raise ConfigError(f"{key}: arr_0 in {path} is damaged ({error})") from error
+    references = References()
     for metric, running in zip(metrics, moments, strict=True):
         running.merge_processes(accelerator)
         if running.count < 2:
             raise ConfigError(f"{key}: {path} holds {running.count} images, expected at least 2")
-        metric.reference = reference_of(running, metric.name)
+        references.known[metric.name] = reference_of(running, metric.name)
+    return references
 
 
 def _image_batches(path: str, batch_size: int, key: str) -> Iterator[torch.Tensor]:

@@ -5,7 +5,6 @@ says is scrubbed of it.
 """
 
 import atexit
-import json
 import os
 import re
 import shlex
@@ -19,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -31,8 +31,9 @@ from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from tqdm.auto import tqdm
 
-from rae_suite.config import HubConfig, require
-from rae_suite.runtime import ConfigError, RunError
+from rae_suite.cli import require
+from rae_suite.errors import ConfigError, RunError
+from rae_suite.settings import HubConfig
 
 PUSH_SCRIPT = Path(__file__).parent.parent / "scripts" / "push_to_hub.py"
 # What a request can end in. HTTPError is httpx's and covers lost connections, too; the xet upload raises
@@ -49,30 +50,6 @@ class HubError(RunError):
     def __init__(self, message: str, code: int, refused: bool):
         super().__init__(message, code)
         self.refused = refused
-
-
-def image_processor_json(image_size: int) -> str:
-    """Text of a preprocessor_config.json with which AutoImageProcessor gives what `encode` takes: pixels (B, 3, S, S)
-    in [0, 1], S = image_size.
-
-    A stock processor, as near to data.center_crop as those get: shorter side to image_size (bicubic, antialiased), the
-    middle cut out. Of a square image the pixels are the same, up to 2 levels of 255 with torchvision's resize and
-    exactly with Pillow's. Else the crop may lie up to a pixel beside (the longer side is rounded down, not to the
-    nearest), and an image of at least twice the size is not halved with a box filter first.
-    """
-    processor = {
-        "image_processor_type": "CLIPImageProcessor",
-        "do_convert_rgb": True,
-        "do_resize": True,
-        "size": {"shortest_edge": image_size},
-        "resample": 3,  # bicubic
-        "do_center_crop": True,
-        "crop_size": {"height": image_size, "width": image_size},
-        "do_rescale": True,
-        "rescale_factor": 1 / 255,
-        "do_normalize": False,  # the model does
-    }
-    return json.dumps(processor, indent=2) + "\n"
 
 
 def hub_id(name: Optional[str]) -> Optional[str]:
@@ -112,6 +89,15 @@ def check_encoder_left_out(encoder_id: Optional[str], key: str) -> None:
             f"{key}: the encoder can only be left out when it has an id on the Hub to be fetched from, "
             f"this model's comes from {encoder_id or 'nowhere else'}"
         )
+
+
+def check_hub(hub: HubConfig, encoder_id: Optional[str]) -> None:
+    """Raise ConfigError where nothing can be uploaded at the end, as far as it is known without a connection."""
+    if hub.push:
+        check_target(hub.repo_id, "hub.repo_id")
+        check_access(hub.repo_id, "hub.push")
+        if not hub.include_encoder:
+            check_encoder_left_out(encoder_id, "hub.include_encoder")
 
 
 def scrub(text: str) -> str:
@@ -269,3 +255,8 @@ class Publisher:
                 self.process.kill()
                 self.process.wait()
             tqdm.write(f"upload stopped\n{self._advice()}")
+
+
+def upload_is_running(publisher: Optional[Publisher]) -> bool:
+    """Whether the main process's last upload is still on its way, told to all processes, which all call this."""
+    return broadcast_object_list([publisher is not None and publisher.busy()])[0]

@@ -13,9 +13,9 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 
-from rae_suite.data import DataError
-from rae_suite.frechet import FrechetMetric, distance, reference_of, write_cache
-from rae_suite.runtime import to_device
+from rae_suite.errors import DataError
+from rae_suite.frechet import FrechetMeasurement, FrechetMetric, References
+from rae_suite.launch import progress_bar, to_device
 
 logger = logging.getLogger(__name__)
 
@@ -70,105 +70,107 @@ class Evaluation:
         return {"num_samples": len(self.index), **means, **self.distances}
 
 
-def warn_of_numbers(metric: FrechetMetric, count: int) -> None:
-    """Say once what makes a Frechet distance of `count` images one that does not compare with others."""
-    if metric.warned:
-        return
-    if count <= metric.width:
-        metric.warned = True
-        logger.warning(
-            f"{metric.name}: {count} images are too few for the covariance of {metric.width} features: the number "
-            "depends on how many they are"
-        )
-    if metric.reference.count not in (None, count):
-        metric.warned = True
-        logger.warning(f"{metric.name}: {count} images are compared with a reference of {metric.reference.count}")
-
-
-@torch.no_grad()
-def evaluate_reconstructions(
-    reconstruct: Callable,
-    loader: Iterable,
-    names: Sequence,
-    accelerator: Accelerator,
-    perceptual: Optional[Callable] = None,
-    on_unreadable: Callable = lambda names: None,
-    frechet: Sequence[FrechetMetric] = (),
-    rounding: str = "round",
-    on_batch: Callable = lambda index, images, reconstructions: None,
-    sharded: bool = False,
-) -> Evaluation:
-    """Measure `reconstruct` on the images of all processes' loaders. Every process calls this.
+class Evaluator:
+    """Measures reconstructions of the images of all processes' loaders, as often as it is called.
 
     Args:
-        reconstruct: (pixels (B, 3, H, W) in [0, 1], index (B,)) to reconstructions of the same shape and range.
-        loader: this process's share, batches as data.collate makes them; one may be empty.
+        loader: this process's share, batches as loaders.collate makes them; one may be empty.
+        accelerator: of all processes.
         names: per-image metrics, see `image_metrics`.
         perceptual: LPIPS network, for "lpips".
+        distances: FrechetMetric of each distance to measure.
+        references: what they are measured to; those that are not known are made from these images.
         on_unreadable: called with the names of images that could not be read.
-        frechet: distances to measure; those without a reference get one from these images.
         rounding: of reconstructions to 8 bit, see `to_8bit`.
-        on_batch: called with index and both sides, uint8 (B, 3, H, W), of each of this process's batches.
         sharded: whether the model is shared out among the processes (FSDP): the loaders then have equally many batches.
-
-    Returns:
-        Evaluation; values of a reconstruction that is not finite are nan, and so are then all distances.
-
-    Raises:
-        DataError: no image could be read.
     """
-    device = accelerator.device
-    fake = [metric.new_moments(device) for metric in frechet]
-    real = [metric.new_moments(device) if metric.reference is None else None for metric in frechet]
-    index, values, broken, unreadable = [], {name: [] for name in names}, [], 0
-    for batch in loader:
-        on_unreadable(batch["unreadable"])
-        unreadable += len(batch["unreadable"])
-        empty = len(batch["pixels"]) == 0
-        if empty and not sharded:
-            continue
-        images, image_index = to_device(batch["pixels"], device), batch["index"]
-        if empty:  # the other processes wait for this one in each forward pass: it joins in with a black image
-            images, image_index = images.new_zeros(1, *images.shape[1:]), image_index.new_zeros(1)
-        pixels = images.float() / 255
-        output = reconstruct(pixels, image_index)
-        finite = output.isfinite().flatten(1).all(1)  # an 8-bit image would hide what is not
-        reconstructions = to_8bit(output, rounding)
-        features = [
-            (metric.features(reconstructions), None if moments is None else metric.features(images))
-            for metric, moments in zip(frechet, real, strict=True)
-        ]
-        if empty:
-            continue
-        for name, value in image_metrics(pixels, reconstructions.float() / 255, names, perceptual).items():
-            values[name].append(value.where(finite, torch.nan))
-        broken.append(~finite)
-        for (fake_features, real_features), fake_moments, real_moments in zip(features, fake, real, strict=True):
-            fake_moments.update(fake_features)
-            if real_moments is not None:
-                real_moments.update(real_features)
-        index.append(image_index)
-        on_batch(image_index, images, reconstructions)
 
-    mine = torch.zeros(len(names) + 2, 0, dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
-    if index:
-        rows = [torch.cat(index), *(torch.cat(values[name]) for name in names), torch.cat(broken)]
-        mine = torch.stack([row.cpu().double() for row in rows])
-    gathered = gather_object([(mine, unreadable)])
-    everyone = torch.cat([rows for rows, _ in gathered], dim=1)
-    everyone = everyone[:, everyone[0].argsort()]  # in the source's order: sums do not depend on the processes
-    if everyone.shape[1] == 0:
-        raise DataError("data.eval_split: none of the evaluation images can be read")
-    complete, finite = not any(count for _, count in gathered), not everyone[-1].any()
-    distances = {}
-    for metric, fake_moments, real_moments in zip(frechet, fake, real, strict=True):
-        fake_moments.merge_processes(accelerator)
-        if real_moments is not None:
-            real_moments.merge_processes(accelerator)
-            metric.reference = reference_of(real_moments, metric.name)
-            if metric.cache is not None and complete:
-                write_cache(metric)
-        if accelerator.is_main_process:
-            warn_of_numbers(metric, fake_moments.count)
-        distances[metric.name] = distance(fake_moments, metric, accelerator) if finite else math.nan
-    return Evaluation(everyone[0].long(), dict(zip(names, everyone[1:-1], strict=True)), distances)
+    def __init__(
+        self,
+        loader: Iterable,
+        accelerator: Accelerator,
+        names: Sequence,
+        perceptual: Optional[Callable] = None,
+        distances: Sequence[FrechetMetric] = (),
+        references: Optional[References] = None,
+        on_unreadable: Callable = lambda names: None,
+        rounding: str = "round",
+        sharded: bool = False,
+    ):
+        self.loader, self.accelerator, self.names, self.perceptual = loader, accelerator, list(names), perceptual
+        self.distances, self.references = distances, References() if references is None else references
+        self.on_unreadable, self.rounding, self.sharded = on_unreadable, rounding, sharded
+        self.warned = set()
+
+    @torch.no_grad()
+    def __call__(
+        self, reconstruct: Callable, on_batch: Callable = lambda *batch: None, bar: Optional[str] = None
+    ) -> Evaluation:
+        """Every process calls this.
+
+        Args:
+            reconstruct: (pixels (B, 3, H, W) in [0, 1], index (B,)) to reconstructions of the same shape and range.
+            on_batch: called with index and both sides, uint8 (B, 3, H, W), of each of this process's batches.
+            bar: name of a progress bar; None: no bar.
+
+        Returns:
+            Evaluation; values of a reconstruction that is not finite are nan, and so are then all distances.
+
+        Raises:
+            DataError: no image could be read.
+        """
+        device, batches, unreadable = self.accelerator.device, [], 0
+        known = self.references.known
+        measurements = [FrechetMeasurement(metric, known.get(metric.name), device) for metric in self.distances]
+        for batch in self.loader if bar is None else progress_bar(self.loader, self.accelerator, bar):
+            self.on_unreadable(batch["unreadable"])
+            unreadable += len(batch["unreadable"])
+            images, index, empty = to_device(batch["pixels"], device), batch["index"], len(batch["pixels"]) == 0
+            if empty and not self.sharded:
+                continue
+            if empty:  # the other processes wait for this one in each forward pass: it joins in with a black image
+                images, index = images.new_zeros(1, *images.shape[1:]), index.new_zeros(1)
+            pixels = images.float() / 255
+            output = reconstruct(pixels, index)
+            broken = ~output.isfinite().flatten(1).all(1)  # an 8-bit image would hide what is not finite
+            reconstructions = to_8bit(output, self.rounding)
+            for measurement in measurements:
+                measurement.update(images, reconstructions, count=not empty)
+            if empty:
+                continue
+            values = image_metrics(pixels, reconstructions.float() / 255, self.names, self.perceptual)
+            values = {name: value.masked_fill(broken, torch.nan) for name, value in values.items()}
+            batches.append({"index": index, **values, "broken": broken})
+            on_batch(index, images, reconstructions)
+        table, whole = self._gather(batches, unreadable)
+        distances = self._distances(measurements, whole, finite=not table["broken"].any())
+        return Evaluation(table["index"].long(), {name: table[name] for name in self.names}, distances)
+
+    def _gather(self, batches: list, unreadable: int) -> tuple:
+        """(columns of all processes' batches by name, float64 (N,), in the source's order; whether all could be read).
+        So sums do not depend on the processes. Raises DataError for no rows."""
+        columns = ["index", *self.names, "broken"]
+        mine = torch.zeros(len(columns), 0, dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
+        if batches:
+            mine = torch.stack([torch.cat([batch[name] for batch in batches]).cpu().double() for name in columns])
+        gathered = gather_object([(mine, unreadable)])
+        rows = torch.cat([part for part, _ in gathered], dim=1)
+        if rows.shape[1] == 0:
+            raise DataError("data.eval_split: none of the evaluation images can be read")
+        rows = rows[:, rows[0].argsort()]
+        return dict(zip(columns, rows, strict=True)), not any(count for _, count in gathered)
+
+    def _distances(self, measurements: list, whole: bool, finite: bool) -> dict:
+        """The distances by name; nan unless all reconstructions are finite. References that were made are kept."""
+        distances = {}
+        for measurement in measurements:
+            name = measurement.metric.name
+            measurement.merge_processes(self.accelerator)
+            if name not in self.references.known:
+                self.references.keep(name, measurement.reference, whole)
+            if self.accelerator.is_main_process and name not in self.warned:
+                for text in measurement.warnings():
+                    logger.warning(text)
+                    self.warned.add(name)
+            distances[name] = measurement.distance(self.accelerator) if finite else math.nan
+        return distances

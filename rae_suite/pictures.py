@@ -10,8 +10,7 @@ import torch
 from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
-from rae_suite.checkpointing import checkpoint_step
-from rae_suite.runtime import writing
+from rae_suite.files import step_of, writing
 
 logger = logging.getLogger(__name__)
 
@@ -58,7 +57,7 @@ def progress_strip(samples: list, path: Path) -> None:
     rows = [("images", last[:half])]
     for file, picture in pictures.items():
         if picture.shape == last.shape:  # a continued run may show other images
-            rows.append((f"step {checkpoint_step(file)}", picture[half : 2 * half]))
+            rows.append((f"step {step_of(file)}", picture[half : 2 * half]))
     margin = 80  # pixels for the labels
     strip = Image.new("RGB", (margin + last.shape[1], half * len(rows) + PADDING), "white")
     draw = ImageDraw.Draw(strip)

@@ -31,7 +31,7 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Optional
 
@@ -43,26 +43,30 @@ from safetensors.torch import save_file
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
 from modeling_rae import LATENT_VAR_EPS, RAEModel
 from rae_suite.autoencoders import load_autoencoder
-from rae_suite.checkpointing import write_folder
-from rae_suite.config import ImagesConfig, check_rules, parse, parse_config, require
-from rae_suite.data import DataError, ImageSource, UnreadableLog, chosen_images, eval_loader, load_splits
-from rae_suite.moments import Moments
-from rae_suite.runtime import (
-    ConfigError,
-    RunError,
-    alone,
-    blame,
-    check_output_file,
+from rae_suite.cli import AT_LEAST_0, POSITIVE, Limit, parse, require, setting
+from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting
+from rae_suite.files import check_output_file, write_folder
+from rae_suite.launch import (
+    data_errors_end_this_process,
     measuring_accelerator,
     progress_bar,
     quiet_transformers,
     run_main,
     to_device,
 )
+from rae_suite.loaders import UnreadableLog, chosen_images, eval_loader
+from rae_suite.moments import Moments
+from rae_suite.settings import ImagesConfig
+from rae_suite.settings_rae import parse_config
+from rae_suite.sources import ImageSource
+from rae_suite.splits import load_splits
 
 CHECK_IMAGES = 256
 # An entry's mean over that many images is off by 1/16 on average.
 MAX_CHECK_MEAN, CHECK_STD_RANGE = 0.25, (0.5, 2.0)
+
+
+AT_LEAST_2 = Limit(lambda value: value >= 2, "at least 2 images")
 
 
 @dataclass
@@ -79,13 +83,13 @@ class LatentStatsConfig:
     """New folder for the model with its statistics; none: they go into the model's own folder."""
     stats_file: Optional[str] = None
     """File for `mean` and `var`, .safetensors or .pt."""
-    num_samples: Optional[int] = None
+    num_samples: Optional[int] = setting(None, AT_LEAST_2)
     """Images that are used, spread evenly over the split; none: all."""
     flip: bool = True
     """Whether each image's mirror image counts too."""
-    batch_size: int = 64
+    batch_size: int = setting(64, POSITIVE)
     """Images of one batch in each process."""
-    seed: int = 0
+    seed: int = setting(0, AT_LEAST_0)
     """Seed of data.holdout_fraction: the training run's."""
     json: Optional[str] = None
     """File for the printed table, for machines."""
@@ -93,12 +97,6 @@ class LatentStatsConfig:
 
 def check(config: LatentStatsConfig) -> None:
     """Raise ConfigError for what can be seen without loading anything."""
-    rules = (
-        ("num_samples", lambda value: value >= 2, "at least 2 images"),
-        ("batch_size", lambda value: value > 0, "a positive number"),
-        ("seed", lambda value: value >= 0, "a number of at least 0"),
-    )
-    check_rules(config, rules)
     require((config.model is None) != (not config.train_config), "model", "either it or train_config", config.model)
     for file in config.train_config:
         require(Path(file).is_file(), "train_config", "YAML files that exist", file)
@@ -145,12 +143,11 @@ def load_model(config: LatentStatsConfig) -> RAEModel:
 def training_model(files: tuple, latent_stats: Optional[str]) -> RAEModel:
     """The autoencoder that train_rae.py builds from the YAML `files`, with the statistics of a file. Its decoder has
     one block: the encoder's weights, random ones too, do not depend on it."""
-    from train_rae import build_rae, build_rae_config  # seconds: only when asked for
+    from rae_suite.rae_networks import build_rae, build_rae_config
 
     config = parse_config([part for file in files for part in ("--config", file)])
-    config.model.latent_stats, config.model.init_from = latent_stats, None
-    config.model.decoder_num_hidden_layers = 1
-    return build_rae(config, build_rae_config(config)).eval()
+    model = replace(config.model, latent_stats=latent_stats, init_from=None, decoder_num_hidden_layers=1)
+    return build_rae(model, config.train.seed, build_rae_config(model)).eval()
 
 
 def model_folder(config: LatentStatsConfig) -> Optional[Path]:
@@ -165,7 +162,7 @@ def model_folder(config: LatentStatsConfig) -> Optional[Path]:
 
 def check_writable(folder: Path, key: str) -> None:
     """Make `folder` if it is missing. Raises ConfigError, about the setting `key`, unless files can be made in it."""
-    with blame(key):
+    with error_names_setting(key):
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
 
@@ -199,7 +196,7 @@ class LatentReader:
             accelerator.num_processes,
             num_samples,
         )
-        with alone(accelerator):
+        with data_errors_end_this_process(accelerator):
             for batch in progress_bar(loader, accelerator):
                 self.unreadable.add(batch["unreadable"])
                 if len(batch["pixels"]) == 0:

@@ -60,11 +60,11 @@ from modeling_rae import (
     sincos_position_table,
 )
 from rae_suite.autoencoders import RAE, Autoencoder, DiffusersRAE, load_autoencoder
-from rae_suite.checkpointing import read_latent_stats, read_saved, read_tensors, write_folder
-from rae_suite.data import center_crop
-from rae_suite.errors import OneLineParser
-from rae_suite.hub import image_processor_json
-from rae_suite.runtime import ConfigError, RunError, blame, check_output_file, quiet_transformers, run_main
+from rae_suite.errors import ConfigError, OneLineParser, RunError, error_names_setting
+from rae_suite.files import check_output_file, read_saved, read_tensors, write_folder
+from rae_suite.images import center_crop
+from rae_suite.launch import quiet_transformers, run_main
+from rae_suite.rae_networks import image_processor_json, read_latent_stats
 
 TOLERANCE = 1e-4  # largest difference of a conversion that counts as right
 TABLE_TOLERANCE = 1e-5  # position tables that are closer are the same one: a step of training moves a table further
@@ -286,9 +286,9 @@ def read_published(args: argparse.Namespace) -> Source:
         encoder = {name: tensor for name, tensor in held.items() if name.startswith("encoder.")}
         held = {name.removeprefix("decoder."): held[name] for name in held if name.startswith("decoder.")}
     config = published_config(held, args)
-    with blame("--stats"):
+    with error_names_setting("--stats"):
         stats = None if args.stats is None else read_latent_stats(args.stats, config, "--stats")
-    with blame("--encoder", args.encoder):
+    with error_names_setting("--encoder", args.encoder):
         model = RAEModel(config)
         model.load_encoder()
     model.decoder.load_state_dict(held)
@@ -346,7 +346,7 @@ def published_config(tensors: dict, args: argparse.Namespace) -> RAEConfig:
             f"--input: {what} makes {pixels} values of each of {positions - 1} tokens, expected 3*p*p of h*h"
         )
     sizes["decoder_num_attention_heads"] = number_of_heads(sizes, args)
-    with blame("--encoder", args.encoder):
+    with error_names_setting("--encoder", args.encoder):
         config = RAEConfig.from_encoder(
             args.encoder,
             args.encoder_revision,
@@ -477,7 +477,7 @@ def diffusers_rae_config(settings: dict, tensors: dict) -> RAEConfig:
     pixel_stats = ("encoder_mean", "encoder_std")
     check_shapes({n: tensors[n] for n in pixel_stats}, dict.fromkeys(pixel_stats, torch.empty(1, 3, 1, 1)), "the file")
     stats = [tensors["_latents_mean"].flatten().tolist(), tensors["_latents_std"].flatten().tolist()]
-    with blame("--input"):
+    with error_names_setting("--input"):
         config = RAEConfig(
             encoder_config=diffusers_encoder_config(
                 settings["encoder_type"],

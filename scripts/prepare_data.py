@@ -31,9 +31,11 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
-from rae_suite.config import LARGEST, MOST_TASKS
-from rae_suite.data import DataError, UnreadableImage, UnreadableLog, class_folders, scan_folder, split_folders
-from rae_suite.errors import OneLineParser
+from rae_suite.cli import LARGEST
+from rae_suite.errors import DataError, OneLineParser, UnreadableImage
+from rae_suite.loaders import UnreadableLog
+from rae_suite.settings import MOST_TASKS
+from rae_suite.splits import class_folders, scan_folder, split_folders
 
 RECORD = "prepare_data.json"  # settings and counts of a finished folder
 DEFAULT_SPLITS = "train:0.8,validation:0.1,test:0.1"
@@ -49,7 +51,7 @@ def main(argv=None):
     except (DataError, OSError) as error:
         message = str(error)
         for setting, option in (("data.path:", "--input:"), ("data.max_unreadable:", "--max_unreadable:")):
-            message = message.replace(setting, option)  # data.py names the settings of the training configuration
+            message = message.replace(setting, option)  # splits.py names the settings of the training configuration
         print(f"error: {message}", file=sys.stderr)
         return 2
     for split, count in counts.items():

@@ -36,22 +36,15 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_I
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
 from modeling_rae import RAEConfig, RAEModel
-from rae_suite.checkpointing import MetricsFile, write_folder
-from rae_suite.config import check_rules, parse
+from rae_suite.cli import AT_LEAST_0, parse, read_yaml, setting
+from rae_suite.errors import ConfigError, error_names_setting
+from rae_suite.files import write_folder
 from rae_suite.frechet import FID_MODES
-from rae_suite.hub import (
-    check_access,
-    check_encoder_left_out,
-    check_target,
-    hub_id,
-    image_processor_json,
-    open_repository,
-    scrub,
-    upload,
-)
+from rae_suite.hub import check_access, check_encoder_left_out, check_target, hub_id, open_repository, scrub, upload
+from rae_suite.launch import quiet_transformers, run_main
 from rae_suite.metrics import HIGHER_IS_BETTER
-from rae_suite.runtime import ConfigError, blame, quiet_transformers, run_main
-from rae_suite.yaml_file import read_yaml
+from rae_suite.rae_networks import image_processor_json
+from rae_suite.run_folder import MetricsFile
 
 MODELING_FILE = "modeling_rae.py"
 # what save_pretrained writes weights to: an earlier upload's are deleted, all other files are somebody's own
@@ -84,7 +77,7 @@ class PushConfig:
     """results.json of eval_rfid.py with the model's figures; none: those of its run folder."""
     license: str = "apache-2.0"
     """License of the decoder, as the Hub names it."""
-    retries: int = 5
+    retries: int = setting(5, AT_LEAST_0)
     """Repetitions of what failed on the way, after 1, 4, 16, then 60 seconds."""
     dry_run: bool = False
     """Write everything into the folder <model>-upload instead."""
@@ -104,7 +97,6 @@ class Figures:
 
 def check(config: PushConfig) -> None:
     """Raise ConfigError for what can be seen without opening anything."""
-    check_rules(config, (("retries", lambda value: value >= 0, "a number of at least 0"),))
     check_target(config.repo_id, "repo_id")
 
 
@@ -127,7 +119,7 @@ def read_model_folder(folder: Path) -> tuple[RAEConfig, list]:
         raise ConfigError(f"model: {folder / CONFIG_NAME} is no model config: {error}") from error
     if kind != RAEConfig.model_type or not has_code:
         raise ConfigError(f"model: {folder} has model_type {kind}{'' if has_code else ' and no auto_map'}, {expected}")
-    with blame("model", str(folder)):
+    with error_names_setting("model", str(folder)):
         config = RAEConfig.from_pretrained(folder)
     names, keys = weight_files(folder)
     for part in ("decoder.", *(["encoder."] if config.encoder_bundled else [])):
@@ -158,7 +150,7 @@ def weight_files(folder: Path) -> tuple[list, set]:
 def leave_out_encoder(folder: Path, target: Path) -> None:
     """Write the model in `folder` to `target` without the encoder's weights. Raises ConfigError where the weights do
     not fit the config."""
-    with blame("model", str(folder)):
+    with error_names_setting("model", str(folder)):
         model = RAEModel.from_pretrained(folder)
         model.save_pretrained(target, include_encoder=False)
 

@@ -43,36 +43,24 @@ from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
 from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
-from rae_suite.config import check_rules, parse, require
-from rae_suite.data import (
-    DataError,
-    FileSource,
-    ImageSource,
-    UnreadableImage,
-    UnreadableLog,
-    WorkerLoader,
-    center_crop,
-    collate,
-    evenly_spread,
-    join_paths,
-    scan_folder,
-    start_worker,
-)
-from rae_suite.metrics import image_metrics, to_8bit
-from rae_suite.pictures import reconstruction_grid
-from rae_suite.runtime import (
-    ConfigError,
-    RunError,
-    alone,
-    check_output_file,
-    make_folder,
+from rae_suite.cli import AT_LEAST_0, POSITIVE, Limit, parse, require, setting
+from rae_suite.errors import ConfigError, DataError, RunError, UnreadableImage
+from rae_suite.files import check_output_file, make_folder, writing
+from rae_suite.images import center_crop
+from rae_suite.launch import (
+    data_errors_end_this_process,
     measuring_accelerator,
     progress_bar,
     quiet_transformers,
     run_main,
     to_device,
-    writing,
 )
+from rae_suite.loaders import UnreadableLog, WorkerLoader, collate, evenly_spread, start_worker
+from rae_suite.metrics import image_metrics, to_8bit
+from rae_suite.pictures import reconstruction_grid
+from rae_suite.settings import FEW_TASKS
+from rae_suite.sources import FileSource, ImageSource, join_paths
+from rae_suite.splits import scan_folder
 
 GREY = 128  # value of the padding
 
@@ -81,9 +69,9 @@ GREY = 128  # value of the padding
 class LoadingConfig:
     """How images are read."""
 
-    max_unreadable: int = 10
+    max_unreadable: int = setting(10, AT_LEAST_0)
     """Unreadable images that a process skips before the run stops."""
-    num_workers: int = 4
+    num_workers: int = setting(4, AT_LEAST_0, FEW_TASKS)
     """Data loading processes, and threads that write files, for each process."""
 
 
@@ -101,11 +89,11 @@ class ReconstructConfig:
     """Whether the latents are written too, a file for each image."""
     resize: Literal["crop", "pad"] = "crop"
     """How an image becomes a square: its middle, or the whole of it with grey beside."""
-    image_size: Optional[int] = None
+    image_size: Optional[int] = setting(None, POSITIVE)
     """Side in pixels, for models that take any size; none: 256."""
-    batch_size: int = 32
+    batch_size: int = setting(32, POSITIVE)
     """Images of one batch in each process."""
-    grid_images: int = 8
+    grid_images: int = setting(8, Limit(lambda value: 1 <= value <= 32, "a number from 1 to 32"))
     """Images in grid.png, at most 32."""
     data: LoadingConfig = field(default_factory=LoadingConfig)
     """How images are read."""
@@ -115,12 +103,7 @@ class ReconstructConfig:
 
 def check(config: ReconstructConfig) -> None:
     """Raise ConfigError for what can be seen without loading anything."""
-    rules = (
-        ("image_size batch_size", lambda value: value > 0, "a positive number"),
-        ("grid_images", lambda value: 1 <= value <= 32, "a number from 1 to 32"),
-        ("input", lambda values: len(values) > 0, "image files or folders"),
-    )
-    check_rules(config, rules)
+    require(len(config.input) > 0, "input", "image files or folders", list(config.input))
     output = Path(config.output).resolve()
     for place in config.input:
         path = Path(place).resolve()
@@ -142,7 +125,7 @@ def find_inputs(places: tuple) -> tuple[ImageSource, list]:
         if os.path.isdir(place):
             try:
                 source = scan_folder(place)
-            except DataError as error:  # data.py names the setting of the other commands
+            except DataError as error:  # splits.py names the setting of the other commands
                 raise ConfigError(str(error).replace("data.path:", "input:")) from error
             prefix = Path(place).resolve().name if several else ""
             files = (source.name(i) for i in range(len(source)))
@@ -255,7 +238,7 @@ def reconstruct_all(
     """Write the files of all images. (index, PSNR) of those that could be read, in order, the same on all processes."""
     output, unreadable, measured = Path(config.output), UnreadableLog(config.data.max_unreadable), []
     loader = build_loader(images, config, accelerator)
-    with alone(accelerator), ThreadPoolExecutor(max(1, config.data.num_workers)) as pool:
+    with data_errors_end_this_process(accelerator), ThreadPoolExecutor(max(1, config.data.num_workers)) as pool:
         for batch in progress_bar(loader, accelerator):
             unreadable.add(batch["unreadable"])
             if len(batch["pixels"]) == 0:

@@ -44,7 +44,7 @@ from PIL import Image
 from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root
-from rae_suite.config import Config  # noqa: E402
+from rae_suite.settings_rae import Config  # noqa: E402
 
 WIDTH, HEIGHT = 40, 30  # of the picture
 LOSSY = 4.0  # largest mean difference, in levels of 255, that a compressed picture may have

@@ -28,7 +28,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 from accelerate.state import AcceleratorState  # noqa: E402
 
 from modeling_rae import RAEConfig, RAEModel  # noqa: E402
-from rae_suite.checkpointing import checkpoints, read_checkpoint  # noqa: E402
+from rae_suite.checkpoints import checkpoints, read_checkpoint  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train_rae  # noqa: E402
-from rae_suite.autoencoders import weights_digest  # noqa: E402
+from rae_suite.digests import weights_digest  # noqa: E402
 
 file = Path(sys.argv[1])
 runs = json.loads(file.read_text())

@@ -4,7 +4,7 @@
 
 A scenario is {"folder", "processes", "argv", "faults", "steps_behind"}; argv begins with train_rae.py or
 training_steps.py; a fault is {"what", "rank", "place", "step", "value"}, see `strike`, `spoil` and `inject`;
-steps_behind, which may be left out, is what train_rae.steps_behind gives. The libraries are imported once, then the
+steps_behind, which may be left out, is what steps.steps_behind gives. The libraries are imported once, then the
 processes are forked, one scenario after the other. `folder` gets <rank>.out, <rank>.err and result.json: for each
 process its exit code (minus the signal that ended it) and the seconds that it outlived the first one; null for one that
 was still there after DEADLINE; and whether processes that load data were left behind.
@@ -26,7 +26,8 @@ import training_steps  # noqa: E402
 from forked import free_port  # noqa: E402
 
 import train_rae  # noqa: E402
-from rae_suite import checkpointing  # noqa: E402
+from rae_suite import checkpoints as checkpoint_files  # noqa: E402
+from rae_suite import launch, steps  # noqa: E402
 
 DEADLINE = 60  # seconds after the first process has ended
 START = 300  # seconds for the first process to end
@@ -62,7 +63,7 @@ def spoil(fault: dict, run: train_rae.Run, batches: list) -> list:
 def inject(faults: list) -> None:
     """Put this rank's faults into the functions of a run. `place` is "step" (before it is taken), or "evaluation",
     "checkpoint" or "removal" (of a folder) after that step; `step` is counted from 1."""
-    train_step, reconstruct, write_folder = train_rae.train_step, train_rae.reconstruct, checkpointing.write_folder
+    train_step, reconstruct, write_folder = train_rae.train_step, train_rae.reconstruct, checkpoint_files.write_folder
     rmtree = shutil.rmtree
     now = {"step": 0}
 
@@ -102,7 +103,7 @@ def inject(faults: list) -> None:
         rmtree(*arguments, **options)
 
     train_rae.train_step, train_rae.reconstruct, shutil.rmtree = faulty_step, faulty_reconstruct, faulty_rmtree
-    checkpointing.write_folder = faulty_folder
+    checkpoint_files.write_folder = faulty_folder
 
 
 def become_rank(scenario: dict, rank: int, port: int) -> None:
@@ -115,7 +116,7 @@ def become_rank(scenario: dict, rank: int, port: int) -> None:
                           MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))  # fmt: skip
     inject([fault for fault in scenario["faults"] if fault["rank"] == rank])
     if "steps_behind" in scenario:
-        train_rae.steps_behind = lambda device: scenario["steps_behind"]
+        steps.steps_behind = lambda device: scenario["steps_behind"]
     sys.argv = scenario["argv"]
 
 
@@ -176,4 +177,4 @@ def main() -> bool:
 
 if __name__ == "__main__" and main():
     programs = {"train_rae.py": train_rae.main, "training_steps.py": training_steps.main}
-    train_rae.run_main(programs[sys.argv[0]])
+    launch.run_main(programs[sys.argv[0]])

@@ -1,18 +1,22 @@
-"""config.py through its command line: presets, precedence, error messages, and no dead settings. Seconds on a CPU."""
+"""The settings through its command line: presets, precedence, error messages, and no dead settings. Seconds on a CPU."""
 
 import ast
-import copy
 import dataclasses
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
 from conftest import ROOT
 
-from rae_suite import config as config_module
-from rae_suite.config import Config, ConfigError, check_same_config, config_dict, config_yaml, join_lists, parse_config
+from rae_suite import settings, settings_rae
+from rae_suite.cli import config_dict, config_yaml, join_lists
+from rae_suite.errors import ConfigError
+from rae_suite.run_folder import resolve_config
+from rae_suite.settings import check_same_config
+from rae_suite.settings_rae import Config, parse_config
 
 DIGITS = str(ROOT / "configs" / "digits_tiny.yaml")
 # presets of train_rae.py: the header's launch command says whose it is
@@ -57,7 +61,7 @@ def test_presets_parse_and_resolve_to_themselves(preset, tmp_path):
 
 def test_there_is_a_preset_to_test():
     """The default is one of the presets."""
-    assert config_module.DEFAULT_CONFIG in PRESETS
+    assert settings_rae.DEFAULT_CONFIG in PRESETS
 
 
 def test_every_setting_survives_the_run_folder(tmp_path):
@@ -285,9 +289,14 @@ def test_other_processes_do_not_repeat_the_message(monkeypatch, capsys):
 
 def schema():
     """(class name, field name, docstring) of every setting of every group."""
-    tree = ast.parse(Path(config_module.__file__).read_text())
+    for module in (settings, settings_rae):
+        yield from schema_of(module)
+
+
+def schema_of(module):
+    tree = ast.parse(Path(module.__file__).read_text())
     for node in tree.body:
-        if isinstance(node, ast.ClassDef) and dataclasses.is_dataclass(getattr(config_module, node.name)):
+        if isinstance(node, ast.ClassDef) and dataclasses.is_dataclass(getattr(module, node.name)):
             yield node.name, None, ast.get_docstring(node)
             for i, statement in enumerate(node.body):
                 if isinstance(statement, ast.AnnAssign):
@@ -312,18 +321,17 @@ def test_every_setting_is_documented(capsys):
 
 
 def test_every_setting_is_read():
-    """Each field is read as an attribute in a script or module other than config.py; an optimizer's become AdamW's
-    arguments through asdict."""
+    """Each field is read as an attribute in a script or in rae_suite/; an optimizer's become AdamW's arguments through
+    asdict."""
     read, text = set(), ""
     for path in [*ROOT.glob("*.py"), *(ROOT / "rae_suite").glob("*.py"), *(ROOT / "scripts").glob("*.py")]:
-        if path.name != "config.py":
-            text += path.read_text()
-            nodes = ast.walk(ast.parse(path.read_text()))
-            read |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
+        text += path.read_text()
+        nodes = ast.walk(ast.parse(path.read_text()))
+        read |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load)}
     assert "asdict(settings)" in text  # how OptimizerConfig is consumed
     dead = [f"{c}.{f}" for c, f, _ in schema() if f is not None and c != "OptimizerConfig" and f not in read]
     assert not dead, f"settings that nothing reads: {dead}"
-    optimizer = {field.name for field in dataclasses.fields(config_module.OptimizerConfig)}
+    optimizer = {field.name for field in dataclasses.fields(settings.OptimizerConfig)}
     assert optimizer == {"lr", "betas", "eps", "weight_decay"}  # all of them arguments of torch.optim.AdamW
 
 
@@ -373,26 +381,28 @@ def test_a_run_folder_is_continued_with_its_own_settings_only(tmp_path):
         group[name] = other(value)
         saved.write_text(yaml.safe_dump(tree, sort_keys=False))
         try:
-            check_same_config(copy.deepcopy(config), saved)
+            check_same_config(config, saved)
             allowed.add(key)
         except ConfigError as error:
             message = str(error)
             assert f"{key} is {other(value)!r} there and {value!r} now" in message and str(saved) in message
-    resumable.add("data.stream_lanes")  # left open, it is what the run began with
     assert allowed == resumable | {key for key in keys if key.startswith(("eval.", "hub.", "logging."))}
 
 
 def test_the_lanes_of_a_continued_run(tmp_path):
     """Left open, their number becomes that of the run folder; another one is an error."""
     saved = tmp_path / "config.yaml"
-    config = parse_config(["--data.streaming", "--data.stream_lanes", "4"])
+    run = ["--data.streaming", "--train.output_dir", str(tmp_path), "--train.mixed_precision", "no"]
+    config = parse_config([*run, "--data.stream_lanes", "4"])
+    left_open = parse_config(run)
+    accelerator = SimpleNamespace(num_processes=3, mixed_precision="no")
+    assert resolve_config(left_open, accelerator).data.stream_lanes == 3  # of a new run: 3 processes, 1 worker
     saved.write_text(config_yaml(config))
     check_same_config(config, saved)
-    left_open = parse_config(["--data.streaming"])
-    check_same_config(left_open, saved)
-    assert left_open == config
+    assert resolve_config(left_open, accelerator) == config
+    assert left_open.data.stream_lanes is None
     with pytest.raises(ConfigError, match="data.stream_lanes is 4 there and 8 now"):
-        check_same_config(parse_config(["--data.streaming", "--data.stream_lanes", "8"]), saved)
+        check_same_config(parse_config([*run, "--data.stream_lanes", "8"]), saved)
 
 
 def test_a_run_folder_of_another_version(tmp_path):

@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from modeling_rae import RAEConfig, RAEDecoder, RAEModel, sincos_position_table
-from rae_suite.hub import image_processor_json
-from rae_suite.runtime import run_main
+from rae_suite.launch import run_main
+from rae_suite.rae_networks import image_processor_json
 
 PARITY = ROOT / "tests" / "parity"
 GRID, WIDTH, IMAGE = 16, 64, 32  # on 16 x 16 tokens diffusers' position table is MAE's

@@ -1,4 +1,4 @@
-"""Images, splits, crops, order and loaders of data.py, on real files of every kind. Seconds on a CPU."""
+"""Images, splits, crops, order and loaders, on real files of every kind. Seconds on a CPU."""
 
 import io
 import logging
@@ -24,7 +24,7 @@ from hypothesis.strategies import booleans, floats, integers, sampled_from
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
-from rae_suite import data
+from rae_suite import errors, images, loaders, randomness, sources, splits
 
 PARITY_DIR = pathlib.Path(os.environ.get("PARITY_DIR", pathlib.Path(__file__).parent / "parity"))
 
@@ -63,7 +63,7 @@ def encoded(image, file_format="PNG", **options):
 
 
 def decoded(content):
-    return np.asarray(data.to_rgb(Image.open(io.BytesIO(content))))
+    return np.asarray(images.to_rgb(Image.open(io.BytesIO(content))))
 
 
 def rows(count=6, label=True, **columns):
@@ -79,7 +79,7 @@ def rows(count=6, label=True, **columns):
 
 
 def one_line_error(call, *fragments):
-    with pytest.raises(data.DataError) as caught:
+    with pytest.raises(errors.DataError) as caught:
         call()
     message = str(caught.value)
     assert "\n" not in message
@@ -88,7 +88,7 @@ def one_line_error(call, *fragments):
     return message
 
 
-class Source(data.ImageSource):
+class Source(sources.ImageSource):
     """Pictures made on demand; those in `broken` are unreadable."""
 
     def __init__(self, count, broken=()):
@@ -106,7 +106,7 @@ class Source(data.ImageSource):
 
     def load(self, i):
         if i in self.broken:
-            raise data.UnreadableImage(self.name(i), "broken")
+            raise errors.UnreadableImage(self.name(i), "broken")
         return picture(seed=i)
 
 
@@ -170,7 +170,7 @@ def test_animation_gives_its_first_frame():
     assert decoded(content)[0, 0].tolist() == [255, 0, 0]
     image = Image.open(io.BytesIO(content))
     image.seek(1)
-    assert data.to_rgb(image).getpixel((0, 0)) == (255, 0, 0)
+    assert images.to_rgb(image).getpixel((0, 0)) == (255, 0, 0)
 
 
 @pytest.mark.parametrize("file_format", ["JPEG", "PNG", "TIFF", "WEBP"])
@@ -194,9 +194,9 @@ def test_truncated_and_foreign_files_are_unreadable(tmp_path, file_format):
     (tmp_path / "1.png").write_text("not an image")
     (tmp_path / "2.png").write_bytes(b"")
     (tmp_path / "3.png").symlink_to(tmp_path / "missing")
-    source = data.load_split(config(tmp_path), "train")
+    source = splits.load_split(config(tmp_path), "train")
     for i in range(4):
-        with pytest.raises(data.UnreadableImage) as caught:
+        with pytest.raises(errors.UnreadableImage) as caught:
             source.load(i)
         assert caught.value.name == str(tmp_path / f"{i}.png")
 
@@ -210,14 +210,14 @@ def test_center_crop_is_adms_to_the_last_bit():
     assert expected
     for path in expected:
         size = int(re.search(r"\d+", path.stem).group())
-        found = data.center_crop(Image.open(folder / "input.png").convert("RGB"), size)
+        found = images.center_crop(Image.open(folder / "input.png").convert("RGB"), size)
         assert np.array_equal(np.asarray(found), np.asarray(Image.open(path)))
 
 
 @pytest.mark.parametrize("width,height", [(40, 30), (31, 77), (200, 9), (16, 16), (7, 5)])
 def test_crops_have_the_size_asked_for(width, height):
-    assert data.center_crop(picture(width, height), 16).size == (16, 16)
-    assert data.random_crop(picture(width, height), 16, 24, 0).shape == (3, 16, 16)
+    assert images.center_crop(picture(width, height), 16).size == (16, 16)
+    assert images.random_crop(picture(width, height), 16, 24, 0).shape == (3, 16, 16)
 
 
 def resized_then_cropped(image, size, resize_size, seed):
@@ -250,7 +250,7 @@ def test_random_crop_is_the_resized_image_cropped(short, ratio, upright, size, e
     if kind != "picture":
         values = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
         image = Image.fromarray(values if kind == "noise" else np.where(values < 128, 0, 255).astype(np.uint8))
-    found = data.random_crop(image, size, resize_size, seed).permute(1, 2, 0).numpy().astype(int)
+    found = images.random_crop(image, size, resize_size, seed).permute(1, 2, 0).numpy().astype(int)
     assert np.abs(found - resized_then_cropped(image, size, resize_size, seed)).max() <= 1
 
 
@@ -262,27 +262,27 @@ def test_random_crop_of_photographs_at_full_size(tmp_path, width, height):
         exif = Image.Exif()
         exif[274] = orientation
         photographs[number % 2].resize((width, height)).save(tmp_path / f"{number}.jpg", quality=95, exif=exif)
-    images = data.TrainImages(data.scan_folder(str(tmp_path)), 256, seed=9)
+    images = loaders.TrainImages(splits.scan_folder(str(tmp_path)), 256, seed=9)
     for number in range(4):
         upright = ImageOps.exif_transpose(Image.open(tmp_path / f"{number}.jpg"))
-        expected = resized_then_cropped(upright, 256, 384, (9, data.CROP_STREAM, 5, number))
+        expected = resized_then_cropped(upright, 256, 384, (9, randomness.CROP_STREAM, 5, number))
         found = images[5, number]["pixels"].permute(1, 2, 0).numpy().astype(int)
         assert np.abs(found - expected).max() <= 1
 
 
 def test_random_crop_reaches_every_position_and_takes_a_generator():
     ramp = Image.fromarray(np.arange(16, dtype=np.uint8).reshape(4, 4)).convert("RGB")
-    corners = [int(data.random_crop(ramp, 2, 4, seed)[0, 0, 0]) for seed in range(200)]
+    corners = [int(images.random_crop(ramp, 2, 4, seed)[0, 0, 0]) for seed in range(200)]
     assert set(corners) == {0, 1, 2, 4, 5, 6, 8, 9, 10}
     one, other = np.random.default_rng(3), np.random.default_rng(3)
-    assert torch.equal(data.random_crop(ramp, 2, 4, one), data.random_crop(ramp, 2, 4, other))
+    assert torch.equal(images.random_crop(ramp, 2, 4, one), images.random_crop(ramp, 2, 4, other))
 
 
 def test_resize_size():
-    assert [data.training_resize_size(256), data.training_resize_size(64), data.training_resize_size(64, 70)] == [
+    assert [images.training_resize_size(256), images.training_resize_size(64), images.training_resize_size(64, 70)] == [
         384, 96, 70,
     ]  # fmt: skip
-    one_line_error(lambda: data.training_resize_size(64, 63), "data.resize_size", 63, 64)
+    one_line_error(lambda: images.training_resize_size(64, 63), "data.resize_size", 63, 64)
 
 
 # Folders --------------------------------------------------------------------------------------------------------------
@@ -296,7 +296,7 @@ def test_class_folders_match_torchvision(tmp_path):
     (tmp_path / "a" / "ant" / ".hidden.png").write_text("x")
     (tmp_path / "a" / ".cache").mkdir()
     (tmp_path / "a" / "ant" / "link.png").symlink_to(tmp_path / "a" / "zebra" / "0.png")
-    source = data.load_split(config(tmp_path / "a"), "any")
+    source = splits.load_split(config(tmp_path / "a"), "any")
     expected = torchvision.datasets.ImageFolder(tmp_path / "a", is_valid_file=lambda path: "/." not in path
                                                 and not path.endswith(".txt"), allow_empty=True)  # fmt: skip
     classes = [name for name in expected.classes if not name.startswith(".")]
@@ -312,20 +312,20 @@ def test_split_folders_share_one_class_numbering(tmp_path):
     class_tree(tmp_path / "validation", ("bee", "cat"), count=1)
     class_tree(tmp_path / "test", ("unlabelled",))
     (tmp_path / "train" / "empty").mkdir()
-    train, evaluation = data.load_splits(config(tmp_path), seed=0)
+    train, evaluation = splits.load_splits(config(tmp_path), seed=0)
     assert len(train) == 9 and len(evaluation) == 2
     assert train.class_names == evaluation.class_names == ["ant", "bee", "cat"]
     assert [evaluation.label(i) for i in range(2)] == [1, 2]
     assert evaluation.name(0) == str(tmp_path / "validation" / "bee" / "0.png")
     assert evaluation.load(0).size == (40, 30)
-    assert len(data.load_split(config(tmp_path), "test")) == 3
+    assert len(splits.load_split(config(tmp_path), "test")) == 3
 
 
 def test_split_folders_without_classes(tmp_path):
     for i in range(3):
         save(tmp_path / "train" / f"{i}.png")
     save(tmp_path / "validation" / "0.png")
-    train, evaluation = data.load_splits(config(tmp_path), seed=0)
+    train, evaluation = splits.load_splits(config(tmp_path), seed=0)
     assert (len(train), len(evaluation)) == (3, 1)
     assert train.class_names is None and train.label(0) is None
 
@@ -334,14 +334,14 @@ def test_plain_folder_has_no_labels(tmp_path):
     save(tmp_path / "b.png")
     save(tmp_path / "a.JPG")
     save(tmp_path / "nested" / "c.webp")
-    source = data.load_split(config(tmp_path), "train")
+    source = splits.load_split(config(tmp_path), "train")
     assert [os.path.relpath(source.name(i), tmp_path) for i in range(3)] == ["a.JPG", "b.png", "nested/c.webp"]
     assert source.class_names is None and source.label(0) is None
 
 
 def test_class_called_train_is_a_class(tmp_path):
     class_tree(tmp_path, ("car", "train", "boat"))
-    source = data.load_split(config(tmp_path), "train")
+    source = splits.load_split(config(tmp_path), "train")
     assert source.class_names == ["boat", "car", "train"] and len(source) == 9
 
 
@@ -350,7 +350,7 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "cat").symlink_to(tmp_path / "real" / "cat")
     (tmp_path / "real" / "cat" / "loop").symlink_to(tmp_path / "real")
-    source = data.load_split(config(tmp_path / "links"), "train")
+    source = splits.load_split(config(tmp_path / "links"), "train")
     assert len(source) == 3 and source.class_names == ["cat"]
 
 
@@ -358,7 +358,7 @@ def test_names_that_are_not_utf8(tmp_path):
     save(tmp_path / "cat" / "0.png")
     os.rename(tmp_path / "cat" / "0.png", os.fsencode(tmp_path / "cat") + b"/\xff\xe9.png")
     save(tmp_path / "cat" / "grün.png")
-    source = data.load_split(config(tmp_path), "train")
+    source = splits.load_split(config(tmp_path), "train")
     assert {source.load(i).size for i in range(2)} == {(40, 30)}
 
 
@@ -368,23 +368,23 @@ def test_names_that_are_not_utf8(tmp_path):
 @pytest.fixture
 def walked(tmp_path, monkeypatch):
     """Lists of all folders are kept; gives the folders that were listed."""
-    monkeypatch.setattr(data, "INDEX_CACHE", str(tmp_path / "home" / "indexes"))
-    monkeypatch.setattr(data, "INDEXED_FROM", 1)
-    monkeypatch.setattr(data, "SETTLED", 0.0)
-    folders, walk = [], data._walk
+    monkeypatch.setattr(splits, "INDEX_CACHE", str(tmp_path / "home" / "indexes"))
+    monkeypatch.setattr(splits, "INDEXED_FROM", 1)
+    monkeypatch.setattr(splits, "SETTLED", 0.0)
+    folders, walk = [], splits._walk
 
     def recorded(path, prefix, stamps):
         folders.append(os.path.basename(path))
         return walk(path, prefix, stamps)
 
-    monkeypatch.setattr(data, "_walk", recorded)
+    monkeypatch.setattr(splits, "_walk", recorded)
     return folders
 
 
 def content(path):
     """All names and labels; a moment later than what was done to the folder before, so that its times tell."""
     time.sleep(0.02)
-    source = data.load_split(config(path), "train")
+    source = splits.load_split(config(path), "train")
     return [(source.name(i), source.label(i)) for i in range(len(source))], source.class_names
 
 
@@ -426,7 +426,7 @@ def test_list_of_files_is_kept_until_a_folder_changes(tmp_path, walked, monkeypa
     found = content(root)
     assert found != first and walked
     assert content(root) == found
-    monkeypatch.setattr(data, "INDEX_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(splits, "INDEX_CACHE", str(tmp_path / "other"))
     assert content(root) == found
 
 
@@ -466,10 +466,10 @@ def test_list_of_files_without_a_place_for_it(tmp_path, walked, caplog):
 
 def test_list_of_files_is_not_kept_of_few_or_while_they_change(tmp_path, walked, monkeypatch):
     root = class_tree(tmp_path / "images")
-    monkeypatch.setattr(data, "SETTLED", 60.0)
+    monkeypatch.setattr(splits, "SETTLED", 60.0)
     content(root)
-    monkeypatch.setattr(data, "SETTLED", 0.0)
-    monkeypatch.setattr(data, "INDEXED_FROM", 7)
+    monkeypatch.setattr(splits, "SETTLED", 0.0)
+    monkeypatch.setattr(splits, "INDEXED_FROM", 7)
     content(root)
     assert not (tmp_path / "home").exists()
 
@@ -489,7 +489,7 @@ def test_processes_that_list_a_folder_at_once(tmp_path, walked):
 
 def test_saved_dataset_dict(tmp_path):
     datasets.DatasetDict(train=rows(6), validation=rows(4)).save_to_disk(tmp_path)
-    train, evaluation = data.load_splits(config(tmp_path), seed=0)
+    train, evaluation = splits.load_splits(config(tmp_path), seed=0)
     assert (len(train), len(evaluation)) == (6, 4)
     assert [train.label(i) for i in range(6)] == [0, 1, 0, 1, 0, 1] and train.class_names == ["cat", "dog"]
     assert evaluation.name(3) == "validation[3]"
@@ -498,10 +498,10 @@ def test_saved_dataset_dict(tmp_path):
 
 def test_single_saved_dataset_is_one_split(tmp_path):
     rows(6).save_to_disk(tmp_path)
-    assert len(data.load_split(config(tmp_path), "whatever")) == 6
-    train, evaluation = data.load_splits(config(tmp_path, holdout_fraction=0.3), seed=0)
+    assert len(splits.load_split(config(tmp_path), "whatever")) == 6
+    train, evaluation = splits.load_splits(config(tmp_path, holdout_fraction=0.3), seed=0)
     assert (len(train), len(evaluation)) == (4, 2)
-    one_line_error(lambda: data.load_splits(config(tmp_path), 0), "data.eval_split", "no split level", "validation")
+    one_line_error(lambda: splits.load_splits(config(tmp_path), 0), "data.eval_split", "no split level", "validation")
 
 
 def test_columns_of_paths_bytes_and_dicts(tmp_path):
@@ -518,19 +518,19 @@ def test_columns_of_paths_bytes_and_dicts(tmp_path):
     }
     for name, (column, feature) in values.items():
         dataset = datasets.Dataset.from_dict({name: column}, features=datasets.Features({name: feature}))
-        source = data.ColumnSource(dataset, "train", image_column=name)
+        source = sources.ColumnSource(dataset, "train", image_column=name)
         assert np.array_equal(np.asarray(source.load(0)), np.asarray(picture(seed=7)))
     raw = datasets.Dataset.from_dict({"jpg": [content], "id": [b"x"]})
-    assert data.ColumnSource(raw, "train").load(0).size == (40, 30)
+    assert sources.ColumnSource(raw, "train").load(0).size == (40, 30)
 
 
 def test_very_thin_images_are_unreadable(tmp_path):
     """Resizing their shorter side would take gigabytes; they count as unreadable, with the reason."""
     for width in (400, 404):
         Image.new("RGB", (width, 4)).save(tmp_path / f"{width}.png")
-    source = data.scan_folder(str(tmp_path))
+    source = splits.scan_folder(str(tmp_path))
     assert source.load(0).size == (400, 4)
-    with pytest.raises(data.UnreadableImage, match="404.png: .*404 x 4 pixels"):
+    with pytest.raises(errors.UnreadableImage, match="404.png: .*404 x 4 pixels"):
         source.load(1)
 
 
@@ -538,27 +538,27 @@ def test_damaged_rows_are_unreadable():
     dataset = datasets.Dataset.from_dict(
         {"image": [{"bytes": b"junk", "path": None}, None]}, features=datasets.Features(image=datasets.Image())
     )
-    source = data.ColumnSource(dataset, "test")
+    source = sources.ColumnSource(dataset, "test")
     for i in range(2):
-        with pytest.raises(data.UnreadableImage, match=rf"test\[{i}\]"):
+        with pytest.raises(errors.UnreadableImage, match=rf"test\[{i}\]"):
             source.load(i)
 
 
 def test_string_integer_and_missing_labels():
     strings = rows(3, label=False, label_text=(["dog", None, "ant"], datasets.Value("string")))
-    source = data.ColumnSource(strings, "train", label_column="label_text")
+    source = sources.ColumnSource(strings, "train", label_column="label_text")
     assert source.class_names == ["ant", "dog"] and [source.label(i) for i in range(3)] == [1, None, 0]
     integers = rows(3, label=False, labels=([4, -1, 2], datasets.Value("int32")))
-    source = data.ColumnSource(integers, "train")
+    source = sources.ColumnSource(integers, "train")
     assert source.class_names is None and [source.label(i) for i in range(3)] == [4, None, 2]
-    assert data.ColumnSource(rows(2, label=False), "train").label(0) is None
+    assert sources.ColumnSource(rows(2, label=False), "train").label(0) is None
 
 
 def test_fine_label_is_preferred_and_other_pairs_are_ambiguous():
     two = datasets.ClassLabel(names=["a", "b"])
     cifar = rows(2, label=False, fine_label=([1, 0], two), coarse_label=([0, 1], two))
-    assert data.ColumnSource(cifar, "train").label(0) == 1
-    other = data.ColumnSource(rows(2, label=False, shape=([1, 0], two), size=([0, 1], two)), "train")
+    assert sources.ColumnSource(cifar, "train").label(0) == 1
+    other = sources.ColumnSource(rows(2, label=False, shape=([1, 0], two), size=([0, 1], two)), "train")
     assert other.load(0).size == (40, 30)  # training needs no labels
     one_line_error(lambda: other.label(0), "data.label_column", "shape, size")
 
@@ -569,7 +569,7 @@ def test_column_errors(tmp_path):
     def source(columns, **asked):
         content = {name: values for name, (values, _) in columns.items()}
         features = datasets.Features({name: feature for name, (_, feature) in columns.items()})
-        return lambda: data.ColumnSource(datasets.Dataset.from_dict(content, features=features), "train", **asked)
+        return lambda: sources.ColumnSource(datasets.Dataset.from_dict(content, features=features), "train", **asked)
 
     number = ([1.5], datasets.Value("float32"))
     one_line_error(source({"x": number}), "data.image_column", "no image column", "x")
@@ -590,9 +590,9 @@ def test_hub_data_set(monkeypatch):
         return datasets.DatasetDict(train=rows(4), test=rows(2))
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    train, evaluation = data.load_splits(config("user/name.v1", config_name="small", eval_split="test"), seed=0)
+    train, evaluation = splits.load_splits(config("user/name.v1", config_name="small", eval_split="test"), seed=0)
     assert (len(train), len(evaluation)) == (4, 2) and asked == [("user/name.v1", "small")]
-    one_line_error(lambda: data.load_splits(config("name"), 0), "data.eval_split", "'validation'", "test, train")
+    one_line_error(lambda: splits.load_splits(config("name"), 0), "data.eval_split", "'validation'", "test, train")
 
 
 def test_hub_errors_are_one_line(monkeypatch, tmp_path):
@@ -601,18 +601,18 @@ def test_hub_errors_are_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     one_line_error(
-        lambda: data.load_split(config("user/surely_not_there"), "train"),
+        lambda: splits.load_split(config("user/surely_not_there"), "train"),
         "data.path", "'user/surely_not_there'", "neither a local folder nor a Hub data set", "HF_HUB_OFFLINE",
     )  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    call = lambda: data.load_split(config("data/digits"), "train")  # noqa: E731
+    call = lambda: splits.load_split(config("data/digits"), "train")  # noqa: E731
     one_line_error(call, "scripts/prepare_data.py digits --output data/digits")
 
     def bad_config(path, name):
         raise ValueError("BuilderConfig 'x' not found.\nAvailable: ['a']")
 
     monkeypatch.setattr(datasets, "load_dataset", bad_config)
-    call = lambda: data.load_split(config("user/name", config_name="x"), "train")  # noqa: E731
+    call = lambda: splits.load_split(config("user/name", config_name="x"), "train")  # noqa: E731
     one_line_error(call, "data.config_name 'x'", "not found. Available: ['a']")
 
 
@@ -623,7 +623,7 @@ def test_holdout_is_seeded_and_never_overlaps(tmp_path):
     class_tree(tmp_path, count=10)
 
     def names(seed, fraction=0.15, **asked):
-        train, held_out = data.load_splits(config(tmp_path, holdout_fraction=fraction), seed, **asked)
+        train, held_out = splits.load_splits(config(tmp_path, holdout_fraction=fraction), seed, **asked)
         return tuple(held and {held.name(i) for i in range(len(held))} for held in (train, held_out))
 
     train, held_out = names(0)
@@ -631,30 +631,30 @@ def test_holdout_is_seeded_and_never_overlaps(tmp_path):
     assert names(0) == (train, held_out) and names(1) != (train, held_out)
     assert names(0, need_eval=False) == (train, None)
     assert len(names(0, fraction=0.001)[1]) == 1
-    _, source = data.load_splits(config(tmp_path, holdout_fraction=0.5), 0)
+    _, source = splits.load_splits(config(tmp_path, holdout_fraction=0.5), 0)
     assert source.class_names == ["cat", "dog"]
     assert all(f"/{source.class_names[source.label(i)]}/" in source.name(i) for i in range(len(source)))
 
 
 def test_evaluation_on_training_images_must_be_asked_for(tmp_path):
     class_tree(tmp_path)
-    train, evaluation = data.load_splits(config(tmp_path, eval_split="train"), 0)
+    train, evaluation = splits.load_splits(config(tmp_path, eval_split="train"), 0)
     assert evaluation is train and len(train) == 6
-    assert data.load_splits(config(tmp_path), 0, need_eval=False)[1] is None
-    one_line_error(lambda: data.load_splits(config(tmp_path), 0), "data.eval_split", "data.holdout_fraction")
+    assert splits.load_splits(config(tmp_path), 0, need_eval=False)[1] is None
+    one_line_error(lambda: splits.load_splits(config(tmp_path), 0), "data.eval_split", "data.holdout_fraction")
 
 
 def test_similar_split_names_are_not_guessed(tmp_path):
     class_tree(tmp_path / "train")
     class_tree(tmp_path / "val")
     one_line_error(
-        lambda: data.load_splits(config(tmp_path), 0),
+        lambda: splits.load_splits(config(tmp_path), 0),
         "data.eval_split", "'validation'", "train, val", "data.holdout_fraction",
     )  # fmt: skip
-    assert len(data.load_splits(config(tmp_path, eval_split="val"), 0)[1]) == 6
-    one_line_error(lambda: data.load_splits(config(tmp_path, train_split="fit"), 0), "data.train_split", "'fit'")
-    one_line_error(lambda: data.load_split(config(tmp_path), "test"), "'test'", "train, val")
-    train, held_out = data.load_splits(config(tmp_path, holdout_fraction=0.5), 0)
+    assert len(splits.load_splits(config(tmp_path, eval_split="val"), 0)[1]) == 6
+    one_line_error(lambda: splits.load_splits(config(tmp_path, train_split="fit"), 0), "data.train_split", "'fit'")
+    one_line_error(lambda: splits.load_split(config(tmp_path), "test"), "'test'", "train, val")
+    train, held_out = splits.load_splits(config(tmp_path, holdout_fraction=0.5), 0)
     assert (len(train), len(held_out)) == (3, 3)
 
 
@@ -662,20 +662,20 @@ def test_holdout_errors(tmp_path):
     class_tree(tmp_path / "train")
     class_tree(tmp_path / "val")
     both = config(tmp_path, eval_split="val", holdout_fraction=0.1)
-    one_line_error(lambda: data.load_splits(both, 0), "data.holdout_fraction", "data.eval_split 'val'")
+    one_line_error(lambda: splits.load_splits(both, 0), "data.holdout_fraction", "data.eval_split 'val'")
     same = config(tmp_path, eval_split="train", holdout_fraction=0.1)
-    one_line_error(lambda: data.load_splits(same, 0), "data.holdout_fraction", "data.eval_split 'train'")
+    one_line_error(lambda: splits.load_splits(same, 0), "data.holdout_fraction", "data.eval_split 'train'")
     for fraction in (-0.1, 1.0):
         one_line_error(
-            lambda fraction=fraction: data.load_splits(config(tmp_path, holdout_fraction=fraction), 0),
+            lambda fraction=fraction: splits.load_splits(config(tmp_path, holdout_fraction=fraction), 0),
             "data.holdout_fraction", fraction,
         )  # fmt: skip
-    one_line_error(lambda: data.load_splits(config(tmp_path, holdout_fraction=0.99), 0), "leaves none")
+    one_line_error(lambda: splits.load_splits(config(tmp_path, holdout_fraction=0.99), 0), "leaves none")
 
 
 def test_path_errors(tmp_path):
     def load(path, **changes):
-        return lambda: data.load_split(config(path, **changes), "train")
+        return lambda: splits.load_split(config(path, **changes), "train")
 
     one_line_error(load(tmp_path / "missing"), "data.path", tmp_path / "missing", "does not exist")
     one_line_error(load("./missing"), "data.path", "./missing", "does not exist")
@@ -699,7 +699,7 @@ def test_path_errors(tmp_path):
 
 def test_crop_is_a_function_of_seed_epoch_and_index():
     def pixels(seed, epoch, index):
-        return data.TrainImages(Source(4), 16, 24, seed)[epoch, index]["pixels"]
+        return loaders.TrainImages(Source(4), 16, 24, seed)[epoch, index]["pixels"]
 
     first = pixels(0, 0, 1)
     assert first.dtype == torch.uint8 and first.shape == (3, 16, 16) and first.is_contiguous()
@@ -709,30 +709,30 @@ def test_crop_is_a_function_of_seed_epoch_and_index():
 
 
 def test_unreadable_training_image_is_replaced_by_the_next():
-    images = data.TrainImages(Source(4, broken=[2, 3]), 16, max_unreadable=2)
+    images = loaders.TrainImages(Source(4, broken=[2, 3]), 16, max_unreadable=2)
     item = images[0, 2]
     assert item["index"] == 0 and item["unreadable"] == ["made[2]: broken", "made[3]: broken"]
     assert images[0, 1]["unreadable"] == []
-    images = data.TrainImages(Source(4, broken=[2, 3]), 16, max_unreadable=1)
+    images = loaders.TrainImages(Source(4, broken=[2, 3]), 16, max_unreadable=1)
     one_line_error(lambda: images[0, 2], "data.max_unreadable", "2 images in a row", "at most 1", "made[3]")
-    images = data.TrainImages(Source(2, broken=[0, 1]), 16, max_unreadable=10)
+    images = loaders.TrainImages(Source(2, broken=[0, 1]), 16, max_unreadable=10)
     one_line_error(lambda: images[0, 0], "data.path: none of 2 training images can be read", "made[1]")
 
 
 def test_evaluation_drops_unreadable_images():
-    images = data.EvalImages(Source(3, broken=[1]), 16)
-    batch = data.collate([images[i] for i in range(3)])
+    cropped = loaders.EvalImages(Source(3, broken=[1]), 16)
+    batch = loaders.collate([cropped[i] for i in range(3)])
     assert batch["pixels"].shape == (2, 3, 16, 16) and batch["index"].tolist() == [0, 2]
     assert batch["unreadable"] == ["made[1]: broken"]
-    expected = np.asarray(data.center_crop(picture(seed=2), 16))
+    expected = np.asarray(images.center_crop(picture(seed=2), 16))
     assert np.array_equal(batch["pixels"][1].permute(1, 2, 0).numpy(), expected)
-    empty = data.collate([images[1]], image_size=16)
+    empty = loaders.collate([cropped[1]], image_size=16)
     assert empty["pixels"].shape == (0, 3, 16, 16) and empty["pixels"].dtype == torch.uint8
     assert empty["index"].dtype == torch.int64 and empty["unreadable"] == ["made[1]: broken"]
 
 
 def test_unreadable_log_warns_once_and_stops(caplog):
-    log = data.UnreadableLog(2)
+    log = loaders.UnreadableLog(2)
     with caplog.at_level(logging.WARNING):
         log.add(["a", "b", "a"])
         log.add(["b"])
@@ -741,7 +741,7 @@ def test_unreadable_log_warns_once_and_stops(caplog):
         "unreadable image 2 (at most 2): b",
     ]
     one_line_error(lambda: log.add(["c"]), "data.max_unreadable", "3 images", "at most 2", "c")
-    one_line_error(lambda: data.UnreadableLog(0).add(["x"]), "1 images", "x")
+    one_line_error(lambda: loaders.UnreadableLog(0).add(["x"]), "1 images", "x")
 
 
 # Order ----------------------------------------------------------------------------------------------------------------
@@ -749,7 +749,7 @@ def test_unreadable_log_warns_once_and_stops(caplog):
 
 def batches(rank=0, world_size=1, micro=2, start=0, total=7, **changes):
     settings = dict(num_images=27, global_batch_size=8, seed=3, **changes)
-    return data.TrainBatches(
+    return loaders.TrainBatches(
         micro_batch_size=micro, rank=rank, world_size=world_size, start_step=start, total_steps=total, **settings
     )
 
@@ -790,7 +790,7 @@ def test_resume_gives_the_tail(start):
 def test_order_errors():
     one_line_error(lambda: batches(micro=3), "global batch size 8", "micro-batch size 3", "1 processes = 3")
     one_line_error(
-        lambda: data.TrainBatches(7, 8, 8, 0, 1, 0, 0, 1), "data.path", "7 training images", "global batch of 8"
+        lambda: loaders.TrainBatches(7, 8, 8, 0, 1, 0, 0, 1), "data.path", "7 training images", "global batch of 8"
     )
     one_line_error(lambda: batches(rank=2, world_size=2), "rank 2")
 
@@ -802,7 +802,7 @@ def test_training_is_the_same_with_any_number_of_workers():
     state = torch.get_rng_state()
 
     def run(workers):
-        loader = data.train_loader(Source(27, broken=[4]), batches(total=4), 16, num_workers=workers)
+        loader = loaders.train_loader(Source(27, broken=[4]), batches(total=4), 16, num_workers=workers)
         return list(loader)
 
     one, other = run(0), run(2)
@@ -817,8 +817,8 @@ def test_training_is_the_same_with_any_number_of_workers():
 @pytest.mark.parametrize("world_size,num_samples", [(1, None), (2, None), (3, 10), (4, 99), (4, 2)])
 def test_evaluation_counts_every_image_once(world_size, num_samples):
     source = Source(17)
-    loaders = [data.eval_loader(source, 16, 4, 0, rank, world_size, num_samples) for rank in range(world_size)]
-    seen = [list(loader) for loader in loaders]
+    ranks = [loaders.eval_loader(source, 16, 4, 0, rank, world_size, num_samples) for rank in range(world_size)]
+    seen = [list(loader) for loader in ranks]
     indices = sorted(index for rank in seen for batch in rank for index in batch["index"].tolist())
     expected = range(17) if num_samples in (None, 99) else [i * 17 // num_samples for i in range(num_samples)]
     assert indices == list(expected)
@@ -828,8 +828,8 @@ def test_evaluation_counts_every_image_once(world_size, num_samples):
 
 def test_evaluation_loader_can_be_read_twice_with_workers(tmp_path):
     datasets.DatasetDict(train=rows(5)).save_to_disk(tmp_path)
-    source = data.load_split(config(tmp_path), "train")
-    loader = data.eval_loader(source, 16, 2, num_workers=2)
+    source = splits.load_split(config(tmp_path), "train")
+    loader = loaders.eval_loader(source, 16, 2, num_workers=2)
     first, second = list(loader), list(loader)
     assert [batch["index"].tolist() for batch in first] == [[0, 1], [2, 3], [4]]
     for a, b in zip(first, second, strict=True):
@@ -853,7 +853,7 @@ def test_workers_leave_signals_to_the_main_process():
 
     os.register_at_fork(after_in_child=start_thread)
     try:
-        assert len(list(data.eval_loader(Signals(2), 16, 1, num_workers=1))) == 2
+        assert len(list(loaders.eval_loader(Signals(2), 16, 1, num_workers=1))) == 2
     finally:
         threads.clear()  # what is registered stays
 
@@ -862,20 +862,21 @@ def test_an_error_in_a_worker_is_one_line_and_ends_the_run(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.png").write_text("not an image")
     code = f"""
-from rae_suite import data
-batches = data.TrainBatches(8, 4, 2, 0, 1, 0, 0, 100)
-loader = data.train_loader(data.scan_folder({str(tmp_path)!r}), batches, 16, max_unreadable=3, num_workers=2)
+from rae_suite import errors, loaders, splits
+batches = loaders.TrainBatches(8, 4, 2, 0, 1, 0, 0, 100)
+loader = loaders.train_loader(splits.scan_folder({str(tmp_path)!r}), batches, 16, max_unreadable=3, num_workers=2)
 try:
     for batch in loader:
         pass
-except data.DataError as error:
+except errors.DataError as error:
     print(str(error).count(chr(10)), error)
     raise
 """
-    root = pathlib.Path(data.__file__).parents[1]  # the uncaught error keeps the loader and its workers until the exit
+    root = pathlib.Path(loaders.__file__).parents[1]
+    # the uncaught error keeps the loader and its workers until the exit
     result = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert result.stdout.startswith("0 data.max_unreadable: 4 images in a row cannot be read")
-    assert result.returncode == 1 and "data.DataError: data.max_unreadable" in result.stderr
+    assert result.returncode == 1 and "errors.DataError: data.max_unreadable" in result.stderr
 
 
 def test_fingerprint_follows_the_content(tmp_path):
@@ -889,12 +890,12 @@ def test_fingerprint_follows_the_content(tmp_path):
         rows = rows.cast_column("image", datasets.Image())
         rows.save_to_disk(tmp_path / "saved")
         paths = datasets.Dataset.from_dict({"image": [str(file)]})
-        saved = data.ColumnSource(datasets.load_from_disk(str(tmp_path / "saved")), "train")
-        sources = [data.scan_folder(str(file.parent)), saved, data.ColumnSource(paths, "train")]
-        prints = [source.fingerprint() for source in sources]
-        for source in sources:
+        saved = sources.ColumnSource(datasets.load_from_disk(str(tmp_path / "saved")), "train")
+        found = [splits.scan_folder(str(file.parent)), saved, sources.ColumnSource(paths, "train")]
+        prints = [source.fingerprint() for source in found]
+        for source in found:
             source.load(0)
-        assert prints == [source.fingerprint() for source in sources]
+        assert prints == [source.fingerprint() for source in found]
         return prints
 
     before, after = save(10), save(20)
@@ -903,15 +904,15 @@ def test_fingerprint_follows_the_content(tmp_path):
 
 def test_fingerprint_of_a_part_looks_at_that_part_only(tmp_path):
     class_tree(tmp_path / "files", count=3)
-    files = data.scan_folder(str(tmp_path / "files"))
-    part = data.SubsetSource(files, [1, 4])
+    files = splits.scan_folder(str(tmp_path / "files"))
+    part = sources.SubsetSource(files, [1, 4])
     before = part.fingerprint()
-    assert before != files.fingerprint() and before != data.SubsetSource(files, [1, 3]).fingerprint()
+    assert before != files.fingerprint() and before != sources.SubsetSource(files, [1, 3]).fingerprint()
     save(tmp_path / "files" / "cat" / "0.png", seed=99)
     assert part.fingerprint() == before
-    assert data.SubsetSource(data.SubsetSource(files, [0, 1, 4]), [1, 2]).fingerprint() == before
+    assert sources.SubsetSource(sources.SubsetSource(files, [0, 1, 4]), [1, 2]).fingerprint() == before
     save(tmp_path / "files" / "cat" / "1.png", seed=99)
     assert part.fingerprint() != before
-    column = data.ColumnSource(rows(6), "train")
-    prints = [data.SubsetSource(column, indices).fingerprint() for indices in ([0, 1], [0, 2], [0, 1])]
+    column = sources.ColumnSource(rows(6), "train")
+    prints = [sources.SubsetSource(column, indices).fingerprint() for indices in ([0, 1], [0, 2], [0, 1])]
     assert prints[0] == prints[2] != prints[1] and column.fingerprint() not in prints

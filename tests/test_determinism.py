@@ -11,7 +11,7 @@ from torch._subclasses import FakeTensorMode
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rae_suite.runtime import compute_deterministically
+from rae_suite.launch import compute_deterministically
 
 # Operations without a deterministic algorithm on a GPU, from the documentation of torch.use_deterministic_algorithms
 # (2.14) and the names that libtorch_cuda.so has for its errors. Those of a training step that one might look for here

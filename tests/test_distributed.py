@@ -8,8 +8,9 @@ import torch
 from conftest import PLAIN, TINY, error_line, flags, processes_on_cpu, read_metrics, run_command, run_ranks
 from safetensors.torch import load_file
 
-from rae_suite.config import parse_config
-from rae_suite.data import TrainBatches, load_splits
+from rae_suite.loaders import TrainBatches
+from rae_suite.settings_rae import parse_config
+from rae_suite.splits import load_splits
 
 # 20 steps with L1 and LPIPS; 16 px because VGG16 is slow. The losses have kinks (L1, ReLU): where float32's rounding
 # puts a value on the other side of one, the next step differs, so the learning rate is a quarter of the published one.

@@ -21,9 +21,9 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn import functional as F
 
 from modeling_rae import ENCODER_FAMILIES, RAEConfig, RAEModel, unpatchify
-from rae_suite.config import parse_config
-from rae_suite.runtime import ConfigError
-from train_rae import build_rae_config
+from rae_suite.errors import ConfigError
+from rae_suite.rae_networks import build_rae_config
+from rae_suite.settings_rae import parse_config
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -366,7 +366,7 @@ def test_blocks_that_cannot_be_meant(capsys, layers):
     argv += ["--model.encoder_input_size", "12", "--model.encoder_layers", f"{layers}"]
     if layers == [4]:  # how many blocks there are is known with the encoder's config
         with pytest.raises(ConfigError, match=r"encoder_layers: .* 4 blocks \(0 to 3\), got \[4\]"):
-            build_rae_config(parse_config(argv))
+            build_rae_config(parse_config(argv).model)
     else:
         with pytest.raises(SystemExit):
             parse_config(argv)
@@ -518,7 +518,7 @@ def test_presets_fit_their_encoders(preset, tmp_path):
         config = transformers.SiglipConfig(vision_config=config.to_dict())
     config.save_pretrained(tmp_path)
     transformers.ViTImageProcessor().save_pretrained(tmp_path)
-    rae = build_rae_config(parse_config([*argv, "--model.encoder", str(tmp_path)]))
+    rae = build_rae_config(parse_config([*argv, "--model.encoder", str(tmp_path)]).model)
     assert (rae.latent_channels, rae.latent_size, rae.latent_size) == latent and rae.image_size == side
     assert (rae.decoder_hidden_size, rae.decoder_num_hidden_layers, rae.decoder_num_attention_heads,
             rae.decoder_intermediate_size) == (1152, 28, 16, 4096)  # fmt: skip

@@ -19,20 +19,20 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 
 import eval_rfid
 from modeling_rae import RAEModel
-from rae_suite.autoencoders import latents_digest
-from rae_suite.config import ImagesConfig
-from rae_suite.data import load_split
+from rae_suite.digests import latents_digest
 from rae_suite.frechet import (
     FrechetMetric,
     frechet_distance_of_few,
     inception_file,
     inception_metrics,
     load_inception,
-    read_reference,
+    read_references,
 )
-from rae_suite.metrics import PSNR_CAP, evaluate_reconstructions, to_8bit
+from rae_suite.launch import measuring_accelerator, run_main
+from rae_suite.metrics import PSNR_CAP, Evaluator, to_8bit
 from rae_suite.moments import Moments
-from rae_suite.runtime import measuring_accelerator, run_main
+from rae_suite.settings import ImagesConfig
+from rae_suite.splits import load_split
 
 SIZE = 32  # pixels
 
@@ -225,14 +225,13 @@ def test_identical_images(inception, images):
         batch["index"] = torch.arange(6) + 6 * i
     distances = inception_metrics(["rfid", "rfid_clean"], str(inception), "inception_path", accelerator)
     small = eval_rfid.encoder_metric(lambda pixels: pixels, tiny_rae(), 3, accelerator)  # mean colours
-    evaluation = evaluate_reconstructions(
-        lambda pixels, index: pixels, batches, ["psnr", "ssim"], accelerator, frechet=[*distances, small]
-    )
+    evaluator = Evaluator(batches, accelerator, ["psnr", "ssim"], distances=[*distances, small])
+    evaluation = evaluator(lambda pixels, index: pixels)
     summary = evaluation.summary()
     assert summary["psnr"] == PSNR_CAP and summary["ssim"] == pytest.approx(1, abs=1e-6)
     for name in ("rfid", "rfid_clean", "rfdd"):
         assert abs(summary[name]) < 1e-3
-    darker = evaluate_reconstructions(lambda pixels, index: pixels / 2, batches, [], accelerator, frechet=[small])
+    darker = Evaluator(batches, accelerator, [], distances=[small])(lambda pixels, index: pixels / 2)
     colours = torch.cat([batch["pixels"] for batch in batches]).double().div(255).mean((2, 3)).numpy()
     halves = np.stack([to_8bit(torch.from_numpy(b["pixels"].numpy() / 255 / 2)).numpy() for b in batches])
     halves = (halves.reshape(12, 3, -1) / 255).mean(2)
@@ -286,8 +285,7 @@ def test_references(evaluate, images, tmp_path):
     (cached,) = (tmp_path / "cache").glob("rfid-*.npz")
     assert evaluate({"reference": cached}, "statistics")["rfid"] == pytest.approx(base, rel=1e-9)
     metric = FrechetMetric("rfid", None, 2048, "")
-    read_reference(str(cached), [metric], None, 1, "reference")
-    assert metric.reference.count == 24
+    assert read_references(str(cached), [metric], None, 1, "reference").known["rfid"].count == 24
 
     source = load_split(ImagesConfig(path=str(images), train_split="none"), "train")
     pixels = np.stack([np.array(eval_rfid.EvalImages(source, SIZE)[i]["pixels"]) for i in range(24)])

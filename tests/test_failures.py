@@ -25,7 +25,8 @@ from conftest import (
 from test_train import fp16_accelerator, take_steps, tiny_run
 
 import train_rae
-from rae_suite.runtime import RunError
+from rae_suite import losses, run_folder, steps
+from rae_suite.errors import RunError
 
 BUSY = {**PLAIN, "train.save_every_steps": "1", "train.max_steps": "4"}
 
@@ -298,9 +299,9 @@ def test_fp16_term_with_good_gradients(images, monkeypatch):
         run = tiny_run(images, fp16_accelerator(1024.0), **{"gan.start_step": "0", "gan.update_start_step": "0"})
         take_steps(run, pixels, 2, steps=1)
         before = without_rates(copied(everything(run)))
-        loss = train_rae.DISCRIMINATOR_LOSSES[run.config.gan.loss]
+        loss = losses.DISCRIMINATOR_LOSSES[run.config.gan.loss]
         monkeypatch.setitem(
-            train_rae.DISCRIMINATOR_LOSSES, run.config.gan.loss, lambda real, fake: loss(real, fake) + math.inf
+            losses.DISCRIMINATOR_LOSSES, run.config.gan.loss, lambda real, fake: loss(real, fake) + math.inf
         )
         record = train_rae.train_step(run, list(pixels.chunk(2)), 1).read()
         assert record["nonfinite"] == "disc_loss" and math.isfinite(record["disc_grad_norm"])
@@ -318,11 +319,11 @@ def test_fp16_overflow_is_no_failure_until_it_never_ends(images, tmp_path):
     settings = {"gan.start_step": "0", "gan.update_start_step": "0"}
     try:
         run = tiny_run(images, fp16_accelerator(2.0**40), **settings)
-        state, skipped = train_rae.RunState(), 0
+        state, skipped = run_folder.RunState(), 0
         start = {n: p.detach().clone() for n, p in run.model.decoder.named_parameters()}
         for step in range(59):
             record = train_rae.train_step(run, [pixels], step).read()
-            train_rae.stop_on_nonfinite(run, state, record, tmp_path)
+            steps.stop_on_nonfinite(record, state, 0, run.accelerator, tmp_path)
             if math.isfinite(record["grad_norm"]) and math.isfinite(record["disc_grad_norm"]):
                 break
             skipped += 1
@@ -331,10 +332,10 @@ def test_fp16_overflow_is_no_failure_until_it_never_ends(images, tmp_path):
 
         run = tiny_run(images, fp16_accelerator(2.0**10), **settings)
         run.model.decoder.decoder_pred.bias.register_hook(lambda g: g * math.inf)
-        state = train_rae.RunState()
+        state = run_folder.RunState()
         with pytest.raises(RunError, match="grad_norm is (inf|nan) at step 12; the last good checkpoint is none"):
             for step in range(59):
                 record = train_rae.train_step(run, [pixels], step).read()
-                train_rae.stop_on_nonfinite(run, state, record, tmp_path)
+                steps.stop_on_nonfinite(record, state, 0, run.accelerator, tmp_path)
     finally:
         Accelerator().state._reset_state()

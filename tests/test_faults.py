@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from conftest import error_line, flags, run_command
 from harness import Training, differences, folder_bytes
 from kill import PLACES, left_behind, named_life
@@ -20,9 +21,12 @@ from test_streams import write_parquet
 from trigger import fill
 
 import train_rae
-from rae_suite.checkpointing import checkpoints, damage, is_whole_model, newest_checkpoint, read_checkpoint
-from rae_suite.config import parse_config
-from rae_suite.runtime import WriteError, save_results
+from rae_suite import errors, rae_networks, run_folder
+from rae_suite.checkpoints import checkpoints, find_damage, newest_checkpoint, read_checkpoint
+from rae_suite.errors import WriteError
+from rae_suite.files import is_whole_model
+from rae_suite.results import save_results
+from rae_suite.settings_rae import parse_config
 
 # every loss but LPIPS, which has no state and is slow
 SETTINGS = {
@@ -75,6 +79,9 @@ def flip_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
+PARTS = ("state", "decoder", "ema", "optimizer", "discriminator", "disc_optimizer")  # of these runs' checkpoints
+
+
 def damages(checkpoint: Path) -> dict:
     """Ways to damage a checkpoint, by name: what does it, and what is said of it."""
     ways = {}
@@ -95,14 +102,14 @@ def damages(checkpoint: Path) -> dict:
 
 def test_every_damage_is_known(whole, tmp_path):
     """Each file truncated, flipped in one bit or removed: the checkpoint before is taken, and the reason said."""
-    assert newest_checkpoint(whole, pytest.fail).name == "step-00000008"
+    assert newest_checkpoint(whole, PARTS, pytest.fail).name == "step-00000008"
     for i, name in enumerate(damages(whole / "checkpoints/step-00000008")):
         run_dir = tmp_path / str(i)
         shutil.copytree(whole / "checkpoints", run_dir / "checkpoints")
         spoil, reason = damages(run_dir / "checkpoints/step-00000008")[name]
         spoil()
         said = []
-        assert newest_checkpoint(run_dir, said.append).name == "step-00000006", name
+        assert newest_checkpoint(run_dir, PARTS, said.append).name == "step-00000006", name
         assert len(said) == 1 and f"is damaged ({reason}" in said[0] and "damaged-step-00000008" in said[0], said
         assert (run_dir / "checkpoints/damaged-step-00000008").is_dir()
 
@@ -161,18 +168,19 @@ def other_contents() -> dict:
 def test_checkpoint_of_other_content(images, whole, tmp_path):
     """Whole files, as the manifest says, that hold something else: one line that names the checkpoint."""
     config = parse_config(["--config", str(whole / "config.yaml")])
-    accelerator = train_rae.Accelerator()
-    run = train_rae.build_run(config, accelerator, train_rae.build_rae_config(config), steps_per_epoch=3)
+    accelerator = Accelerator()
+    run = train_rae.build_run(config, accelerator, rae_networks.build_rae_config(config.model), steps_per_epoch=3)
     checkpoint = shutil.copytree(whole / "checkpoints/step-00000008", tmp_path / "step-00000008")
-    train_rae.load_checkpoint(run, train_rae.RunState(), checkpoint)
+    parts, frozen = run.parts(), run.frozen
+    run_folder.load_checkpoint(checkpoint, run_folder.RunState(), parts, frozen)
     for name, contents in other_contents().items():
         file = checkpoint / name
         for change, words in contents:
             saved = change(read_checkpoint(whole / "checkpoints/step-00000008")[file.stem])
             file.unlink()  # what was read of it is still mapped
             file.write_text(json.dumps(saved)) if file.suffix == ".json" else torch.save(saved, file)
-            with pytest.raises(train_rae.RunError, match=re.escape(f"checkpoint {checkpoint} cannot be read: {words}")):
-                train_rae.load_checkpoint(run, train_rae.RunState(), checkpoint)
+            with pytest.raises(errors.RunError, match=re.escape(f"checkpoint {checkpoint} cannot be read: {words}")):
+                run_folder.load_checkpoint(checkpoint, run_folder.RunState(), parts, frozen)
         shutil.copy(whole / "checkpoints/step-00000008" / name, file)
 
 
@@ -194,12 +202,12 @@ def test_names_that_are_not_the_runs(images, whole, tmp_path):
 
 def test_damaged_final_model(images, whole, tmp_path):
     """A finished run whose final/ was damaged writes it again from its last checkpoint."""
-    assert is_whole_model(whole / "final")
+    assert is_whole_model(whole / "final", train_rae.CODE)
     run_dir = shutil.copytree(whole, tmp_path / "run")
     for name in ("config.json", "modeling_rae.py", "model.safetensors"):
         folder = shutil.copytree(whole / "final", tmp_path / name)
         (folder / name).unlink()
-        assert not is_whole_model(folder)
+        assert not is_whole_model(folder, train_rae.CODE)
     os.truncate(run_dir / "final/model.safetensors", 100_000)
     training = Training(run_dir, images, **SETTINGS)
     assert training.go() == [0] and "is finished" not in training.output()
@@ -252,7 +260,7 @@ def test_full_disk(name, images, whole, tmp_path):
         assert "No space left on device" in line and f"MiB are free in {disk}" in line, line
         last = checkpoints(training.run_dir)[-1]
         assert line.endswith(f"; the last good checkpoint is {last}; the same command continues")
-        assert damage(last) is None and left_behind(training) in ("-", "half a line")
+        assert find_damage(last, PARTS) is None and left_behind(training) in ("-", "half a line")
         (disk / "filler").unlink()
         if name in ("a network's file", "final/"):
             assert training.go() == [0]
@@ -316,7 +324,7 @@ def test_full_disk_with_two_processes(images, tmp_path):
         codes = training.go(2, (fault,))
         assert codes[0] == 1 and codes[1] != 0
         assert f"error: {training.run_dir / path} cannot be written (" in training.output()
-        assert damage(training.run_dir / "checkpoints/step-00000002") is None
+        assert find_damage(training.run_dir / "checkpoints/step-00000002", PARTS) is None
         (disk / "filler").unlink()
         assert training.go(2) == [0, 0]
 

@@ -15,7 +15,8 @@ from torch.distributed.fsdp import FSDPModule
 
 import train_rae
 from modeling_rae import RAEModel
-from rae_suite.sharding import FSDP_SETTINGS, check_launch, check_processes, shard
+from rae_suite.launch import FSDP_SETTINGS, check_launch, check_processes
+from rae_suite.sharding import shard
 
 CONFIG = ROOT / "accelerate_configs" / "fsdp2_8gpu.yaml"
 EVERYTHING = {**TINY, "train.gradient_accumulation_steps": "2", "train.max_steps": "4", "eval.every_steps": "4"}
@@ -193,7 +194,7 @@ def test_blocks_of_every_family_are_units(model_type, new_accelerator):
         sample = model.decode(latent).sample
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
-        sharded = shard(model, Accelerator(cpu=True))
+        sharded = shard(model, Accelerator(cpu=True), ("encode",))
         with torch.no_grad():
             assert torch.equal(sharded.encode(pixels()).latent, latent)
         for _ in range(2):

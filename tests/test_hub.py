@@ -24,11 +24,13 @@ from transformers import AutoImageProcessor, AutoModel, ViTImageProcessor
 import eval_rfid
 import train_rae
 from modeling_rae import RAEModel
-from rae_suite import hub
-from rae_suite.config import HubConfig, parse_config
-from rae_suite.data import center_crop
-from rae_suite.hub import HubError, Publisher, ask_hub, hub_id, image_processor_json, push_command, scrub
-from rae_suite.runtime import run_main
+from rae_suite import cli, hub
+from rae_suite.hub import HubError, Publisher, ask_hub, hub_id, push_command, scrub
+from rae_suite.images import center_crop
+from rae_suite.launch import run_main
+from rae_suite.rae_networks import image_processor_json
+from rae_suite.settings import HubConfig
+from rae_suite.settings_rae import parse_config
 from scripts import push_to_hub
 
 FILES = {"config.json", "modeling_rae.py", "model.safetensors", "preprocessor_config.json", "README.md"}
@@ -350,7 +352,7 @@ def run_dir(bundled, tmp_path) -> Path:
         shutil.copytree(bundled, folder / name)
     config = parse_config(["--data.path", "user/photos"])
     config.perceptual.weights = "pretrained"
-    (folder / "config.yaml").write_text(train_rae.config_yaml(config))
+    (folder / "config.yaml").write_text(cli.config_yaml(config))
     lines = [
         {"kind": "eval", "model": model, "step": step, "num_samples": 8, "psnr": psnr, "lpips": lpips}
         for step, psnr, lpips in ((0, 10.0, 0.9), (3, 30.0, 0.5), (6, 20.0, 0.1), (9, 25.0, None))
@@ -627,8 +629,7 @@ def test_finished_run_says_how_to_upload_it(published, images, monkeypatch, caps
 def test_one_upload_at_a_time(capsys):
     """While one is on its way, the next is left out: nothing is exported into its folder."""
     run = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True))
-    reporter = SimpleNamespace(run=run, state=SimpleNamespace(step=4))
-    train_rae.Reporter.push(reporter, SimpleNamespace(busy=lambda: True))
+    train_rae.push(run, SimpleNamespace(busy=lambda: True), SimpleNamespace(state=SimpleNamespace(step=4)))
     assert "step 4: not uploaded, the upload before is still on its way" in capsys.readouterr().out
 
 

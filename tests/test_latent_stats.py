@@ -16,13 +16,15 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from modeling_rae import RAEModel
-from rae_suite.checkpointing import read_tensors
-from rae_suite.config import parse, parse_config
-from rae_suite.data import center_crop, load_split
-from rae_suite.runtime import INTERRUPTED, run_main
+from rae_suite.cli import parse
+from rae_suite.files import read_tensors
+from rae_suite.images import center_crop
+from rae_suite.launch import INTERRUPTED, run_main
+from rae_suite.rae_networks import build_rae, build_rae_config
+from rae_suite.settings_rae import parse_config
+from rae_suite.splits import load_split
 from scripts import compute_latent_stats
 from scripts.compute_latent_stats import LatentReader, LatentStatsConfig, check, latent_stats, load_images
-from train_rae import build_rae, build_rae_config
 
 SIZE = 32  # pixels
 
@@ -301,7 +303,7 @@ def test_statistics_for_training(run, images, tmp_path):
     run("--train_config", *files, stats_file=tmp_path / "later.safetensors")
 
     config = parse_config([part for file in files for part in ("--config", str(file))])
-    rae = build_rae(config, build_rae_config(config)).eval()
+    rae = build_rae(config.model, config.train.seed, build_rae_config(config.model)).eval()
     config.data.path = str(images)
     source = load_split(config.data, "train")
     crops = [np.array(center_crop(source.load(i), 32)) for i in range(len(source))]

@@ -40,8 +40,9 @@ from linear_probe import (
 )
 from modeling_rae import RAEConfig, RAEModel
 from rae_suite.autoencoders import load_autoencoder
-from rae_suite.data import eval_loader, scan_folder
-from rae_suite.runtime import run_main
+from rae_suite.launch import run_main
+from rae_suite.loaders import eval_loader
+from rae_suite.splits import scan_folder
 
 CPU = torch.device("cpu")
 
@@ -367,9 +368,7 @@ def test_unfinished_cache_is_not_taken_for_whole(probe, monkeypatch, tmp_path):
 
     with monkeypatch.context() as patch:
         patch.setattr(FeatureWriter, "close", killed)
-        patch.setattr(
-            "rae_suite.checkpointing.shutil.rmtree", lambda *args, **options: None
-        )  # nothing is cleaned up either
+        patch.setattr("rae_suite.files.shutil.rmtree", lambda *args, **options: None)  # nothing is cleaned up either
         with pytest.raises(KeyboardInterrupt):
             probe()
     [left] = (tmp_path / "cache").glob("*/.features.partial")
@@ -485,7 +484,7 @@ def save_dataset(folder, classes, splits):
 
 
 def test_text_labels_are_numbered_by_name(probe, tmp_path, capsys):
-    """data.py numbers the texts of each split from zero: an evaluation split without the first class is shifted."""
+    """Sources number the texts of each split from zero: an evaluation split without the first class is shifted."""
     names = ["a", "b", "c"]
     folder = save_dataset(tmp_path / "hf", names, {"train": names * 4, "validation": ["b", "c"] * 3})
     with pytest.raises(SystemExit):

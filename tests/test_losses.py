@@ -17,15 +17,14 @@ from modeling_rae import RAEConfig, RAEModel
 from rae_suite.discriminator import DiffAug, DinoDiscriminator, SpectralConv1d, diff_augment, load_backbone
 from rae_suite.ema import EMA
 from rae_suite.losses import (
-    build_lpips,
     generator_gradient,
     generator_loss,
     hinge_discriminator_loss,
-    random_vgg16_state,
     to_discriminator_range,
     vanilla_discriminator_loss,
 )
-from rae_suite.metrics import PSNR_CAP, evaluate_reconstructions, image_metrics, quantize
+from rae_suite.lpips_vgg16 import build_lpips, random_vgg16_state
+from rae_suite.metrics import PSNR_CAP, Evaluator, image_metrics, quantize
 
 BACKBONE = dict(
     hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48, patch_size=8, image_size=32
@@ -639,7 +638,7 @@ def test_evaluation_counts_every_image_once():
         return (1.05 * x + 0.1 * torch.arange(3).view(3, 1, 1)).bfloat16()  # leaves [0, 1] and the grid
 
     accelerator = Accelerator(cpu=True)
-    evaluation = evaluate_reconstructions(reconstruct, batches, ("ssim", "psnr"), accelerator, None, seen.extend)
+    evaluation = Evaluator(batches, accelerator, ("ssim", "psnr"), on_unreadable=seen.extend)(reconstruct)
     found = evaluation.summary()
     x = pixels.float() / 255
     values = image_metrics(x, quantize(reconstruct(x)), ("psnr", "ssim"), None)
@@ -652,4 +651,4 @@ def test_evaluation_counts_every_image_once():
     assert evaluation.index.tolist() == [1, 2, 4, 6, 7, 8, 9]
     assert seen == ["a.png", "b.png", "c.png"]
     with pytest.raises(ValueError, match="data.eval_split: none"):
-        evaluate_reconstructions(reconstruct, batches[1:2], ("psnr",), Accelerator(cpu=True))
+        Evaluator(batches[1:2], Accelerator(cpu=True), ("psnr",))(reconstruct)

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 
 import modeling_rae
 from modeling_rae import RAEConfig, RAEModel, sincos_position_table, unpatchify
-from rae_suite.runtime import ConfigError, blame
+from rae_suite.errors import ConfigError, error_names_setting
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -719,14 +719,15 @@ def test_a_damaged_file_is_named(encoders, tmp_path, part, name):
     with pytest.raises(ValueError, match=f"{file} is damaged or incomplete: "):
         RAEModel.from_pretrained(tmp_path / "rae")
     if part == "encoder":
-        with pytest.raises(ConfigError, match=f"model.encoder: {file} is damaged"), blame("model.encoder", str(folder)):
+        named = error_names_setting("model.encoder", str(folder))
+        with pytest.raises(ConfigError, match=f"model.encoder: {file} is damaged"), named:
             RAEModel.from_encoder(str(folder), **DECODER)
 
 
 def test_blame_takes_the_error_of_a_damaged_file(tmp_path):
     """Also where another model's weights are loaded."""
     (tmp_path / "weights.safetensors").write_bytes(b"short")
-    with pytest.raises(ConfigError, match="gan.backbone: "), blame("gan.backbone", str(tmp_path)):
+    with pytest.raises(ConfigError, match="gan.backbone: "), error_names_setting("gan.backbone", str(tmp_path)):
         load_file(tmp_path / "weights.safetensors")
 
 

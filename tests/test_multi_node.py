@@ -9,9 +9,9 @@ import pytest
 from conftest import PLAIN, ROOT, checkpoint_state, command, flags, read_metrics, run_command, same
 from forked import free_port
 
-from rae_suite.checkpointing import checkpoints
-from rae_suite.runtime import ConfigError
-from train_rae import check_shared_folder
+from rae_suite.checkpoints import checkpoints
+from rae_suite.errors import ConfigError
+from rae_suite.run_folder import check_shared_folder
 
 CONFIG = str(ROOT / "accelerate_configs" / "multi_node.yaml")
 SETTINGS = {**PLAIN, "train.max_steps": "1000", "train.save_every_steps": "2", "eval.every_steps": "1000"}

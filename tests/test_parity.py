@@ -16,23 +16,13 @@ from accelerate import Accelerator
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from rae_suite.config import (
-    Config,
-    DataConfig,
-    EMAConfig,
-    EvalConfig,
-    GANConfig,
-    LoggingConfig,
-    LRScheduleConfig,
-    ModelConfig,
-    OptimizerConfig,
-    PerceptualConfig,
-    TrainConfig,
-)
-from rae_suite.data import center_crop
 from rae_suite.discriminator import DinoDiscriminator, diff_augment, load_backbone
+from rae_suite.images import center_crop
 from rae_suite.losses import DISCRIMINATOR_LOSSES
-from train_rae import build_rae_config, build_run, train_step
+from rae_suite.rae_networks import build_rae_config
+from rae_suite.settings import DataConfig, EMAConfig, LoggingConfig, LRScheduleConfig, OptimizerConfig, TrainConfig
+from rae_suite.settings_rae import Config, EvalConfig, GANConfig, ModelConfig, PerceptualConfig
+from train_rae import build_run, train_step
 
 OWN_CASES = Path(__file__).resolve().parent / "parity"
 PARITY_DIR = Path(os.environ.get("PARITY_DIR", OWN_CASES))
@@ -175,7 +165,7 @@ def build_case(name, tmp_path, compiled=False, attention="eager"):
     config = case_config(trace["case"], folder, tmp_path)
     config.train.compile = compiled
     # steps_per_epoch is not used: the case gives all its times in steps
-    run = build_run(config, Accelerator(cpu=True), build_rae_config(config), steps_per_epoch=1)
+    run = build_run(config, Accelerator(cpu=True), build_rae_config(config.model), steps_per_epoch=1)
     run.model.config._attn_implementation = {"": attention, "encoder_config": "sdpa"}
     run.model.decoder.load_state_dict(load_file(folder / "decoder_init.safetensors"))
     run.ema.load_state_dict({n: p.detach().clone() for n, p in run.model.decoder.named_parameters()})

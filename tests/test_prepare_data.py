@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from rae_suite import data
+from rae_suite import splits
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "scripts" / "prepare_data.py"
 
@@ -90,7 +90,7 @@ def test_digits(tmp_path, run, fail):
     printed = succeed("digits", "--output", output, "--json", counts_file)
     counts = json.loads(counts_file.read_text())["counts"]
     assert "1,437 images" in printed and counts == {"train": 1437, "validation": 180, "test": 180}
-    train, evaluation = data.load_splits(config(output), 0)
+    train, evaluation = splits.load_splits(config(output), 0)
     assert train.class_names == evaluation.class_names == [str(digit) for digit in range(10)]
     digits = load_digits()
     for source, share in ((train, 0.8), (evaluation, 0.1)):
@@ -120,8 +120,8 @@ def test_dummy_is_deterministic_and_balanced(dummy, tmp_path, run):
     for folder, seed in ((again, 4), (other, 5)):
         assert run(*command, "--output", folder, "--seed", seed)[0] == 0
     assert digest(again) == digest(dummy) != digest(other)
-    train, evaluation = data.load_splits(config(dummy), 0)
-    assert (len(train), len(evaluation), len(data.load_split(config(dummy), "test"))) == (30, 18, 12)
+    train, evaluation = splits.load_splits(config(dummy), 0)
+    assert (len(train), len(evaluation), len(splits.load_split(config(dummy), "test"))) == (30, 18, 12)
     assert np.bincount([train.label(i) for i in range(30)]).tolist() == [10, 10, 10]
     assert train.load(0).size == (24, 24)
     pixels = np.stack([np.asarray(train.load(i), dtype=float) for i in range(30)])
@@ -139,7 +139,7 @@ def test_convert_keeps_bytes_and_labels(dummy, tmp_path, run, fail):
     assert saved["train"].features == datasets.Features(
         image=datasets.Image(), label=datasets.ClassLabel(names=["class_0", "class_1", "class_2"])
     )
-    before, after = data.load_split(config(dummy), "train"), data.load_split(config(output), "train")
+    before, after = splits.load_split(config(dummy), "train"), splits.load_split(config(output), "train")
     undecoded = saved["train"].cast_column("image", datasets.Image(decode=False))
     for i in range(30):
         assert undecoded[i]["image"]["bytes"] == pathlib.Path(before.name(i)).read_bytes()
@@ -163,7 +163,7 @@ def test_convert_splits_class_folders_and_bounds_unreadable_files(dummy, tmp_pat
     result = prepare("convert", "--input", images, "--output", output, "--splits", "train:0.75,validation:0.25")
     assert result.returncode == 0, result.stderr
     assert all(str(path) in result.stderr for path in broken)
-    train, evaluation = data.load_splits(config(output), 0)
+    train, evaluation = splits.load_splits(config(output), 0)
     assert len(train) + len(evaluation) == 30 and 6 <= len(evaluation) <= 8
     code, _, message = run("convert", "--input", images, "--output", tmp_path / "x", "--max_unreadable", 1)
     assert code == 2 and "error: --max_unreadable: 2 images" in message

@@ -17,22 +17,13 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from modeling_rae import LATENT_VAR_EPS, unpatchify
-from rae_suite import data
-from rae_suite.config import (
-    RULES,
-    Config,
-    LRScheduleConfig,
-    check_config,
-    check_rules,
-    check_same_config,
-    config_dict,
-    config_yaml,
-    flat,
-    parse_config,
-)
+from rae_suite import errors, images, loaders, sources, splits
+from rae_suite.cli import check_limits, config_dict, config_yaml, flat
+from rae_suite.errors import ConfigError
 from rae_suite.metrics import quantize, to_8bit
 from rae_suite.moments import Moments
-from rae_suite.runtime import ConfigError
+from rae_suite.settings import LRScheduleConfig, check_same_config
+from rae_suite.settings_rae import Config, check_config, parse_config
 from train_rae import learning_rate
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50, print_blob=False)
@@ -54,9 +45,9 @@ def noise(width: int, height: int, seed: int) -> Image.Image:
 def test_random_crop_is_a_window_of_the_resized_image(width, height, size, margin, seed):
     """Of the size asked for, inside, at most a level off; the same for the same seed."""
     image, resize = noise(width, height, seed), size + margin
-    crop = data.random_crop(image, size, resize, seed)
+    crop = images.random_crop(image, size, resize, seed)
     assert crop.shape == (3, size, size)
-    assert torch.equal(crop, data.random_crop(image, size, resize, np.random.default_rng(seed)))
+    assert torch.equal(crop, images.random_crop(image, size, resize, np.random.default_rng(seed)))
     long = int(resize * max(width, height) / min(width, height))  # torchvision's rule: the longer side is rounded down
     shape = (resize, long) if width <= height else (long, resize)
     resized = np.asarray(image.resize(shape, Image.Resampling.BICUBIC))
@@ -76,7 +67,7 @@ def test_positions_of_random_crops_are_uniform(size, rows, columns, seed):
     windows = (height - size + 1) * (width - size + 1)
     draws = 200 * windows
     generator = np.random.default_rng(seed)
-    found = [data.random_crop(image, size, short, generator)[0, 0, 0].item() for _ in range(draws)]
+    found = [images.random_crop(image, size, short, generator)[0, 0, 0].item() for _ in range(draws)]
     counts = np.unique(found, return_counts=True)[1]
     assert len(counts) == windows
     chi_squared = ((counts - 200) ** 2 / 200).sum()
@@ -88,14 +79,14 @@ def test_center_crop_takes_the_middle(width, height, size, seed):
     """Of the size asked for; an image of that size is its own crop, a square one is only resized, and its mirror image
     gives the mirror image."""
     image = noise(width, height, seed)
-    crop = data.center_crop(image, size)
+    crop = images.center_crop(image, size)
     assert crop.size == (size, size) and crop.mode == "RGB"
-    assert np.array_equal(crop, data.center_crop(image.copy(), size))
+    assert np.array_equal(crop, images.center_crop(image.copy(), size))
     if width == height == size:
         assert np.array_equal(crop, image)
     if width == height:  # nothing is cut off
         mirror = Image.Transpose.FLIP_LEFT_RIGHT
-        mirrored = data.center_crop(image.transpose(mirror), size).transpose(mirror)
+        mirrored = images.center_crop(image.transpose(mirror), size).transpose(mirror)
         assert np.abs(np.asarray(mirrored).astype(int) - np.asarray(crop)).max() <= 2  # rounding
     if width == height < 2 * size:  # what image processors do, without halving first
         stock = torchvision.transforms.Resize(size, torchvision.transforms.InterpolationMode.BICUBIC)
@@ -106,8 +97,8 @@ def test_center_crop_takes_the_middle(width, height, size, seed):
 def test_crops_of_one_colour_are_that_colour(width, height, size, color, seed):
     """No border shines in: resizing weights pixels of the image alone."""
     image = Image.new("RGB", (width, height), color)
-    assert (np.asarray(data.center_crop(image, size)) == color).all()
-    assert (data.random_crop(image, size, size + 3, seed).permute(1, 2, 0).numpy() == color).all()
+    assert (np.asarray(images.center_crop(image, size)) == color).all()
+    assert (images.random_crop(image, size, size + 3, seed).permute(1, 2, 0).numpy() == color).all()
 
 
 # Sharing out ----------------------------------------------------------------------------------------------------------
@@ -116,10 +107,10 @@ def test_crops_of_one_colour_are_that_colour(width, height, size, color, seed):
 def train_batches(num_images, micro, world, accumulation, seed, start=0, total=0):
     """The TrainBatches of all ranks."""
     size = micro * world * accumulation
-    return [data.TrainBatches(num_images, size, micro, rank, world, seed, start, total) for rank in range(world)]
+    return [loaders.TrainBatches(num_images, size, micro, rank, world, seed, start, total) for rank in range(world)]
 
 
-def by_step(batches) -> list:
+def list_steps(batches) -> list:
     """The set of (epoch, index) of each step, over all ranks and micro-batches; none may be there twice."""
     per_step = batches[0].micro_batches_per_step
     ranks = [list(rank) for rank in batches]
@@ -144,7 +135,7 @@ def test_an_epoch_shows_every_image_once(share, surplus, seed, epochs):
     steps_per_epoch = num_images // size
     batches = train_batches(num_images, micro, world, accumulation, seed, 0, epochs * steps_per_epoch)
     assert all(len(rank) == len(list(rank)) for rank in batches)
-    steps = by_step(batches)
+    steps = list_steps(batches)
     for epoch in range(epochs):
         shown = [i for step in steps[epoch * steps_per_epoch : (epoch + 1) * steps_per_epoch] for i in step]
         assert {e for e, _ in shown} == {epoch}
@@ -160,14 +151,14 @@ def test_a_resumed_run_sees_what_the_whole_one_does(share, other, surplus, seed,
     start = draw.draw(st.integers(0, total))
 
     def given_by(micro, world, _, first) -> list:
-        return by_step(
-            [data.TrainBatches(num_images, size, micro, rank, world, seed, first, total) for rank in range(world)]
+        return list_steps(
+            [loaders.TrainBatches(num_images, size, micro, rank, world, seed, first, total) for rank in range(world)]
         )
 
     assert given_by(*other, start) == given_by(*share, 0)[start:]
 
 
-class Numbers(data.ImageSource):
+class Numbers(sources.ImageSource):
     """Images that are their own number."""
 
     def __init__(self, count):
@@ -187,12 +178,12 @@ class Numbers(data.ImageSource):
 def test_every_image_is_evaluated_once(count, batch_size, world, num_samples):
     """By one process, in equally many batches of all, with its own pixels; a sample is spread evenly."""
     source = Numbers(count)
-    loaders = [data.eval_loader(source, 2, batch_size, 0, rank, world, num_samples) for rank in range(world)]
-    batches = [list(loader) for loader in loaders]
+    ranks = [loaders.eval_loader(source, 2, batch_size, 0, rank, world, num_samples) for rank in range(world)]
+    batches = [list(loader) for loader in ranks]
     assert len({len(rank) for rank in batches}) == 1
     assert all(len(batch["index"]) <= batch_size for rank in batches for batch in rank)
     found = torch.cat([batch["index"] for rank in batches for batch in rank])
-    chosen = list(data.chosen_images(source, num_samples))
+    chosen = list(loaders.chosen_images(source, num_samples))
     assert sorted(found.tolist()) == chosen
     assert len(chosen) == min(count, num_samples or count)
     gaps = np.diff([*chosen, count])
@@ -207,14 +198,14 @@ def test_every_image_is_evaluated_once(count, batch_size, world, num_samples):
 def test_held_out_images_are_apart(count, fraction, seed):
     """Every image is on one side, the same with the same seed."""
     if max(1, round(count * fraction)) >= count:
-        with pytest.raises(data.DataError, match="data.holdout_fraction"):
-            data._hold_out(Numbers(count), fraction, seed)
+        with pytest.raises(errors.DataError, match="data.holdout_fraction"):
+            splits._hold_out(Numbers(count), fraction, seed)
         return
-    sides = data._hold_out(Numbers(count), fraction, seed)
+    sides = splits._hold_out(Numbers(count), fraction, seed)
     names = [[source.load(i).getpixel((0, 0))[0] for i in range(len(source))] for source in sides]
     assert sorted(names[0] + names[1]) == list(range(count)) and names == [sorted(side) for side in names]
     assert len(names[1]) == max(1, round(count * fraction))
-    again = data._hold_out(Numbers(count), fraction, seed)
+    again = splits._hold_out(Numbers(count), fraction, seed)
     assert [source.fingerprint() for source in again] == [source.fingerprint() for source in sides]
 
 
@@ -289,7 +280,7 @@ def configs(draw) -> Config:
 
     config = changed(Config)
     try:  # what contradicts something else is not a config
-        check_rules(config, RULES)
+        check_limits(config)
         check_config(config)
     except ConfigError:
         assume(False)

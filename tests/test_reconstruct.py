@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 
 from modeling_rae import RAEModel
 from rae_suite.autoencoders import load_autoencoder
-from rae_suite.data import center_crop
+from rae_suite.images import center_crop
+from rae_suite.launch import run_main
 from rae_suite.metrics import to_8bit
-from rae_suite.runtime import run_main
 from scripts import reconstruct
 from scripts.reconstruct import GREY, distinct
 

@@ -6,7 +6,7 @@ import pytest
 from conftest import PLAIN, checkpoint_state, error_line, read_metrics, run_ranks, same
 from test_failures import fault, is_finite
 
-from rae_suite.checkpointing import checkpoints, read_checkpoint
+from rae_suite.checkpoints import checkpoints, read_checkpoint
 
 # step 1 and the last one are logged, steps 4 and 8 are saved: at others, nothing waits for the record
 LATE = {**PLAIN, "train.max_steps": "8", "logging.every_steps": "100", "eval.every_steps": "100",

@@ -9,7 +9,8 @@ import pytest
 from harness import Training, differences
 from test_streams import write_parquet, write_tar
 
-from rae_suite.checkpointing import checkpoint_step, checkpoints
+from rae_suite.checkpoints import checkpoints
+from rae_suite.files import step_of
 
 # every loss but LPIPS, which has no state and is slow; 3 steps an epoch, 2 micro-batches a step
 SETTINGS = {
@@ -26,7 +27,7 @@ STOPS = [
     ("term", "discriminator_step", 1, 2, 5),  # GAN phase; ends mid-epoch
     ("kill", "generator_gradient", 2, 2, 5),  # between the micro-batches of step 6
     ("kill", "discriminator_step", 2, 0, 6),
-    ("term", "evaluate_reconstructions", 1, 2, 9),  # of step 8
+    ("term", "measure", 1, 2, 9),  # of step 8
     ("kill", "train_step", 1, 0, 9),  # an epoch's end
     ("term usr1", "save_checkpoint", 1, 0, 11),  # of step 10
 ]
@@ -74,7 +75,7 @@ def test_resume_is_exact(processes, streaming, images, streams, whole, tmp_path)
         fault = {"place": f"call {function}", "count": count, "action": signals, "rank": rank}
         codes = training.go(processes, (fault,), **{"data.num_workers": workers})
         assert codes[rank] == (-9 if signals == "kill" else 0), training.output()
-        assert checkpoint_step(checkpoints(training.run_dir)[-1]) == step
+        assert step_of(checkpoints(training.run_dir)[-1]) == step
         if signals != "kill":
             assert f"after step {step}, saved; the same command continues" in training.output()
             assert "Traceback" not in training.output() and not any(codes)
@@ -88,7 +89,7 @@ def test_signals_before_the_loop_and_ctrl_c(images, whole, tmp_path):
     training = Training(tmp_path / "run", images, **SETTINGS)
     assert training.go(faults=({"place": "call load_splits", "count": 1, "action": "term"},)) == [-15]
     assert not training.run_dir.exists()
-    assert training.go(faults=({"place": "call evaluate_reconstructions", "count": 1, "action": "term"},)) == [-15]
+    assert training.go(faults=({"place": "call measure", "count": 1, "action": "term"},)) == [-15]
     assert training.go(faults=({"place": "call build_run", "count": 1, "action": "int"},)) == [130]
     assert training.error() == "error: stopped by Ctrl-C"
     interrupt = {"place": "call generator_gradient", "count": 10, "action": "int"}
@@ -117,6 +118,6 @@ def test_stopping_a_launch_of_two(images, whole, tmp_path):
         assert psutil.wait_procs(processes, 60)[1] == []
         step = training.step()
         assert f"stopped by SIGTERM after step {step}, saved" in training.output() or step == 12, training.output()
-        assert checkpoint_step(checkpoints(training.run_dir)[-1]) == step
+        assert step_of(checkpoints(training.run_dir)[-1]) == step
     assert training.go(2) == [0, 0]
     assert differences(training.run_dir, whole(2)) == []

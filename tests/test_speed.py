@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import train_rae
 from modeling_rae import RAEModel
+from rae_suite import launch, rae_networks
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 memory, scaling, train_step = (importlib.import_module(name) for name in ("memory", "scaling", "train_step"))
@@ -84,8 +85,8 @@ OTHER = {
 @pytest.mark.parametrize("settings", [{}, SIGLIP, OTHER])
 def test_no_value_is_read_in_a_step(settings, monkeypatch):
     """With every loss on, nothing goes back to the host. What does is seen."""
-    accelerator = train_rae.build_accelerator(config := tiny_config(**settings))
-    run = train_rae.build_run(config, accelerator, train_rae.build_rae_config(config), 1)
+    accelerator = launch.build_accelerator((config := tiny_config(**settings)).train, ())
+    run = train_rae.build_run(config, accelerator, rae_networks.build_rae_config(config.model), 1)
     pixels = torch.rand(2, 3, 32, 32)
     record = train_rae.train_step(run, [pixels], 0).read()
     assert record["nonfinite"] is None and 0 not in (record["lpips"], record["gan"], record["disc_loss"])
@@ -97,8 +98,8 @@ def test_no_value_is_read_in_a_step(settings, monkeypatch):
 
 def test_a_different_step_is_noticed():
     """Other losses than this repository's end the benchmark."""
-    accelerator = train_rae.build_accelerator(config := tiny_config())
-    run = train_rae.build_run(config, accelerator, train_rae.build_rae_config(config), 1)
+    accelerator = launch.build_accelerator((config := tiny_config()).train, ())
+    run = train_rae.build_run(config, accelerator, rae_networks.build_rae_config(config.model), 1)
     pixels = torch.rand(2, 3, 32, 32)
     variants = train_step.step_variants(run, pixels, baseline=True, levers=False)
     assert train_step.check_equal(run, variants, (1e-4, 1e-2)).keys() == variants.keys()
@@ -109,8 +110,8 @@ def test_a_different_step_is_noticed():
 
 
 def test_flops_of_another_architecture():
-    accelerator = train_rae.build_accelerator(config := tiny_config(**SIGLIP))
-    run = train_rae.build_run(config, accelerator, train_rae.build_rae_config(config), 1)
+    accelerator = launch.build_accelerator((config := tiny_config(**SIGLIP)).train, ())
+    run = train_rae.build_run(config, accelerator, rae_networks.build_rae_config(config.model), 1)
     counted = train_step.counted_flops(run, torch.rand(2, 3, 32, 32)) / 2
     assert sum(train_step.count_flops(run).values()) == pytest.approx(counted, rel=1e-3)
 
@@ -128,7 +129,7 @@ def test_every_preset_has_its_sizes(preset):
     """The benchmarks know every preset's encoder: it is random, and its grid is the preset's."""
     config = train_step.benchmark_config(preset, 2, "no")
     assert config.model.encoder_weights == config.gan.weights == config.perceptual.weights == "random"
-    assert train_rae.build_rae_config(config).image_size == config.model.image_size
+    assert rae_networks.build_rae_config(config.model).image_size == config.model.image_size
 
 
 # ------------------------------------------------------------------------------------------------------------- memory
@@ -141,8 +142,8 @@ def test_calculated_memory_is_that_of_a_real_step():
     checkpointed, _ = calculation.peak(8, checkpointing=True)
     assert between < checkpointed < peak
 
-    accelerator = train_rae.build_accelerator(config)
-    run = train_rae.build_run(config, accelerator, train_rae.build_rae_config(config), 1)
+    accelerator = launch.build_accelerator(config.train, config.logging.report_to)
+    run = train_rae.build_run(config, accelerator, rae_networks.build_rae_config(config.model), 1)
     real = memory.LiveMemory()
     with real:
         tensors = [t for n in (run.model, run.discriminator, run.perceptual) for t in (*n.parameters(), *n.buffers())]

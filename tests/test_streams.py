@@ -23,11 +23,14 @@ import torch
 from conftest import run_command
 from PIL import Image
 
-import train_rae
-from rae_suite import streams
-from rae_suite.config import DataConfig, config_yaml, parse_config
-from rae_suite.data import DataError
-from rae_suite.streams import StreamLoader, expand_braces, list_shards, load_stream_eval_images, open_stream
+from rae_suite import lanes, shards
+from rae_suite.cli import config_yaml
+from rae_suite.errors import DataError
+from rae_suite.randomness import step_generator
+from rae_suite.settings import DataConfig
+from rae_suite.settings_rae import parse_config
+from rae_suite.shards import expand_braces, list_shards
+from rae_suite.streams import StreamLoader, load_stream_eval_images, open_stream
 
 SIZE = 8
 
@@ -193,7 +196,7 @@ def test_a_lane_gives_all_its_own_before_any_again(tmp_path, write, sizes):
     stream = open_(cfg)
     parts = []
     for lane in range(4):
-        source = streams.LaneSource(stream, 0, lane, 6, 0)
+        source = lanes.LaneSource(stream, 0, lane, 6, 0)
         rows = sum(
             len(range(start, min(stop or 99, sizes[shard]), step))
             for shard, start, stop, step in stream.share(0, lane, 0)
@@ -222,7 +225,7 @@ def test_the_buffer_shuffles(tmp_path):
 
 def test_only_the_buffer_is_held(tmp_path):
     write_shards(tmp_path, [40, 40], write_parquet)
-    source = streams.LaneSource(open_(settings(tmp_path, stream_lanes=1)), 0, 0, 10, 0)
+    source = lanes.LaneSource(open_(settings(tmp_path, stream_lanes=1)), 0, 0, 10, 0)
     for _ in range(200):
         source.draw()
         assert len(source.left) + len(source.next) <= 10
@@ -239,12 +242,11 @@ def test_noise_goes_with_its_images(tmp_path):
         stream, pairs = open_(cfg, world_size=processes), set()
         train = SimpleNamespace(seed=0, gradient_accumulation_steps=micro_batches)
         for rank in range(processes):
-            place = SimpleNamespace(num_processes=processes, process_index=rank, device="cpu")
-            run = SimpleNamespace(accelerator=place, config=SimpleNamespace(train=train, data=cfg))
+            accelerator = SimpleNamespace(num_processes=processes, process_index=rank, device="cpu")
             batches = iter(StreamLoader(stream, cfg, SIZE, rank, processes, micro_batches))
             for i in range(micro_batches):
                 seen = tuple(numbers(next(batches)["pixels"]))
-                pairs.add((seen, train_rae.step_generator(run, 0, i).initial_seed()))
+                pairs.add((seen, step_generator(accelerator, train, True, 0, i).initial_seed()))
         found.append(pairs)
     assert len(found[0]) == 4 and found[0] == found[1] == found[2]
 
@@ -385,7 +387,7 @@ class Handler(BaseHTTPRequestHandler):
 def pauses(monkeypatch):
     """Seconds of the pauses that were asked for and not made."""
     asked = []
-    monkeypatch.setattr(streams.time, "sleep", asked.append)
+    monkeypatch.setattr(shards.time, "sleep", asked.append)
     return asked
 
 
@@ -528,7 +530,7 @@ def test_shards_that_are_gone_keep_their_places(tmp_path, write, caplog):
 
 def test_a_server_that_says_nothing(tmp_path, monkeypatch):
     """Not waited for beyond the limit, for a shard, its footer and a list."""
-    monkeypatch.setattr(streams, "SERVER_TIMEOUT", 0.2)
+    monkeypatch.setattr(shards, "SERVER_TIMEOUT", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         url = f"http://127.0.0.1:{server.getsockname()[1]}"
         for name, words in (("a.tar", "none of the first 1 shards gives an image"), ("a.parquet", "no rows"),

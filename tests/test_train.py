@@ -32,8 +32,11 @@ from PIL import Image
 
 import train_rae
 from modeling_rae import RAEModel
-from rae_suite.checkpointing import read_checkpoint
-from rae_suite.config import LRScheduleConfig, parse_config
+from rae_suite import launch, rae_networks, updates
+from rae_suite.checkpoints import read_checkpoint
+from rae_suite.randomness import step_generator
+from rae_suite.settings import LRScheduleConfig
+from rae_suite.settings_rae import parse_config
 
 
 def train(images, run_dir, settings, check=True, launch=(), **environment):
@@ -222,7 +225,7 @@ def test_stopping_the_launcher(images, tmp_path):
 
 def tiny_run(images, accelerator, **settings):
     config = parse_config(flags({**PLAIN, "data.path": images, **settings}))
-    return train_rae.build_run(config, accelerator, train_rae.build_rae_config(config), steps_per_epoch=3)
+    return train_rae.build_run(config, accelerator, rae_networks.build_rae_config(config.model), steps_per_epoch=3)
 
 
 def take_steps(run, pixels, micro_batches, steps=3):
@@ -338,7 +341,10 @@ def test_discriminator_input(images):
 
 def test_noise_depends_on_step_rank_and_micro_batch(images):
     run = tiny_run(images, Accelerator(cpu=True))
-    draws = [torch.rand(4, generator=train_rae.step_generator(run, *key)) for key in ((0, 0), (0, 0), (0, 1), (1, 0))]
+    draws = [
+        torch.rand(4, generator=step_generator(run.accelerator, run.config.train, False, *key))
+        for key in ((0, 0), (0, 0), (0, 1), (1, 0))
+    ]
     assert torch.equal(draws[0], draws[1])
     assert not torch.equal(draws[0], draws[2]) and not torch.equal(draws[0], draws[3])
 
@@ -347,14 +353,14 @@ def test_gradients_are_not_divided_twice(images, new_accelerator, monkeypatch):
     """A variable of accelerate launch that would divide the discriminator's gradients once more."""
     monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
     config = parse_config(flags({**PLAIN, "data.path": images}))
-    assert train_rae.build_accelerator(config).gradient_accumulation_steps == 1
+    assert launch.build_accelerator(config.train, config.logging.report_to).gradient_accumulation_steps == 1
 
 
 def test_skipping_is_refused_where_nothing_is_skipped():
-    train_rae.check_skipping(0, torch.device("mps"))
-    train_rae.check_skipping(1, torch.device("cuda"))
+    launch.check_skipping(0, torch.device("mps"))
+    launch.check_skipping(1, torch.device("cuda"))
     with pytest.raises(ValueError, match="train.max_nonfinite_steps: expected 0, got 1"):
-        train_rae.check_skipping(1, torch.device("mps"))
+        launch.check_skipping(1, torch.device("mps"))
 
 
 @pytest.mark.parametrize(
@@ -372,7 +378,7 @@ def test_skipping_is_refused_where_nothing_is_skipped():
 def test_learning_rate(settings, expected):
     """Warm-up from zero or at the peak, cosine, linear and constant, in epochs of two steps and in steps."""
     schedule = LRScheduleConfig(**settings)
-    found = [train_rae.learning_rate(step, 1.0, schedule, steps_per_epoch=2) for step in range(8)]
+    found = [updates.learning_rate(step, 1.0, schedule, steps_per_epoch=2) for step in range(8)]
     assert found == pytest.approx(expected)
 
 
@@ -420,7 +426,7 @@ def fails(capsys, monkeypatch, images, settings) -> str:
     AcceleratorState._reset_state()  # as in a new process
     monkeypatch.setattr(sys, "argv", ["train_rae.py", *flags({**PLAIN, "data.path": images, **settings})])
     with pytest.raises(SystemExit) as exit_info:
-        train_rae.run_main(train_rae.main)
+        launch.run_main(train_rae.main)
     assert exit_info.value.code == 2
     return error_line(capsys.readouterr().err)
 

@@ -11,9 +11,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from rae_suite.config import parse_config
-from rae_suite.data import TrainBatches, load_splits, train_loader
-from train_rae import build_accelerator, build_rae_config, build_run, micro_batch_size, train_step
+from rae_suite.launch import build_accelerator, micro_batch_size
+from rae_suite.loaders import TrainBatches, train_loader
+from rae_suite.rae_networks import build_rae_config
+from rae_suite.settings_rae import parse_config
+from rae_suite.splits import load_splits
+from train_rae import build_run, train_step
 
 
 def main() -> None:
@@ -21,13 +24,13 @@ def main() -> None:
     dtype = torch.float64 if output.name.endswith("float64") else torch.float32
     torch.set_default_dtype(dtype)
     config = parse_config(argv)
-    accelerator = build_accelerator(config)
+    accelerator = build_accelerator(config.train, config.logging.report_to)
     source, _ = load_splits(config.data, config.train.seed)
     rank, world = accelerator.process_index, accelerator.num_processes
-    size = micro_batch_size(config, world)
+    size = micro_batch_size(config.train, world)
     steps = config.train.max_steps
     batches = TrainBatches(len(source), config.train.global_batch_size, size, rank, world, config.train.seed, 0, steps)
-    run = build_run(config, accelerator, build_rae_config(config), batches.steps_per_epoch)
+    run = build_run(config, accelerator, build_rae_config(config.model), batches.steps_per_epoch)
     loader = iter(train_loader(source, batches, config.model.image_size, config.data.resize_size))
     seen = []
     for step in range(steps):

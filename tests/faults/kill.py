@@ -60,7 +60,7 @@ PLACES = {
     "best/: half-written": {"place": r"open w .*/\.best\.partial/preprocessor_config", "action": "half"},
     "best/: between its two renames": {"place": r"os\.rename .*/\.best\.partial", "action": "kill"},
     "best/: before the old one is dropped": {"place": r"shutil\.rmtree .*/\.best\.old", "count": 2, "action": "kill"},
-    "between the evaluations of two models": {"place": r"call evaluate_reconstructions", "count": 2, "action": "kill"},
+    "between the evaluations of two models": {"place": r"call measure", "count": 2, "action": "kill"},
     "final/: half-written": {"place": r"open w .*/\.final\.partial/preprocessor_config", "action": "half"},
     "final/: before its rename": {"place": r"os\.rename .*/\.final\.partial", "action": "kill"},
     "between final/ and last checkpoint": {"place": rf"open w .*/\.step-0*{STEPS}\.partial/state", "action": "kill"},

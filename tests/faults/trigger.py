@@ -3,7 +3,7 @@
     RAE_FAULT='{"place": "os.rename .*/checkpoints/", "count": 2, "action": "kill"}' \
         accelerate launch tests/faults/trigger.py --config ...
 
-`place` is a regular expression for `call NAME`, a call of a function of train_rae.py, or `EVENT PATH`, an operation
+`place` is a regular expression for `call NAME`, a call of a function of the training, or `EVENT PATH`, an operation
 that Python's audit hooks see: open (with its mode, `open w PATH`), os.mkdir, os.rename, os.remove, shutil.rmtree.
 `count` says which of the matching ones (1 is the first), `rank` in which process (0). `action` is
 
@@ -27,7 +27,7 @@ from typing import Optional
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
 import train_rae  # noqa: E402
-from rae_suite.runtime import run_main  # noqa: E402
+from rae_suite.launch import run_main  # noqa: E402
 
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
 
@@ -97,8 +97,12 @@ def arm(fault: dict) -> None:
         return call
 
     sys.addaudithook(hook)
+    modules = [module for name, module in sys.modules.items() if name.startswith(("train_rae", "rae_suite."))]
     for name in re.findall(r"^call (\w+)", fault["place"]):
-        setattr(train_rae, name, announced(name, getattr(train_rae, name)))
+        callers = [module for module in modules if hasattr(module, name)]
+        function = announced(name, getattr(callers[0], name))
+        for module in callers:
+            setattr(module, name, function)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,191 @@
+"""Files and folders: read without trusting them, written whole or not at all."""
+
+import errno
+import hashlib
+import json
+import os
+import pickle
+import re
+import shutil
+import struct
+import zipfile
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+
+from rae_suite.errors import ConfigError, WriteError, error_names_setting
+
+# what reading a damaged file of tensors raises, and what a damaged .npz file
+TENSOR_FILE_ERRORS = (
+    SafetensorError,
+    zipfile.BadZipFile,
+    struct.error,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    LookupError,
+)
+NPZ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
+
+
+def read_saved(path: Path, setting: str) -> Any:
+    """What a .safetensors file, or a file of torch.save, holds. In the latter nothing but tensors, numbers, text and
+    containers is accepted: no code in it runs.
+
+    Raises OSError when there is no such file and ValueError when it holds something else; the message names `setting`.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise OSError(f"{setting}: file {path} does not exist")
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        # mapped where the format allows it: of a large checkpoint only the tensors that are used are read
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL (\S+)", str(error))
+        reason = f"it holds {found[1]}, which was not run" if found else "it is no file of torch.save"
+    except TENSOR_FILE_ERRORS as error:
+        reason = f"{type(error).__name__} {error}".splitlines()[0]
+    raise ValueError(f"{setting}: {path} is no file of tensors ({reason})")
+
+
+def read_tensors(path: Path, setting: str) -> dict:
+    """The tensors of a .safetensors file, or of a file of torch.save, in which nothing but tensors is accepted.
+
+    Raises OSError when there is no such file and ValueError when it holds something else; the message names `setting`.
+    """
+    tensors = read_saved(path, setting)
+    if not isinstance(tensors, dict):
+        raise ValueError(f"{setting}: {path} holds a {type(tensors).__name__}, expected a dictionary of tensors")
+    for name, value in tensors.items():
+        if not isinstance(value, torch.Tensor):
+            raise ValueError(f"{setting}: '{name}' in {path} is a {type(value).__name__}, expected a tensor")
+        if value.layout != torch.strided or value.is_nested or value.is_meta:
+            raise ValueError(
+                f"{setting}: '{name}' in {path} is sparse, nested or without values, expected a plain tensor"
+            )
+    return tensors
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an error of writing `path`, a file or folder, into WriteError, which says how much space there is."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        place = next(folder for folder in path.absolute().parents if folder.exists())
+        free = shutil.disk_usage(place).free / 2**20
+        reason = getattr(error, "strerror", None) or error
+        message = f"{path} cannot be written ({reason}); {free:.1f} MiB are free in {place}"
+        raise WriteError(message, everywhere=True) from error  # the process that writes may be any
+
+
+def make_folder(path: str, key: str) -> Path:
+    """Create a folder. Raises ConfigError, about the setting `key`, when that cannot be done."""
+    with error_names_setting(key):
+        folder = Path(path).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def check_output_file(path: Optional[str], key: str) -> None:
+    """Raise ConfigError, about the setting `key`, unless a file can be written to `path`; none is nothing to write."""
+    if path is not None and Path(path).is_dir():
+        raise ConfigError(f"{key}: {path} is a folder, expected a file")
+    if path is not None:
+        make_folder(str(Path(path).absolute().parent), key)
+
+
+def write_folder(target: Path, write: Callable[[Path], None], main_process: bool, wait: Callable[[], None]) -> None:
+    """Let `write` fill a folder beside `target` and put it in target's place. Every process calls this.
+
+    Raises WriteError, on the main process, when it cannot be written; what was in target's place is still there.
+    """
+    beside = target.with_name(f".{target.name}.partial")
+    with writing(target):
+        if main_process:
+            shutil.rmtree(beside, ignore_errors=True)
+            beside.parent.mkdir(parents=True, exist_ok=True)
+        wait()
+        try:
+            write(beside)
+            if main_process:
+                for path in (*beside.rglob("*"), beside):
+                    sync(path)
+        except BaseException:
+            if main_process:
+                shutil.rmtree(beside, ignore_errors=True)
+            raise
+        wait()
+        if main_process:
+            old = target.with_name(f".{target.name}.old")
+            shutil.rmtree(old, ignore_errors=True)
+            if target.exists():
+                target.rename(old)  # a folder cannot be renamed onto a filled one
+            beside.rename(target)
+            sync(target.parent)
+            shutil.rmtree(old, ignore_errors=True)
+        wait()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put a text file in its place, whole: a crash leaves the one before. Raises WriteError."""
+    beside = path.with_name(f".{path.name}.partial")
+    with writing(path):
+        beside.write_text(text)
+        sync(beside)
+        beside.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk: some file systems only then say that they are full."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):  # a network's may not know this
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def list_steps(folder: Path, ending: str = "") -> list:
+    """What a run wrote into a folder as step-00000012, oldest first; names end in the regular expression `ending`.
+    Other names are somebody else's."""
+    written = [path for path in folder.glob("step-*") if re.fullmatch(rf"step-\d{{8,}}{ending}", path.name)]
+    return sorted(written, key=step_of)
+
+
+def step_of(path: Path) -> int:
+    """The step in a name step-00000012, of a checkpoint or a picture, with or without something after it."""
+    return int(path.stem.split("-")[1])
+
+
+def is_whole_model(folder: Path, code: str) -> bool:
+    """Whether a from_pretrained folder has its config, the file `code`, and weights of the length that their headers
+    say."""
+    try:
+        json.loads((folder / "config.json").read_text())
+        index = folder / "model.safetensors.index.json"
+        weights = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        for name in weights:
+            with safe_open(folder / name, "pt"):
+                pass
+    except (OSError, ValueError, LookupError, SafetensorError):
+        return False
+    return (folder / code).exists()

@@ -1,0 +1,157 @@
+"""One image: decoded to RGB, cropped for training or evaluation."""
+
+import contextlib
+import math
+import os
+import stat
+import struct
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional as F
+
+from rae_suite.errors import DataError
+
+IMAGE_EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+)  # fmt: skip
+
+
+def to_rgb(image):
+    """Any PIL image as 8-bit RGB, upright.
+
+    Transparent pixels (RGBA, LA, palette or colour-key transparency) are composited on white, as image viewers show
+    them; plain `convert("RGB")` would uncover whatever colour is stored under them. Grayscale of 16 bits (I;16, and I,
+    in which Pillow keeps 16-bit PGM) is scaled from [0, 65535], floats (F) from [0, 1], 1.0 being white, both clipped:
+    the range follows from the mode, never from the values. An animation gives its first frame. EXIF orientation is
+    applied, ICC profiles are not. Raises what Pillow raises for a damaged or truncated file.
+    """
+    image.seek(0)
+    image.load()  # here, so that a truncated file fails before anything could hide it
+    orientation = _orientation(image)
+    if image.mode.startswith("I"):
+        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+        values[values == image.info.get("transparency")] = 65535  # a PNG's transparent grey
+        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # rounded; 65535 -> 255
+    elif image.mode == "F":
+        values = np.clip(np.nan_to_num(np.asarray(image)), 0.0, 1.0)
+        image = Image.fromarray(np.rint(values * 255.0).astype(np.uint8))
+    elif image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    if image.mode != "RGB":  # else it would be copied
+        image = image.convert("RGB")
+    return image if orientation is None else image.transpose(orientation)
+
+
+def _orientation(image):
+    """The transposition that makes the image upright (EXIF tag 274), or None."""
+    transpositions = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_270,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_90,
+    }
+    try:
+        return transpositions.get(image.getexif().get(274))
+    except (SyntaxError, struct.error, ValueError, TypeError):
+        return None  # a damaged EXIF block names no orientation; the pixels are fine
+
+
+def center_crop(image, size):
+    """ADM's centre crop, used for evaluation (guided-diffusion, image_datasets.py).
+
+    Halves with a box filter while the shorter side is at least 2*size, resizes the shorter side to size (bicubic), and
+    cuts the middle out. `image` is an RGB PIL image, the result one of size x size.
+    """
+    while min(image.size) >= 2 * size:
+        image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+    scale = size / min(image.size)
+    image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BICUBIC)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
+def random_crop(image, size, resize_size, generator):
+    """The training transform: shorter side to resize_size (bicubic, antialiased), random size x size window, no flip.
+
+    Torchvision's Resize(resize_size, BICUBIC) on PIL images followed by a crop, uniform over all positions, as uint8
+    (3, size, size); but only the window is computed, and a value differs by at most 1/255 from that. `image` is an RGB
+    PIL image, `generator` a NumPy Generator, or a seed (an int or a sequence of ints) for one.
+    """
+    generator = np.random.default_rng(generator)
+    short, long = min(image.size), max(image.size)
+    new_long = int(resize_size * long / short)
+    new_size = (resize_size, new_long) if image.width <= image.height else (new_long, resize_size)
+    top = int(generator.integers(new_size[1] - size + 1))
+    left = int(generator.integers(new_size[0] - size + 1))
+    if image.height > 2 * image.width:  # Pillow 13 resizes the rows of such an image first, which gives other pixels
+        return to_tensor(image.resize(new_size, Image.Resampling.BICUBIC).crop((left, top, left + size, top + size)))
+    return _resize_window(image, new_size, left, top, size)
+
+
+def _resize_window(image, new_size, left, top, size):
+    """The size x size window at (left, top) of the image resized to new_size: columns, then rows, as Pillow does it.
+
+    The columns by Pillow, which takes a region's borders as float32. Rounded ones would change some pixels by a level,
+    and the rows could make two of it: so the region is one between borders that float32 holds exactly.
+    The rows by torch, twice as fast and within a level of Pillow. It resizes whole images alone: the rows that the
+    window does not need are there, but empty, and what becomes of them is cut off.
+    """
+    x_scale, y_scale = image.width / new_size[0], image.height / new_size[1]
+    step = new_size[0] // math.gcd(new_size[0], image.width)
+    step //= step & -step  # every step-th column's border is a whole number of halves, quarters, ...
+    start, end = left // step * step, -(-(left + size) // step) * step
+    first_column, last_column = _span_read(start, end, x_scale, image.width)
+    first_row, last_row = _span_read(top, top + size, y_scale, image.height)
+    rows = np.empty((image.height, size, 3), dtype=np.uint8)
+    image = image.crop((first_column, first_row, last_column, last_row))
+    box = (start * x_scale - first_column, 0, end * x_scale - first_column, image.height)
+    image = image.resize((end - start, image.height), Image.Resampling.BICUBIC, box)
+    rows[first_row:last_row] = np.asarray(image)[:, left - start : left - start + size]
+    pixels = torch.from_numpy(rows).permute(2, 0, 1)[None]  # (H, size, 3) -> (1, 3, H, size)
+    pixels = F.interpolate(pixels, (new_size[1], size), mode="bicubic", antialias=True)
+    return pixels[0, :, top : top + size].contiguous()
+
+
+def _span_read(start, end, scale, length):
+    """The span of pixels, out of `length`, that resized pixels start to end are made of; for columns and rows alike."""
+    support = 2 * max(scale, 1)  # of the bicubic filter, widened where it reduces
+    return max(0, math.floor(start * scale - support)), min(length, math.ceil(end * scale + support))
+
+
+def training_resize_size(image_size, resize_size=None):
+    """The shorter side before the random crop: data.resize_size, or 1.5 times the image size (384 for 256 px)."""
+    if resize_size is None:
+        return round(1.5 * image_size)
+    if resize_size < image_size:
+        raise DataError(
+            f"data.resize_size: {resize_size} is smaller than the image size; expected {image_size} or more"
+        )
+    return resize_size
+
+
+def to_tensor(image):
+    """An RGB PIL image as a uint8 tensor (3, H, W)."""
+    return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))  # twice as fast as a permutation
+
+
+@contextlib.contextmanager
+def _open_image(file):
+    """Pillow's image of a path or a stream, not decoded yet. A PNG's checksums are compared here: the decoder does not
+    look at those of the pixels. Raises ValueError for what is no file to read, and for PostScript."""
+    if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
+        raise ValueError("no regular file")  # a pipe would be waited on for ever
+    with Image.open(file) as image:
+        if image.format == "EPS":
+            raise ValueError("PostScript, a program that Ghostscript would have to run")
+        if image.format != "PNG":
+            yield image
+            return
+        image.verify()
+    with Image.open(file) as image:  # again: after verify nothing can be decoded
+        yield image

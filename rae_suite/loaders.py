@@ -1,0 +1,273 @@
+"""Batches of images: in which order they are drawn, and the processes that load them. Nothing here needs launching:
+
+    train, evaluation = load_splits(cfg, seed=0)                      # cfg: the `data` group of the configuration
+    batches = TrainBatches(len(train), global_batch_size=512, micro_batch_size=64, rank=0, world_size=8, seed=0,
+                           start_step=0, total_steps=40_000)
+    for batch in train_loader(train, batches, image_size=256, num_workers=cfg.num_workers):
+        batch["pixels"]                                               # uint8 (B, 3, 256, 256)
+
+All randomness is a function of (seed, epoch, index): neither the number of workers or ranks nor a resume changes it.
+"""
+
+import functools
+import logging
+import os
+import signal
+import threading
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from rae_suite.errors import DataError, UnreadableImage
+from rae_suite.images import center_crop, random_crop, to_tensor, training_resize_size
+from rae_suite.randomness import CROP_STREAM, ORDER_STREAM
+
+logger = logging.getLogger(__name__)
+
+
+class TrainImages(torch.utils.data.Dataset):
+    """Randomly cropped training images, indexed by (epoch, index).
+
+    Item: pixels uint8 (3, image_size, image_size), index, and the names of images found unreadable on the way. The crop
+    depends on (seed, epoch, index) alone. An unreadable image is replaced by the next readable one (the last is
+    followed by the first), whose index is then given. Raises DataError when max_unreadable + 1 images in a row fail.
+    """
+
+    def __init__(self, source, image_size, resize_size=None, seed=0, max_unreadable=10):
+        self.source = source
+        self.image_size = image_size
+        self.resize_size = training_resize_size(image_size, resize_size)
+        self.seed = seed
+        self.max_unreadable = max_unreadable
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, epoch_and_index):
+        epoch, index = epoch_and_index
+        unreadable = []
+        for offset in range(min(self.max_unreadable + 1, len(self.source))):
+            shown = (index + offset) % len(self.source)
+            try:
+                image = self.source.load(shown)
+            except UnreadableImage as error:
+                unreadable.append(str(error))
+                continue
+            seed = (self.seed, CROP_STREAM, epoch, index)
+            pixels = random_crop(image, self.image_size, self.resize_size, seed)
+            return {"pixels": pixels, "index": shown, "unreadable": unreadable}
+        raise too_many_in_a_row(unreadable, self.max_unreadable)
+
+
+def too_many_in_a_row(unreadable, max_unreadable):
+    """The DataError for max_unreadable + 1 images in a row that cannot be read, or all if there are fewer, with their
+    names."""
+    if len(unreadable) <= max_unreadable:
+        return DataError(
+            f"data.path: none of {len(unreadable)} training images can be read; the last is {unreadable[-1]}"
+        )
+    return DataError(
+        f"data.max_unreadable: {len(unreadable)} images in a row cannot be read, expected at most {max_unreadable}; "
+        f"the last is {unreadable[-1]}"
+    )
+
+
+class EvalImages(torch.utils.data.Dataset):
+    """Centre-cropped evaluation images, indexed by int.
+
+    Item: pixels uint8 (3, image_size, image_size), index, unreadable names. An unreadable image has pixels None and is
+    dropped by `collate`, so that no other image counts twice.
+    """
+
+    def __init__(self, source, image_size):
+        self.source = source
+        self.image_size = image_size
+
+    def __len__(self):
+        return len(self.source)
+
+    def __getitem__(self, index):
+        try:
+            image = self.source.load(index)
+        except UnreadableImage as error:
+            return {"pixels": None, "index": index, "unreadable": [str(error)]}
+        return {"pixels": to_tensor(center_crop(image, self.image_size)), "index": index, "unreadable": []}
+
+
+def collate(samples, image_size=0):
+    """Batch of samples: pixels uint8 (B, 3, S, S), index int64 (B,), unreadable list[str].
+
+    Samples without pixels are left out; B may be 0, and then S is image_size.
+    """
+    readable = [sample for sample in samples if sample["pixels"] is not None]
+    empty = torch.empty((0, 3, image_size, image_size), dtype=torch.uint8)
+    return {
+        "pixels": torch.stack([sample["pixels"] for sample in readable]) if readable else empty,
+        "index": torch.tensor([sample["index"] for sample in readable], dtype=torch.int64),
+        "unreadable": [name for sample in samples for name in sample["unreadable"]],
+    }
+
+
+class UnreadableLog:
+    """Counts distinct unreadable images, warns once for each, and stops when they are too many.
+
+    `add` raises DataError when more than max_unreadable distinct names were added. Each process counts what it reads.
+    `what` and `setting`: what the names are of, and the setting with the bound.
+    """
+
+    def __init__(self, max_unreadable, what="image", setting="data.max_unreadable"):
+        self.max_unreadable = max_unreadable
+        self.what = what
+        self.setting = setting
+        self.names = set()
+
+    def add(self, names):
+        for name in names:
+            if name in self.names:
+                continue
+            self.names.add(name)
+            if len(self.names) > self.max_unreadable:
+                raise DataError(
+                    f"{self.setting}: {len(self.names)} {self.what}s cannot be read, expected at most "
+                    f"{self.max_unreadable}; the last is {name}"
+                )
+            logger.warning("unreadable %s %d (at most %d): %s", self.what, len(self.names), self.max_unreadable, name)
+
+
+@dataclass(frozen=True)
+class TrainBatches:
+    """The micro-batches of one rank, from start_step to total_steps: lists of (epoch, index) for TrainImages.
+
+    The global batch of step s is slice s % steps_per_epoch of the epoch's permutation, a function of (seed, epoch);
+    images that do not fill a last one wait for another epoch. Micro-batch m of rank r is the contiguous piece
+    m*world_size + r of it, so the images of a step do not depend on how they are shared out. All micro-batches of a
+    step are given, then those of the next step.
+    Raises DataError for fewer images than one global batch, or sizes that do not divide.
+    """
+
+    num_images: int
+    global_batch_size: int
+    micro_batch_size: int
+    rank: int
+    world_size: int
+    seed: int
+    start_step: int
+    total_steps: int
+
+    def __post_init__(self):
+        together = self.micro_batch_size * self.world_size
+        if self.global_batch_size < 1 or self.micro_batch_size < 1 or self.global_batch_size % together:
+            raise DataError(
+                f"global batch size {self.global_batch_size} is not a multiple of micro-batch size "
+                f"{self.micro_batch_size} times {self.world_size} processes = {together}"
+            )
+        if self.num_images < self.global_batch_size:
+            raise DataError(
+                f"data.path: {self.num_images} training images are fewer than one global batch of "
+                f"{self.global_batch_size}"
+            )
+        if not 0 <= self.rank < self.world_size:
+            raise DataError(f"rank {self.rank} is outside of 0..{self.world_size - 1}")
+
+    @property
+    def steps_per_epoch(self):
+        return self.num_images // self.global_batch_size
+
+    @property
+    def micro_batches_per_step(self):
+        return self.global_batch_size // (self.micro_batch_size * self.world_size)
+
+    def __len__(self):
+        return max(0, self.total_steps - self.start_step) * self.micro_batches_per_step
+
+    def __iter__(self):
+        order_epoch, order = None, None
+        for step in range(self.start_step, self.total_steps):
+            epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
+            if epoch != order_epoch:
+                order = np.random.default_rng((self.seed, ORDER_STREAM, epoch)).permutation(self.num_images)
+                order_epoch = epoch
+            for micro_batch in range(self.micro_batches_per_step):
+                piece = micro_batch * self.world_size + self.rank
+                start = step_in_epoch * self.global_batch_size + piece * self.micro_batch_size
+                yield [(epoch, int(index)) for index in order[start : start + self.micro_batch_size]]
+
+
+def train_loader(source, batches, image_size, resize_size=None, max_unreadable=10, num_workers=0):
+    """DataLoader over the micro-batches of a TrainBatches; each is a dict as `collate` makes it. Crops use its seed.
+
+    It is already this rank's share: Accelerate must not shard it again.
+    """
+    images = TrainImages(source, image_size, resize_size, batches.seed, max_unreadable)
+    return _loader(images, batches, collate, num_workers)
+
+
+def evenly_spread(items, count):
+    """`count` of the items at equal distances, in their order; all of them if they are fewer."""
+    count = min(count, len(items))
+    return [items[position * len(items) // count] for position in range(count)]
+
+
+def chosen_images(source, num_samples=None):
+    """Indices of the images that eval_loader gives, increasing."""
+    return evenly_spread(range(len(source)), len(source) if num_samples is None else num_samples)
+
+
+def eval_loader(source, image_size, batch_size, num_workers=0, rank=0, world_size=1, num_samples=None):
+    """DataLoader over this rank's share of the evaluation images; every image is in exactly one batch of one rank.
+
+    With num_samples, that many images spread evenly over the source (files are sorted by class), or all if fewer.
+    Rank r gets the images r, r + world_size, ... All ranks get equally many batches, as a sharded model needs; the last
+    one may be smaller, or empty.
+    """
+    chosen = chosen_images(source, num_samples)
+    mine = chosen[rank::world_size]
+    per_rank = -(-len(chosen) // world_size)
+    batches = [mine[start : start + batch_size] for start in range(0, per_rank, batch_size)]
+    collate_fn = functools.partial(collate, image_size=image_size)
+    return _loader(EvalImages(source, image_size), batches, collate_fn, num_workers)
+
+
+def _loader(images, batches, collate_fn, num_workers):
+    return WorkerLoader(
+        images,
+        batch_sampler=batches,
+        collate_fn=collate_fn,
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        pin_memory=torch.cuda.is_available(),
+        worker_init_fn=start_worker,
+        generator=torch.Generator(),  # the loader draws a seed from it, and would else move the global generator
+    )
+
+
+class WorkerLoader(torch.utils.data.DataLoader):
+    """A DataLoader whose processes have SIGTERM blocked from their first moment: `start_worker` comes too late for the
+    threads that some libraries (Arrow) start again within a fork, and one that takes the signal ends the process."""
+
+    def __iter__(self):
+        if not hasattr(signal, "pthread_sigmask"):  # Windows
+            return super().__iter__()
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def start_worker(worker_id):
+    """One thread per worker; signals meant for the run, which reach the whole process group, are the main process's."""
+    torch.set_num_threads(1)
+    for number in (signal.SIGINT, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _obey_parent():
+    """End at a SIGTERM from the main process alone: it ends leftover workers with one when it exits, and waits."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

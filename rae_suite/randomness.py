@@ -1,0 +1,37 @@
+"""Random numbers that are functions of a key, and the table of keys: which random stream is whose."""
+
+from typing import Union
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+
+from rae_suite.settings import TrainConfig
+
+# The second word of every seed keeps the random streams apart: NumPy pads (1, 2) with zeros, so it equals (1, 2, 0).
+HOLDOUT_STREAM, ORDER_STREAM, CROP_STREAM = 0, 1, 2
+SHARD_STREAM, PASS_STREAM, WINDOW_STREAM, MIXTURE_STREAM, LANE_CROP_STREAM = 3, 4, 5, 6, 7
+
+
+def seeded_generator(*key: int, device: Union[torch.device, str] = "cpu") -> torch.Generator:
+    """A generator whose numbers are a function of all of `key`."""
+    seed = int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0] >> 1)
+    return torch.Generator(device).manual_seed(seed)
+
+
+def step_generator(
+    accelerator: Accelerator, train: TrainConfig, streaming: bool, step: int, micro_batch: int
+) -> torch.Generator:
+    """Source of a step's noise and augmentation: a function of seed, step and the micro-batch's place in the global
+    batch. So a resumed run repeats it, also with micro-batches of this size on other processes.
+
+    Args:
+        streaming: whether the images are streamed: a process then has the images of neighbouring lanes; else they are
+            shared out as by loaders.TrainBatches.
+        step, micro_batch: 0-based.
+    """
+    if streaming:
+        place = accelerator.process_index * train.gradient_accumulation_steps + micro_batch
+    else:
+        place = micro_batch * accelerator.num_processes + accelerator.process_index
+    return seeded_generator(train.seed, step, place, device=accelerator.device)

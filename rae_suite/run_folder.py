@@ -1,0 +1,268 @@
+"""The folder of a run, <output_dir>, and how a run continues from what is in it.
+
+    config.yaml       the resolved config, itself a valid --config
+    metrics.jsonl     one JSON object a line
+    checkpoints/      step-*: complete state, the newest `train.keep_last`
+    best, final       from_pretrained folders with the averaged weights
+
+Whatever is a folder is written beside its place and renamed: a half-written one is never taken for a whole one. It is
+on the disk before what it replaces goes.
+"""
+
+import fcntl
+import os
+import shutil
+import socket
+import time
+import uuid
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Optional, TextIO, get_args
+
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from tqdm.auto import tqdm
+
+from rae_suite.checkpoints import checkpoints, last_checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint
+from rae_suite.cli import config_yaml, with_settings
+from rae_suite.errors import ConfigError, RunError, WriteError
+from rae_suite.files import step_of, write_text, writing
+from rae_suite.launch import INTERRUPTED, say
+from rae_suite.metrics_file import MetricsFile
+from rae_suite.settings import check_same_config, read_run_settings
+from rae_suite.sharding import load_part
+from rae_suite.training_data import SHARDS, TrainingData
+
+
+@dataclass
+class RunState:
+    """What a checkpoint holds beside networks and optimizers. Plain values."""
+
+    step: int = 0
+    num_images: Optional[int] = 0  # of the training split; None where a stream's number is not known
+    frozen: dict = field(default_factory=dict)  # digests of the networks that do not learn, by setting
+    best: Optional[float] = None
+    best_of: str = ""  # what `best` is comparable with: metric and number of images
+    nonfinite_in_a_row: int = 0
+    skipped_steps: int = 0  # because of something not finite, over the whole run
+    stream: Optional[dict] = None  # of a streaming run: fingerprint of the shards, states of all lanes
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The folder: whose it is, and its lock
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def restore_folders(run_dir: Path) -> None:
+    """Clean up after a crash in `write_folder`: put a folder back that was caught between the two renames, drop what
+    was half written."""
+    for folder in (run_dir, run_dir / "checkpoints", run_dir / "hub"):
+        for old in folder.glob(".*.old"):
+            target = folder / old.name.removeprefix(".").removesuffix(".old")
+            shutil.rmtree(old) if target.exists() else old.rename(target)
+        for partial in folder.glob(".*.partial"):
+            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+
+
+def lock_run_folder(run_dir: Path) -> TextIO:
+    """Hold the run folder until the returned file is closed or the process ends. Raises BlockingIOError when another
+    process holds it."""
+    file = (run_dir / ".lock").open("a")  # what the process that holds it wrote stays
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    held = weakref.ref(file)
+
+    def let_go() -> None:
+        if held() is not None:
+            held().close()
+
+    os.register_at_fork(after_in_child=let_go)  # or data loading processes would hold it on after a SIGKILL
+    return file
+
+
+def resolve_config(config: Any, accelerator: Accelerator) -> Any:
+    """The config with what the launch and the beginning of the run decide: the precision, and a stream's lanes."""
+    values = {"train.mixed_precision": accelerator.mixed_precision}
+    if config.data.streaming and config.data.stream_lanes is None:
+        saved = Path(config.train.output_dir) / "config.yaml"
+        began = read_run_settings(saved).get("data.stream_lanes") if saved.exists() else None
+        values["data.stream_lanes"] = began or accelerator.num_processes * max(1, config.data.num_workers)
+    return with_settings(config, values)
+
+
+def check_run_folder(config: Any) -> Path:
+    """The run folder: a new one, or one of the same config. Raises ConfigError for anything else."""
+    run_dir = Path(config.train.output_dir)
+    saved = run_dir / "config.yaml"
+    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"train.output_dir: {run_dir} cannot be made, {place} is no folder that can be written to")
+    if saved.exists():
+        check_same_config(config, saved)
+        MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()  # or names the line that is damaged
+    elif run_dir.exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
+        raise ConfigError(f"train.output_dir: {run_dir} is not empty and has no config.yaml of a run")
+    return run_dir
+
+
+def take_run_folder(config: Any, run_dir: Path) -> TextIO:
+    """Create the run folder, lock it against a second run, and write the config. Keep the result until the end."""
+    with writing(run_dir / ".lock"):
+        run_dir.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = lock_run_folder(run_dir)
+        except BlockingIOError:
+            raise ConfigError(f"train.output_dir: another run is at work in {run_dir}") from None
+    with writing(run_dir):
+        restore_folders(run_dir)
+    write_text(run_dir / "config.yaml", config_yaml(config))
+    return lock
+
+
+def check_shared_folder(run_dir: Path, lock: Optional[TextIO], patience: float = 90) -> None:
+    """Raise ConfigError, on all processes, when some machine does not see the main process's run folder, from which
+    all of them read checkpoints. `lock`: the main process's, what `take_run_folder` gave. `patience`: seconds; a
+    network file system may remember for a minute that a file was not there."""
+    token = uuid.uuid4().hex
+    if lock is not None:
+        lock.truncate(0)  # it was opened to append
+        lock.write(token)
+        lock.flush()
+        os.fsync(lock.fileno())
+    [token] = broadcast_object_list([token])
+    file, deadline = run_dir / ".lock", time.monotonic() + patience
+    while not (seen := file.exists() and file.read_text() == token) and time.monotonic() < deadline:
+        time.sleep(1)
+    elsewhere = sorted({host for host in gather_object([None if seen else socket.gethostname()]) if host is not None})
+    if elsewhere:
+        raise ConfigError(
+            f"train.output_dir: {run_dir} on {', '.join(elsewhere)} is another folder than the main process's, "
+            "expected one on a file system that all machines share"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Saving and continuing
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def save_run(
+    accelerator: Accelerator, run_dir: Path, state: RunState, parts: dict, loader: Any, keep_last: int
+) -> None:
+    """Write a checkpoint of the run. Every process calls this.
+
+    Args:
+        parts: what changes while the run goes on, by name: networks, optimizers, the moving average.
+        loader: the training loader; a stream's says where its lanes stand.
+    """
+    if state.stream is not None:
+        state.stream["lanes"] = gather_object([loader.states[lane] for lane in sorted(loader.states)])
+    states = {name: part.state_dict() for name, part in with_scaler(accelerator, parts).items()}
+    states = {"state": asdict(state), **states}
+    save_checkpoint(accelerator, run_dir, state.step, states, keep_last)
+
+
+def with_scaler(accelerator: Accelerator, parts: dict) -> dict:
+    return parts if accelerator.scaler is None else {**parts, "scaler": accelerator.scaler}
+
+
+def find_checkpoint(accelerator: Accelerator, run_dir: Path, parts: dict) -> Optional[Path]:
+    """The newest whole checkpoint, the same on all processes, or None. Raises RunError when all are damaged."""
+    found = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = newest_checkpoint(run_dir, ["state", *parts], tqdm.write)
+        except ValueError as error:
+            found[1] = str(error)
+    path, problem = broadcast_object_list(found)
+    if problem is not None:
+        raise RunError(problem)
+    return path
+
+
+def load_state(state: RunState, saved: dict) -> None:
+    """Take over saved values. Raises KeyError for one that is missing, and ValueError for another type."""
+    for item in fields(state):
+        value, kinds = saved[item.name], get_args(item.type) or (item.type,)
+        if not isinstance(value, kinds):
+            expected = " or ".join(kind.__name__ for kind in kinds)
+            raise ValueError(f"state.json: {item.name} is {value!r}, expected {expected}")
+        setattr(state, item.name, value)
+
+
+def load_checkpoint(path: Path, state: RunState, parts: dict, frozen: dict) -> None:
+    """Load the complete state into `state` and `parts`. Raises RunError, which names the checkpoint, when it cannot be
+    read, and ConfigError when it was trained with other `frozen` networks, {setting: digest}."""
+    try:
+        saved = read_checkpoint(path)
+        load_state(state, saved["state"])
+        for name, part in parts.items():
+            load_part(part, saved[name], name)
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
+        raise RunError(f"checkpoint {path} cannot be read: {type(error).__name__} {error}") from error
+    for setting, digest in frozen.items():
+        if state.frozen.get(setting) != digest:
+            raise ConfigError(
+                f"{setting}: its weights are not those that {path} was trained with; choose another train.output_dir "
+                "or the same weights"
+            )
+
+
+def continue_run(
+    accelerator: Accelerator, run_dir: Path, data: TrainingData, parts: dict, frozen: dict
+) -> tuple[RunState, bool]:
+    """The run's state and whether it continues: loaded, with its `parts`, from the newest whole checkpoint if there is
+    one. Raises RunError when all are damaged, and ConfigError when the run began with other images or `frozen` networks
+    (see load_checkpoint)."""
+    state = RunState(frozen=frozen, num_images=data.num_images)
+    state.stream = None if data.batches is not None else {"shards": data.shards, "lanes": None}
+    parts = with_scaler(accelerator, parts)
+    checkpoint = find_checkpoint(accelerator, run_dir, parts)
+    if checkpoint is None:
+        return state, False
+    load_checkpoint(checkpoint, state, parts, frozen)
+    say(accelerator, f"continuing from {checkpoint}")
+    check_same_images(state, data, run_dir)
+    return state, True
+
+
+def check_same_images(state: RunState, data: TrainingData, run_dir: Path) -> None:
+    """Raise ConfigError when the run began with other images."""
+    other = f"choose another train.output_dir, with model.init_from {run_dir}/best"
+    if data.batches is None:
+        if (state.stream or {}).get("shards") != data.shards:
+            raise ConfigError(
+                f"data.path: the shards, or their numbers of images, are not those that {run_dir} began with (see its "
+                f"{SHARDS}); take out what was added, or {other}"
+            )
+    elif state.num_images != data.num_images:
+        raise ConfigError(
+            f"data.path: {data.path} has {data.num_images} training images, {run_dir} began with "
+            f"{state.num_images}; take out what was added, put back what is missing (an empty file with the name of a "
+            f"lost one will do: it is skipped), or {other}"
+        )
+
+
+def finished_steps(accelerator: Accelerator, run_dir: Path, total_steps: int, whole: Callable[[Path], bool]) -> int:
+    """Steps that a finished run has, 0 for one that is not finished: as the main process sees it, because another
+    machine may lack the folder. `whole`: whether the folder final/ holds a complete model."""
+    saved = checkpoints(run_dir)
+    steps = step_of(saved[-1]) if saved else 0
+    finished = steps >= total_steps and whole(run_dir / "final")
+    return broadcast_object_list([steps if finished else 0])[0]
+
+
+@contextmanager
+def errors_name_checkpoint(run_dir: Path) -> Iterator[None]:
+    """Say what the run continues from when it ends by Ctrl-C or because something cannot be written."""
+    try:
+        yield
+    except WriteError as error:
+        message = f"{error}; {last_checkpoint(run_dir)}; the same command continues"
+        raise RunError(message, everywhere=True) from error
+    except KeyboardInterrupt:
+        raise RunError(
+            f"stopped by Ctrl-C; {last_checkpoint(run_dir)}; the same command continues", INTERRUPTED
+        ) from None

@@ -1,0 +1,140 @@
+"""What a run writes down while it goes on: metrics.jsonl, trackers, sample grids, curves; which model is the best."""
+
+import logging
+import math
+import shutil
+import threading
+import time
+import uuid
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from PIL import Image
+
+from rae_suite.cli import config_dict
+from rae_suite.files import list_steps, step_of, write_text, writing
+from rae_suite.loaders import UnreadableLog
+from rae_suite.metrics_file import MetricsFile
+from rae_suite.pictures import plot_curves, progress_strip
+from rae_suite.run_folder import RunState
+
+logger = logging.getLogger(__name__)
+
+
+def start_trackers(config: object, accelerator: Accelerator, run_dir: Path, step: int) -> None:
+    """Start the trackers; a run that continues at `step` goes on in the same wandb run, and tensorboard forgets what it
+    has of later steps."""
+    options = {"tensorboard": {"purge_step": step + 1 if step else 0}}  # step 0 is evaluated again
+    if "wandb" in config.logging.report_to and accelerator.is_main_process:
+        id_file = run_dir / "wandb_run_id.txt"
+        if not id_file.exists():
+            write_text(id_file, uuid.uuid4().hex[:8])
+        run_id = id_file.read_text().strip()
+        options["wandb"] = {"id": run_id, "resume": "allow", "name": run_dir.name, "dir": str(run_dir)}
+    with writing(run_dir / "logs"):
+        accelerator.init_trackers(config.logging.project, init_kwargs=options)
+    # tensorboard writes in a thread, whose traceback would bury the one line that its error, raised here again, ends in
+    show = threading.excepthook
+    threading.excepthook = lambda failed: type(failed.thread).__name__ == "_AsyncWriterThread" or show(failed)
+    if accelerator.is_main_process:
+        for tracker in accelerator.trackers:
+            if tracker.name != "tensorboard":  # its hyperparameter table takes no nested settings
+                tracker.store_init_configuration(config_dict(config))
+            if not hasattr(tracker, "log_images"):
+                logger.warning("tracker %s takes no images: sample grids are in %s/samples", tracker.name, run_dir)
+
+
+class RunLog:
+    """The log of a run, written by the main process; every process calls its methods."""
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        run_dir: Path,
+        state: RunState,
+        steps_per_epoch: int,
+        unreadable: UnreadableLog,
+    ):
+        self.accelerator, self.run_dir, self.state = accelerator, run_dir, state
+        self.steps_per_epoch, self.unreadable = steps_per_epoch, unreadable
+        self.file = MetricsFile(run_dir / "metrics.jsonl", accelerator.is_main_process)
+
+    def write(self, kind: str, values: dict) -> None:
+        """Write one line: `kind` "train", or "eval" of the `model` among the values."""
+        step = self.state.step
+        place = {"step": step, "epoch": round(step / self.steps_per_epoch, 4)}
+        self.file.append({"kind": kind, **place, "time": round(time.time(), 3), **values})
+        prefix = f"eval_{values['model']}" if kind == "eval" else kind
+        numbers = {f"{prefix}/{k}": v for k, v in values.items() if isinstance(v, (int, float))}
+        with writing(self.run_dir / "logs"):
+            self.accelerator.log(numbers, step=step)
+
+    def train(self, record: dict, images_per_second: float) -> None:
+        """Write the numbers of a training step (StepRecord.read)."""
+        values = {k: v for k, v in record.items() if k not in ("step", "stop", "nonfinite")}
+        counts = {"skipped_steps": self.state.skipped_steps, "images_per_second": round(images_per_second, 3)}
+        self.write("train", {**values, **counts})
+
+    def forget_after(self, step: int) -> None:
+        """Drop what there is of steps after `step`: the run goes on from there and writes it again."""
+        self.file.forget_after(step)
+        if self.accelerator.is_main_process:
+            for path in (
+                *list_steps(self.run_dir / "samples", r"\.png"),
+                *list_steps(self.run_dir / "pairs", "-(raw|ema)"),
+            ):
+                if step_of(path) > step:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+        self.accelerator.wait_for_everyone()  # other processes write pictures of the same names
+
+    def picture(self, name: str, grid: np.ndarray) -> None:
+        """Write a sample grid, uint8 (H, W, 3), and show it to the trackers as `name`; draw the curves and the strip of
+        all grids. Called by the main process alone."""
+        path = self.run_dir / "samples" / f"step-{self.state.step:08d}.png"
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(grid).save(path)
+        plot_curves(self.file.read(), self.run_dir / "curves.png")
+        progress_strip(list_steps(path.parent, r"\.png"), self.run_dir / "progress.png")
+        for tracker in self.accelerator.trackers:
+            if hasattr(tracker, "log_images"):
+                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
+                with writing(self.run_dir / "logs"):
+                    tracker.log_images({name: grid[None]}, step=self.state.step, **options)
+
+    def is_best(self, metric: str, value: float, higher_is_better: bool, num_samples: int) -> bool:
+        """Whether `value`, of the averaged model, is the best so far among those that compare with it; it is then the
+        one to beat."""
+        state, sign = self.state, 1 if higher_is_better else -1
+        best_of = f"{metric} of {num_samples} images"
+        if state.best_of != best_of:  # a continued run may be evaluated otherwise
+            state.best, state.best_of = None, best_of
+        if not math.isfinite(value) or state.best is not None and sign * value <= sign * state.best:
+            return False
+        state.best = value
+        return True
+
+    def summary(self, metrics: tuple, images: str) -> str:
+        """First and last evaluation of the averaged model, and where the files are. `images`: what they are of."""
+        evals = [line for line in self.file.read() if line["kind"] == "eval" and line["model"] == "ema"]
+        rows = [f"{f'EMA model, {images}':<28}{'before':>10}{'after':>10}"]
+        first, last = (evals[0], evals[-1]) if evals else ({}, {})  # the file may have been deleted
+        if first.get("num_samples") != last.get("num_samples"):
+            first = {}  # not comparable
+        for name in metrics:
+            values = (line.get(name) for line in (first, last))
+            rows.append(f"{name:<28}" + "".join(f"{'-' if v is None else f'{v:.4f}':>10}" for v in values))
+        if self.state.skipped_steps:
+            rows.append(f"steps skipped, not finite: {self.state.skipped_steps} of {self.state.step}")
+        picture = self.run_dir / "samples" / f"step-{last.get('step', self.state.step):08d}.png"
+        places = {
+            "pictures": picture,
+            "curves": self.run_dir / "curves.png",
+            "progress": self.run_dir / "progress.png",
+            "model": self.run_dir / "final",
+        }
+        if self.accelerator.device.type == "cuda":
+            rows.append(f"peak GPU memory of a process: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+        return "\n".join([*rows, *(f"{what:<10}{place}" for what, place in places.items())])

@@ -1,0 +1,270 @@
+"""Shards: parquet files and WebDataset tars, local, over http or on the Hub. Which there are, and reading one."""
+
+import glob
+import itertools
+import os
+import re
+import tarfile
+import time
+
+import aiohttp
+import fsspec
+import pyarrow.parquet as pq
+from fsspec.implementations.local import LocalFileSystem
+
+from rae_suite.errors import DataError, one_line
+from rae_suite.images import IMAGE_EXTENSIONS
+from rae_suite.splits import SAVED_DATASET_FILES
+
+MAX_WAIT = 60  # seconds between two attempts at a shard
+READ_AHEAD = 2**20  # bytes of a parquet column that are read at a time
+ROWS = 16  # of a parquet file that are unpacked at a time
+SERVER_TIMEOUT = 60  # seconds in which a web server must give something
+MAX_SHARDS = 10**6  # that one path, range or glob may name
+SERVER_ERRORS = (OSError, aiohttp.ClientError)
+
+
+class UnreadableShard(Exception):
+    """A shard that still fails after all attempts; `row` is the first image that was not read."""
+
+    def __init__(self, row, error):
+        self.row, self.reason = row, one_line(f"{type(error).__name__}: {error}")
+        super().__init__(self.reason)
+
+
+def is_parquet(shard):
+    return shard_name(shard).endswith(".parquet")
+
+
+def is_shard(path):
+    return shard_name(path).endswith((".parquet", ".tar", ".tar.gz", ".tgz"))
+
+
+def is_saved(path):
+    """Whether `path` is a folder that `datasets` saved."""
+    return any(os.path.isfile(os.path.join(path, name)) for name in SAVED_DATASET_FILES)
+
+
+def shard_name(shard):
+    """The shard's path or URL without a query, which may hold a signature."""
+    return shard.split("?")[0] if "://" in shard else shard
+
+
+def expand_braces(pattern):
+    """All texts that `{000..127}` and `{a,b}` in the pattern stand for, in their order, one after the other."""
+    found = re.search(r"\{([^{}]*)\}", pattern)
+    if found is None:
+        yield pattern
+        return
+    numbers = re.fullmatch(r"(\d+)\.\.(\d+)", found[1])
+    if numbers:
+        width = len(numbers[1])
+        words = (f"{number:0{width}}" for number in range(int(numbers[1]), int(numbers[2]) + 1))
+    else:
+        words = found[1].split(",")
+    before, after = pattern[: found.start()], pattern[found.end() :]
+    for word in words:
+        yield from expand_braces(before + word + after)
+
+
+def names_shards(path):
+    """Whether `path` says itself which shards it means, so that it has no splits: not a folder and not a Hub id."""
+    return "://" in path or is_shard(path) or path.endswith(".txt") or any(c in path for c in "*{")
+
+
+def list_shards(path, setting, within=()):
+    """The shards that a path, URL, glob, range or .txt list of such ones, itself `within` other lists, stands for.
+    Raises DataError."""
+    shards = []
+    if path.endswith(".txt"):
+        if path in within:
+            raise DataError(f"{setting}: list {path} names itself")
+        try:
+            with open_file(path) as file:
+                lines = [line.strip() for line in file.read().decode().splitlines()]
+        except (*SERVER_ERRORS, ValueError, ImportError) as error:
+            raise DataError(f"{setting}: list {path} cannot be read: {one_line(error)}") from error
+        for line in filter(None, lines):
+            shards += list_shards(os.path.expanduser(line), setting, (*within, path))
+    else:
+        for text in expand_braces(path):
+            shards += _glob(text, setting) if "*" in text else [text]
+            if len(shards) > MAX_SHARDS:
+                raise DataError(f"{setting}: {path} names more than {MAX_SHARDS} shards")
+    if not shards:
+        raise DataError(f"{setting}: {path} names no shards")
+    for shard in shards:
+        if not is_shard(shard):
+            raise DataError(f"{setting}: {shard} is no shard that can be streamed; expected .parquet, .tar or .tar.gz")
+    if len(set(shards)) < len(shards):
+        twice = next(shard for shard in shards if shards.count(shard) > 1)
+        raise DataError(f"{setting}: {path} names {twice} twice")
+    return shards
+
+
+def _glob(pattern, setting):
+    """Existing files, sorted; what is no shard beside them (an index, a licence) is left out."""
+    if "://" not in pattern:
+        return [path for path in sorted(glob.glob(pattern, recursive=True)) if is_shard(path)]
+    try:
+        system, path = fsspec.url_to_fs(pattern, **file_options(pattern))
+        return [system.unstrip_protocol(name) for name in sorted(system.glob(path)) if is_shard(name)]
+    except (*SERVER_ERRORS, ValueError, ImportError) as error:
+        raise DataError(f"{setting}: {pattern} cannot be listed: {one_line(error)}") from error
+
+
+def list_splits(path, config_name, setting):
+    """{split: shards} of a folder or a Hub data set, found as `datasets` finds them. Raises DataError."""
+    import datasets
+    from datasets.exceptions import DatasetsError
+
+    if is_saved(path):
+        raise DataError(
+            f"{setting}: {path} is a saved data set, which is mapped from disk; data.streaming is not for it"
+        )
+    try:
+        builder = datasets.load_dataset_builder(path, name=config_name)
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise DataError(
+            f"{setting}: {path} is no folder, glob or URL of parquet or tar shards, nor a Hub data set that can be "
+            f"reached: {one_line(error)}"
+        ) from error
+    splits = {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
+    for shard in itertools.chain(*splits.values()):
+        if not is_shard(shard):
+            raise DataError(
+                f"{setting}: {path} is made of files like {os.path.basename(shard)}; expected .parquet or tar shards "
+                "(the Hub keeps data sets as parquet too: hf://datasets/<id>@refs%2Fconvert%2Fparquet/<config>/<split>/*)"
+            )
+    return splits
+
+
+def find_shards(path, split, cfg, setting="data.path"):
+    """The shards of one split of `path`, or all of them where it names shards itself. Raises DataError."""
+    path = os.path.expanduser(path)
+    if names_shards(path):
+        if cfg.config_name is not None:
+            raise DataError(f"data.config_name: '{cfg.config_name}' is for Hub data sets, but {setting} is {path}")
+        return list_shards(path, setting)
+    splits = list_splits(path, cfg.config_name, setting)
+    if split not in splits:
+        raise DataError(
+            f"{setting}: there is no split '{split}' in {path}, it has {', '.join(sorted(splits))}; expected another "
+            "data.train_split or data.eval_split, or evaluation images elsewhere (data.eval_path)"
+        )
+    return splits[split]
+
+
+class StrictTarInfo(tarfile.TarInfo):
+    """tarfile takes a damaged header for the end of the archive; here it is an error."""
+
+    @classmethod
+    def fromtarfile(cls, archive):
+        try:
+            return super().fromtarfile(archive)
+        except (tarfile.EmptyHeaderError, tarfile.EOFHeaderError):
+            raise  # the end, which tarfile expects
+        except tarfile.HeaderError as error:
+            raise tarfile.ReadError(f"{error} at byte {archive.offset}") from error
+
+
+def file_options(path):
+    """What fsspec needs beside the path: over http it would wait five minutes for a server that says nothing."""
+    if not path.startswith(("http://", "https://")):
+        return {}
+    silence = aiohttp.ClientTimeout(total=None, sock_connect=SERVER_TIMEOUT, sock_read=SERVER_TIMEOUT)
+    return {"client_kwargs": {"timeout": silence}}
+
+
+def open_file(path):
+    """A file for reading bytes, over whatever fsspec knows (local paths, http, hf, s3, ...)."""
+    system, path = fsspec.url_to_fs(path, **file_options(path))
+    if isinstance(system, LocalFileSystem) and os.path.exists(path) and not os.path.isfile(path):
+        raise OSError("no regular file")  # of a pipe, the first byte would be waited for
+    try:
+        return system.open(path, "rb")
+    except FileNotFoundError as error:  # fsspec says so of all that a web server answers, or fails to
+        cause = error.__cause__
+        if cause is None or isinstance(cause, FileNotFoundError) or getattr(cause, "status", None) == 404:
+            raise
+        raise cause from None
+
+
+def read_parquet(shard, column, start):
+    """(row, name, undecoded image) of the rows from `start` on. Row groups before that are not read."""
+    with open_file(shard) as file:
+        table = pq.ParquetFile(file, buffer_size=READ_AHEAD)  # of a large row group only this much is in memory
+        row = 0
+        for group in range(table.num_row_groups):
+            end = row + table.metadata.row_group(group).num_rows
+            if end <= start:
+                row = end
+                continue
+            for batch in table.iter_batches(ROWS, [group], [column], use_threads=False):
+                values = batch.column(column)
+                for i in range(max(0, start - row), len(values)):
+                    yield row + i, f"{shard_name(shard)}[{row + i}]", values[i].as_py()
+                row += len(values)
+
+
+def read_tar(shard, column, start):
+    """(row, name, bytes) of the images from number `start` on. `column` is the extension after the sample's name that
+    images have, or None for any of IMAGE_EXTENSIONS. Raises DataError for samples with several images."""
+    with open_file(shard) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as archive:
+        row, before = 0, None
+        while (member := archive.next()) is not None:
+            archive.members.clear()  # tarfile would keep them all
+            folder, _, base = member.name.rpartition("/")
+            sample, _, extension = base.partition(".")
+            extension = extension.lower()
+            wanted = extension == column if column else f".{extension.rpartition('.')[2]}" in IMAGE_EXTENSIONS
+            if not (member.isfile() and sample and wanted):
+                continue
+            if before == (folder, sample):
+                raise DataError(
+                    f"data.image_column: sample {sample} of {shard_name(shard)} has several images, one of them "
+                    f"'{extension}'; name the extension to use"
+                )
+            before = (folder, sample)
+            if row >= start:
+                yield row, f"{shard_name(shard)}:{member.name}", archive.extractfile(member).read()
+            row += 1
+
+
+def read_shard(shard, column, start, stop, step, retries):
+    """(row, (name, undecoded image)) of the rows start, start + step, ... below `stop` (None: to the end).
+
+    After an error it goes on at the row where it broke, `retries` times in a row, with growing pauses. Raises
+    UnreadableShard then; at once for a file that isn't there, and where read_tar raises DataError.
+    """
+    failures = 0
+    while True:
+        try:
+            read = read_parquet if is_parquet(shard) else read_tar
+            for row, name, value in read(shard, column, start):
+                if row == start:
+                    start, failures = row + step, 0
+                    yield row, (name, value)
+                    if stop is not None and start >= stop:
+                        return
+            return
+        except Exception as error:  # file systems and formats raise almost anything; see data.max_unreadable_shards
+            _wait_or_give_up(failures, retries, start, error)
+            failures += 1
+
+
+def _wait_or_give_up(failures, retries, row, error):
+    if failures >= retries or isinstance(error, (FileNotFoundError, DataError)):
+        raise UnreadableShard(row, error) from error
+    time.sleep(min(4**failures, MAX_WAIT))
+
+
+def read_footer(shard, retries):
+    """(number of rows, arrow schema) of a parquet file. Raises UnreadableShard."""
+    for failures in itertools.count():
+        try:
+            with open_file(shard) as file:
+                table = pq.ParquetFile(file)
+                return table.metadata.num_rows, table.schema_arrow
+        except Exception as error:  # as in read_shard
+            _wait_or_give_up(failures, retries, 0, error)

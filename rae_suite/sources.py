@@ -1,0 +1,297 @@
+"""Numbered lists of images: files below a folder, rows of a data set, images in memory, parts of such lists."""
+
+import functools
+import hashlib
+import io
+import os
+import re
+import struct
+
+import numpy as np
+from PIL import UnidentifiedImageError
+
+from rae_suite.errors import DataError, UnreadableImage
+from rae_suite.images import _open_image, to_rgb
+
+IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
+LABEL_COLUMNS = ("label", "labels", "fine_label")
+MAX_ASPECT_RATIO = 100  # a resized shorter side would make the longer one, and the memory for it, huge
+
+
+class ImageSource:
+    """A numbered list of images. Subclasses give `__len__`, `name`, `label`, `class_names`, `fingerprint` and `_open`.
+
+    `name(i)` is the file's path or 'split[i]'. `label(i)` is the class index, or None; it never decodes the image.
+    `class_names` is the list that label indexes, or None. `fingerprint(indices)` changes when images are added,
+    removed, renamed or replaced, of those with the given indices or of all: a key for what was computed from them.
+    """
+
+    class_names = None
+
+    def load(self, i):
+        """Image i as RGB. Raises UnreadableImage, whatever the decoder says."""
+        try:
+            with _open_image(self._open(i)) as image:
+                if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
+                    raise ValueError(f"{image.width} x {image.height} pixels, sides over 1 : {MAX_ASPECT_RATIO}")
+                return to_rgb(image)
+        except UnidentifiedImageError as error:  # its own words have an address in memory, another one each time
+            raise UnreadableImage(self.name(i), "no image of a known format") from error
+        except Exception as error:  # damaged files make decoders raise almost anything; see UnreadableLog for the bound
+            raise UnreadableImage(self.name(i), f"{type(error).__name__}: {error}") from error
+
+
+class FileSource(ImageSource):
+    """Image files below a folder.
+
+    `paths` and `ends` are the files' paths relative to root as `join_paths` gives them, `labels` class indices or None.
+    One byte string: 1.3 million paths take about 60 MB, which forked workers share (reference counts would copy a list
+    of str).
+    """
+
+    def __init__(self, root, paths, ends, labels=None, class_names=None):
+        self.root = root
+        self._bytes = paths
+        self._ends = ends
+        self._labels = None if labels is None else np.asarray(labels, dtype=np.int32)
+        self.class_names = class_names
+
+    def __len__(self):
+        return len(self._ends)
+
+    def _path(self, i):
+        """Of image i below root, as bytes."""
+        return self._bytes[self._ends[i - 1] if i else 0 : self._ends[i]]
+
+    def name(self, i):
+        return os.path.join(self.root, os.fsdecode(self._path(i)))
+
+    def label(self, i):
+        return None if self._labels is None else int(self._labels[i])
+
+    def fingerprint(self, indices=None):
+        """From the files' paths below root, sizes and times of change: their content is not read."""
+        digest = hashlib.sha256()
+        for i in range(len(self)) if indices is None else indices:
+            digest.update(self._path(i) + b"\0")
+            try:
+                status = os.stat(self.name(i))
+            except OSError:
+                continue  # gone since: it will be named as unreadable
+            digest.update(struct.pack("<qq", status.st_size, status.st_mtime_ns))
+        return digest.hexdigest()
+
+    def _open(self, i):
+        return self.name(i)
+
+
+def join_paths(files):
+    """Paths as one byte string, and where in it each ends, int64 (N,)."""
+    encoded = [os.fsencode(file) for file in files]
+    return b"".join(encoded), np.cumsum([len(file) for file in encoded], dtype=np.int64)
+
+
+class ColumnSource(ImageSource):
+    """A `datasets.Dataset`, read undecoded so that its images take the same path as files do.
+
+    Labels come from a ClassLabel, integer or string column (strings are numbered in sorted order); missing ones and
+    the Hub's -1 are None. Which column holds them is settled at first use, because training needs no labels.
+    Raises DataError for an image or label column that is absent, ambiguous or of the wrong type.
+    """
+
+    def __init__(self, dataset, split, image_column=None, label_column=None):
+        import datasets
+
+        if len(dataset) == 0:
+            raise DataError(f"data.path: split '{split}' has no rows")
+        self.split = split
+        self._dataset = dataset
+        self._label_setting = label_column
+        if label_column is not None:
+            _find_label_column(dataset, split, label_column)
+        self._column = find_image_column(dataset, split, image_column)
+        self._images = dataset.select_columns([self._column]).with_format(None)
+        if isinstance(dataset.features[self._column], datasets.Image):
+            self._images = self._images.cast_column(self._column, datasets.Image(decode=False))
+
+    def __len__(self):
+        return len(self._dataset)
+
+    def name(self, i):
+        return f"{self.split}[{i}]"
+
+    def label(self, i):
+        labels = self._labels_and_names[0]
+        return None if labels is None or labels[i] < 0 else int(labels[i])
+
+    @property
+    def class_names(self):
+        return self._labels_and_names[1]
+
+    @functools.cached_property
+    def _labels_and_names(self):
+        """(int64 array (N,) with -1 for a missing label, list of names), either or both None."""
+        column = _find_label_column(self._dataset, self.split, self._label_setting)
+        if column is None:
+            return None, None
+        feature = self._dataset.features[column]
+        values = self._dataset.select_columns([column]).with_format("arrow")[:][column].to_pylist()
+        if feature.dtype in ("string", "large_string"):
+            names = sorted({value for value in values if value is not None})
+            numbers = {name: number for number, name in enumerate(names)}
+            values = [numbers.get(value) for value in values]
+        else:
+            names = getattr(feature, "names", None)
+        return np.array([-1 if value is None else value for value in values], dtype=np.int64), names
+
+    def fingerprint(self, indices=None):
+        """That of `datasets`, which follows from the data's origin and all that was done to it, with sizes and times of
+        the files that hold the rows, and of those that a column of paths names."""
+        digest = hashlib.sha256(f"{self._dataset._fingerprint} {self.split} {self._column}".encode())
+        rows = self._dataset
+        if indices is not None:
+            digest.update(np.asarray(indices, dtype=np.int64).tobytes())
+            rows = rows.select(indices)
+        files = [file["filename"] for file in self._dataset.cache_files]
+        if _dtype(rows.features[self._column]).endswith("string"):
+            files += rows[self._column]
+        for file in files:
+            if file is not None and os.path.isfile(file):
+                status = os.stat(file)
+                digest.update(f"{os.path.basename(file)} {status.st_size} {status.st_mtime_ns}".encode())
+        return digest.hexdigest()
+
+    def _open(self, i):
+        return _open_value(self._images[int(i)][self._column])
+
+
+def _open_value(value):
+    """What Image.open takes, of an undecoded image: bytes, a path, or a dict of both as `datasets` keeps them."""
+    if isinstance(value, dict):
+        value = value.get("path") if value.get("bytes") is None else value["bytes"]
+    if value is None:
+        raise ValueError("the row holds no image")
+    return io.BytesIO(value) if isinstance(value, bytes) else value
+
+
+class HeldSource(ImageSource):
+    """Undecoded images in memory: (name, value) each, the value bytes, a path, or a dict of both. No labels."""
+
+    def __init__(self, images):
+        self._images = images
+
+    def __len__(self):
+        return len(self._images)
+
+    def name(self, i):
+        return self._images[i][0]
+
+    def label(self, i):
+        return None
+
+    def fingerprint(self):
+        """From the names and what was read; the content of files that paths name is not looked at."""
+        digest = hashlib.sha256()
+        for name, value in self._images:
+            parts = value if isinstance(value, dict) else {"bytes": value}
+            for part in (name, parts.get("path"), parts.get("bytes")):
+                part = part if isinstance(part, bytes) else repr(part).encode()
+                digest.update(struct.pack("<q", len(part)) + part)
+        return digest.hexdigest()
+
+    def _open(self, i):
+        return _open_value(self._images[i][1])
+
+
+class SubsetSource(ImageSource):
+    """The images of another source with the given indices; names stay those of the other source."""
+
+    def __init__(self, source, indices):
+        self._source = source
+        self._indices = np.asarray(indices, dtype=np.int64)
+
+    def __len__(self):
+        return len(self._indices)
+
+    def name(self, i):
+        return self._source.name(int(self._indices[i]))
+
+    def label(self, i):
+        return self._source.label(int(self._indices[i]))
+
+    def load(self, i):
+        return self._source.load(int(self._indices[i]))
+
+    def fingerprint(self, indices=None):
+        return self._source.fingerprint(self._indices if indices is None else self._indices[indices])
+
+    @property
+    def class_names(self):
+        return self._source.class_names
+
+
+def find_image_column(dataset, split, asked):
+    """Name of the image column: the one asked for, the only Image column, or a usual name."""
+    import datasets
+
+    features = dataset.features
+    if asked is not None:
+        _check_column(features, split, "image_column", asked, _can_hold_images, "Image, binary or string (a path)")
+        return asked
+    candidates = [name for name in features if isinstance(features[name], datasets.Image)]
+    if not candidates:
+        candidates = [name for name in IMAGE_COLUMNS if name in features and _can_hold_images(features[name])]
+    column = _choose(candidates, IMAGE_COLUMNS, split, "image_column")
+    if column is None:
+        raise DataError(f"data.image_column: no image column among {', '.join(features)} in split '{split}'; name it")
+    return column
+
+
+def _find_label_column(dataset, split, asked):
+    """Name of the label column: the one asked for, the only ClassLabel column, a usual name, or None."""
+    import datasets
+
+    features = dataset.features
+    if asked is not None:
+        _check_column(features, split, "label_column", asked, _can_hold_labels, "ClassLabel, integer or string")
+        return asked
+    candidates = [name for name in features if isinstance(features[name], datasets.ClassLabel)]
+    if not candidates:
+        candidates = [name for name in LABEL_COLUMNS if name in features and _can_hold_labels(features[name])]
+    return _choose(candidates, LABEL_COLUMNS, split, "label_column")
+
+
+def _check_column(features, split, setting, name, accepts, expected):
+    if name not in features:
+        raise DataError(f"data.{setting}: no column '{name}' in split '{split}'; found {', '.join(features)}")
+    if not accepts(features[name]):
+        raise DataError(f"data.{setting}: column '{name}' has type {features[name]}, expected {expected}")
+
+
+def _choose(candidates, usual_names, split, setting):
+    """The only candidate, or the only one with a usual name; None if there are no candidates."""
+    if len(candidates) > 1:
+        usual = [name for name in candidates if name in usual_names]
+        if len(usual) != 1:
+            raise DataError(f"data.{setting}: split '{split}' has {', '.join(candidates)}; name the one to use")
+        return usual[0]
+    return candidates[0] if candidates else None
+
+
+def _can_hold_images(feature):
+    import datasets
+
+    if isinstance(feature, dict):  # a plain {"bytes": ..., "path": ...} column
+        return "bytes" in feature or "path" in feature
+    return isinstance(feature, datasets.Image) or re.fullmatch(r"(large_)?(binary|string)", _dtype(feature)) is not None
+
+
+def _can_hold_labels(feature):
+    return re.fullmatch(r"u?int\d+|(large_)?string", _dtype(feature)) is not None
+
+
+def _dtype(feature):
+    """The type of a column of single values, or ''."""
+    import datasets
+
+    return feature.dtype if isinstance(feature, (datasets.Value, datasets.ClassLabel)) else ""
