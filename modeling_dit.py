@@ -1,0 +1,703 @@
+"""Diffusion transformer on the latents of a Representation Autoencoder (RAE): DiT-DH, and plain DiT with no head.
+
+The file that downstream code needs beside modeling_rae.py; it imports torch and diffusers alone and travels with the
+weights:
+
+    model = RAEDiTModel.from_pretrained("runs/ditdh_xl/final", torch_dtype=torch.bfloat16)
+    times = sampling_times(50, shift=48**0.5)  # 50 points: 49 steps
+    latent = sample_ode(lambda x, t: predict_velocity(model, x, t, labels), noise, times)  # (B, C, h, w)
+
+Time runs from 0 (data) to 1 (noise): x_t = (1 - t) * data + t * noise, and the model predicts v = noise - data.
+
+Sources: Diffusion Transformers with Representation Autoencoders (arXiv 2510.11690), whose published checkpoints use the
+same parameter names as the models here (their classes: DiTwDDTHead and LightningDiT); the wide head with a condition
+per token comes from DDT (arXiv 2504.05741), the block from LightningDiT (arXiv 2501.01423) and DiT (arXiv 2212.09748).
+"""
+
+import math
+from collections.abc import Callable
+from typing import Optional, Union
+
+import torch
+from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.models.modeling_outputs import Transformer2DModelOutput
+from diffusers.models.modeling_utils import ModelMixin
+from torch import nn
+from torch.nn import functional as F
+
+# Backbones: RAEDiTModel(**SIZES["XL"]) is a plain DiT-XL, RAEDiTModel(**SIZES["XL"], **HEAD) a DiT-DH-XL.
+SIZES = {
+    "S": {"hidden_size": 384, "num_layers": 12, "num_attention_heads": 6},
+    "B": {"hidden_size": 768, "num_layers": 12, "num_attention_heads": 12},
+    "L": {"hidden_size": 1024, "num_layers": 24, "num_attention_heads": 16},
+    "XL": {"hidden_size": 1152, "num_layers": 28, "num_attention_heads": 16},
+    "XXL": {"hidden_size": 1280, "num_layers": 32, "num_attention_heads": 16},
+    "H": {"hidden_size": 1536, "num_layers": 32, "num_attention_heads": 16},
+    "G": {"hidden_size": 2048, "num_layers": 40, "num_attention_heads": 16},
+    "T": {"hidden_size": 2688, "num_layers": 40, "num_attention_heads": 21},
+}
+HEAD = {"head_hidden_size": 2048, "head_num_layers": 2, "head_num_attention_heads": 16}  # of every published DiT-DH
+FOURIER_FREQUENCIES = 256
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Configuration
+# --------------------------------------------------------------------------------------------------------------------
+
+# Our names and the published ones; what DiT-DH has twice is a pair (backbone, head) there
+PUBLISHED_NAMES = {
+    "sample_size": "input_size",
+    "in_channels": "in_channels",
+    "patch_size": "patch_size",
+    "mlp_ratio": "mlp_ratio",
+    "num_classes": "num_classes",
+    "class_dropout_prob": "class_dropout_prob",
+    "use_qk_norm": "use_qknorm",
+    "use_swiglu": "use_swiglu",
+    "use_rms_norm": "use_rmsnorm",
+    "use_rope": "use_rope",
+}
+PUBLISHED_PAIRS = {"hidden_size": "hidden_size", "num_layers": "depth", "num_attention_heads": "num_heads"}
+PUBLISHED_OFF = ("wo_shift", "learn_sigma")  # no published model has these switched on, and this file cannot do so
+
+
+def config_from_published(published: dict) -> dict:
+    """Arguments of RAEDiTModel from a published config: its parameters, and under `kind` its class, DiTwDDTHead or
+    LightningDiT. Raises ValueError for another class, for unknown or missing keys and for what is not supported."""
+    published = dict(published)
+    kind = published.pop("kind", None)
+    if kind not in ("DiTwDDTHead", "LightningDiT"):
+        raise ValueError(f"kind: expected DiTwDDTHead or LightningDiT, got {kind!r}")
+    for name in PUBLISHED_OFF:
+        if published.pop(name, False):
+            raise ValueError(f"{name}: expected false, got true: not supported")
+    config = {}
+    if kind == "DiTwDDTHead":
+        config["use_pos_embed"] = published.pop("use_pos_embed", True)
+    names = {**PUBLISHED_NAMES, **PUBLISHED_PAIRS}
+    missing, unknown = sorted({*names.values()} - {*published}), sorted({*published} - {*names.values()})
+    if missing or unknown:
+        raise ValueError(f"published config of a {kind}: missing keys {missing}, unknown keys {unknown}")
+    config.update({ours: published[theirs] for ours, theirs in PUBLISHED_NAMES.items()})
+    for ours, theirs in PUBLISHED_PAIRS.items():
+        value = published[theirs]
+        if kind == "LightningDiT":
+            config[ours] = value
+        elif isinstance(value, (list, tuple)) and len(value) == 2:
+            config[ours], config[f"head_{ours}"] = value
+        else:
+            raise ValueError(f"{theirs}: expected two numbers, of backbone and head, got {value!r}")
+    return config
+
+
+def config_to_published(config: dict) -> dict:
+    """The published config, with its class under `kind`, of a model with this config (an RAEDiTModel's `.config`).
+    Raises ValueError for a plain DiT without position table, which the published class cannot express."""
+    has_head = config["head_hidden_size"] is not None
+    published = {theirs: config[ours] for ours, theirs in PUBLISHED_NAMES.items()}
+    for ours, theirs in PUBLISHED_PAIRS.items():
+        published[theirs] = [config[ours], config[f"head_{ours}"]] if has_head else config[ours]
+    if has_head:
+        published["use_pos_embed"] = config["use_pos_embed"]
+    elif not config["use_pos_embed"]:
+        raise ValueError("use_pos_embed: expected true, as in every published LightningDiT, got false")
+    return {"kind": "DiTwDDTHead" if has_head else "LightningDiT", **published, "wo_shift": False}
+
+
+def _check_config(config: dict) -> None:
+    """Raise ValueError, with the field's name and both values, for a config that no model can be built from."""
+    head = {name: config[name] for name in HEAD}
+    has_head = config["head_hidden_size"] is not None
+    if len({value is None for value in head.values()}) > 1:
+        raise ValueError(f"expected all or none of {', '.join(head)}, got {head}")
+    whole_numbers = ["sample_size", "in_channels", "patch_size", "num_classes", *PUBLISHED_PAIRS]
+    for name in [*whole_numbers, *(head if has_head else ())]:
+        if type(config[name]) is not int or config[name] < 1:
+            raise ValueError(f"{name}: expected a whole number of at least 1, got {config[name]!r}")
+    for name in ("use_qk_norm", "use_swiglu", "use_rms_norm", "use_rope", "use_pos_embed", "train_constants"):
+        if not isinstance(config[name], bool):
+            raise ValueError(f"{name}: expected true or false, got {config[name]!r}")
+    for name, least, most in (("mlp_ratio", 1e-3, 1e3), ("class_dropout_prob", 0, 1)):
+        value = config[name]
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
+            raise ValueError(f"{name}: expected a number from {least} to {most}, got {value!r}")
+    if config["sample_size"] % config["patch_size"]:
+        raise ValueError(
+            f"sample_size ({config['sample_size']}) must be a multiple of patch_size ({config['patch_size']})"
+        )
+    if has_head and config["patch_size"] != 1:
+        raise ValueError(f"patch_size: expected 1, as the head works on single tokens, got {config['patch_size']}")
+    if config["use_pos_embed"] and config["hidden_size"] % 4:
+        raise ValueError(f"hidden_size ({config['hidden_size']}) must be a multiple of 4 for the position table")
+    for prefix in ("", "head_") if has_head else ("",):
+        _check_heads(prefix, config[f"{prefix}hidden_size"], config[f"{prefix}num_attention_heads"], config["use_rope"])
+
+
+def _check_heads(prefix: str, width: int, heads: int, rope: bool) -> None:
+    if width % heads:
+        raise ValueError(f"{prefix}hidden_size ({width}) must be a multiple of {prefix}num_attention_heads ({heads})")
+    if rope and width // heads % 4:
+        raise ValueError(
+            f"{prefix}hidden_size / {prefix}num_attention_heads is {width // heads}, expected a multiple of 4 for the "
+            "rotary table"
+        )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Positions
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def position_table(width: int, grid: int) -> torch.Tensor:
+    """MAE's 2-D sin-cos table (arXiv 2111.06377), computed in float64.
+
+    Returns (1, N, width) float32, tokens in row-major order: the first half of the channels from the column index, the
+    second half from the row index, each half sines then cosines.
+    """
+    frequency = 10000.0 ** (-torch.arange(width // 4, dtype=torch.float64) / (width / 4))  # (width/4,)
+    angle = torch.arange(grid, dtype=torch.float64)[:, None] * frequency  # (grid, width/4)
+    axis = torch.cat([angle.sin(), angle.cos()], dim=1)  # (grid, width/2)
+    column = axis[None, :, :].expand(grid, -1, -1)  # (grid, grid, width/2)
+    row = axis[:, None, :].expand(-1, grid, -1)  # (grid, grid, width/2)
+    return torch.cat([column, row], dim=2).reshape(1, grid * grid, width).float()
+
+
+def rotary_table(head_dim: int, grid: int) -> tuple:
+    """Cosines and sines of the 2-D rotary embedding (arXiv 2104.09864), (N, head_dim) float32 each, tokens in row-major
+    order: the first half of a head's channels turn with the row index, the others with the column index, and two
+    neighbouring channels form a pair."""
+    half = head_dim // 2
+    frequency = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)  # (half/2,)
+    axis = torch.arange(grid, dtype=torch.float32)[:, None] * frequency  # (grid, half/2)
+    axis = axis.repeat_interleave(2, dim=1)  # (grid, half), both channels of a pair
+    row = axis[:, None, :].expand(-1, grid, -1)  # (grid, grid, half)
+    column = axis[None, :, :].expand(grid, -1, -1)  # (grid, grid, half)
+    angle = torch.cat([row, column], dim=2).reshape(grid * grid, head_dim)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: torch.Tensor, rotary: tuple) -> torch.Tensor:
+    """Turn the neighbouring pairs of channels of x (B, heads, N, d) by a rotary table's angles; float32, as the table
+    is, whatever x is."""
+    cos, sin = rotary  # (N, d) each
+    x = x.float()
+    first, second = x.unflatten(-1, (-1, 2)).unbind(-1)  # (B, heads, N, d/2) each
+    turned = torch.stack([-second, first], dim=-1).flatten(-2)  # (B, heads, N, d)
+    return x * cos + turned * sin
+
+
+class RotaryEmbedding(nn.Module):
+    """A rotary table as buffers. They can be computed, but published files hold them: persistent buffers under the
+    published names let such a file load strictly, and let a file of ours load strictly into the published classes."""
+
+    def __init__(self, head_dim: int, grid: int):
+        super().__init__()
+        cos, sin = rotary_table(head_dim, grid)
+        self.register_buffer("freqs_cos", cos)
+        self.register_buffer("freqs_sin", sin)
+
+    def forward(self) -> tuple:
+        return self.freqs_cos, self.freqs_sin
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Layers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Linear(nn.Linear):
+    """A Linear that casts its input to the dtype of 16-bit weights: the residual stream and what comes from the float32
+    constants is float32 then too, as under autocast. With float32 weights the input stays as it is."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x if self.weight.dtype == torch.float32 else x.to(self.weight.dtype))
+
+
+class RMSNorm(nn.Module):
+    """RMS norm over the last dimension (arXiv 1910.07467), float32 inside, cast back before the learned weight."""
+
+    def __init__(self, width: int, eps: float = 1e-6):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).to(x.dtype) * self.weight
+
+
+def make_norm(width: int, rms: bool) -> nn.Module:
+    """Norm of blocks and of the final layer: RMS norm, or LayerNorm without weight and bias."""
+    return RMSNorm(width) if rms else nn.LayerNorm(width, eps=1e-6, elementwise_affine=False)
+
+
+def make_head_norm(head_dim: int, rms: bool) -> nn.Module:
+    """Norm of queries and keys: RMS norm, or LayerNorm with weight and bias and torch's epsilon."""
+    return RMSNorm(head_dim) if rms else nn.LayerNorm(head_dim, eps=1e-5)
+
+
+def modulate(x: torch.Tensor, shift: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    """x (B, N, W), shift and scale (B, 1 or N, W)."""
+    return x * (1 + scale) + shift
+
+
+class PatchEmbed(nn.Module):
+    """Latent (B, C, h, w) to tokens (B, N, W) in row-major order."""
+
+    def __init__(self, patch_size: int, in_channels: int, width: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, width, patch_size, stride=patch_size)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.proj(x.to(self.proj.weight.dtype))  # (B, W, h/p, w/p)
+        # contiguous, because otherwise every norm and sum of the residual stream would walk through transposed memory
+        return x.flatten(2).transpose(1, 2).contiguous()
+
+
+class TimeEmbedding(nn.Module):
+    """Times (B,) in [0, 1] to (B, W): random Fourier features (arXiv 2006.10739) and a two-layer MLP."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.W = nn.Parameter(torch.empty(FOURIER_FREQUENCIES))
+        self.mlp = nn.Sequential(Linear(2 * FOURIER_FREQUENCIES, width), nn.SiLU(), Linear(width, width))
+
+    def forward(self, t: torch.Tensor) -> torch.Tensor:
+        # float32 whatever the model is: angles reach 2 pi * 4, and bfloat16 is no finer than 0.1 there
+        angle = t.float()[:, None] * self.W.float() * 2 * math.pi  # (B, 256)
+        return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, 512) -> (B, W)
+
+
+class LabelEmbedding(nn.Module):
+    """Class labels (B,) to (B, W)."""
+
+    def __init__(self, rows: int, width: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, width)
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        return self.embedding_table(labels)
+
+
+class Attention(nn.Module):
+    """Self-attention (B, N, W) to (B, N, W), softmax(q k^T / sqrt(d)) v, without mask and dropout."""
+
+    def __init__(self, width: int, num_heads: int, qk_norm: bool, rms: bool):
+        super().__init__()
+        head_dim = width // num_heads
+        self.num_heads = num_heads
+        self.qkv = Linear(width, 3 * width)
+        self.q_norm = make_head_norm(head_dim, rms) if qk_norm else nn.Identity()
+        self.k_norm = make_head_norm(head_dim, rms) if qk_norm else nn.Identity()
+        self.proj = Linear(width, width)
+
+    def forward(self, x: torch.Tensor, rotary: Optional[tuple]) -> torch.Tensor:
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, d) each
+        q, k = self.q_norm(q), self.k_norm(k)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)  # (B, heads, N, d)
+        return self.proj(out.transpose(1, 2).flatten(2))  # (B, N, heads, d) -> (B, N, W)
+
+
+class SwiGLU(nn.Module):
+    """SwiGLU MLP (arXiv 2002.05202), hidden width 2/3 of a plain MLP's, so that it has as many parameters."""
+
+    def __init__(self, width: int, mlp_ratio: float):
+        super().__init__()
+        hidden = int(2 / 3 * int(width * mlp_ratio))
+        self.w12 = Linear(width, 2 * hidden)
+        self.w3 = Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)  # (B, N, hidden) each
+        return self.w3(F.silu(gate) * value)
+
+
+class GELUMLP(nn.Module):
+    """MLP with tanh-approximated GELU."""
+
+    def __init__(self, width: int, mlp_ratio: float):
+        super().__init__()
+        hidden = int(width * mlp_ratio)
+        self.fc1 = Linear(width, hidden)
+        self.fc2 = Linear(hidden, width)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class RAEDiTBlock(nn.Module):
+    """Transformer block with adaptive norm (DiT's adaLN-Zero, arXiv 2212.09748)."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, qk_norm: bool, swiglu: bool, rms: bool):
+        super().__init__()
+        self.norm1 = make_norm(width, rms)
+        self.attn = Attention(width, num_heads, qk_norm, rms)
+        self.norm2 = make_norm(width, rms)
+        self.mlp = (SwiGLU if swiglu else GELUMLP)(width, mlp_ratio)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor, rotary: Optional[tuple]) -> torch.Tensor:
+        """x (B, N, W); condition (B, 1, W), the same for all tokens, or (B, N, W), one per token."""
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
+        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rotary)
+        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+
+
+class FinalLayer(nn.Module):
+    """Adaptive norm and Linear: (B, N, W) and condition (B, 1 or N, W) to (B, N, out)."""
+
+    def __init__(self, width: int, out_features: int, rms: bool):
+        super().__init__()
+        self.norm_final = make_norm(width, rms)
+        self.linear = Linear(width, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)  # (B, 1 or N, W) each
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+def unpatchify(patches: torch.Tensor, patch_size: int, channels: int) -> torch.Tensor:
+    """(B, N, p*p*C), values ordered (row, column, channel), N a square, to (B, C, h, w)."""
+    grid = math.isqrt(patches.shape[1])
+    x = patches.reshape(-1, grid, grid, patch_size, patch_size, channels)  # (B, h/p, w/p, p, p, C)
+    x = x.permute(0, 5, 1, 3, 2, 4)  # (B, C, h/p, p, w/p, p)
+    return x.reshape(-1, channels, grid * patch_size, grid * patch_size).contiguous()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class RAEDiTModel(ModelMixin, ConfigMixin):
+    """DiT-DH (arXiv 2510.11690), or a plain DiT where there is no head. It predicts the velocity of RAE latents.
+
+    A narrow backbone sees the noisy latent once per block with one condition per image, time plus label. Its output,
+    one condition per token, then steers a wide and shallow head, which sees the noisy latent again.
+
+    In 16 bits: load with `from_pretrained(..., torch_dtype=torch.bfloat16)`, which keeps the Fourier frequencies, the
+    position table and the rotary tables in float32, or use autocast around a float32 model. Both compute the Fourier
+    product, the rotation and (with a position table) the backbone's residual stream in float32, and the head's residual
+    stream in 16 bits, as the published code does under autocast. `.to(torch.bfloat16)` computes the first two in
+    float32 as well, but like all of diffusers it rounds the three constants before, for good.
+
+    Args:
+        sample_size: side h = w of the latents; only this one.
+        in_channels: channels C of the latents, and of the output.
+        patch_size: side of the patch of latent positions that becomes a token; DiT-DH: 1.
+        hidden_size, num_layers, num_attention_heads: width, blocks and heads of the backbone, see SIZES.
+        head_hidden_size, head_num_layers, head_num_attention_heads: the same of the head, see HEAD; None: plain DiT.
+        mlp_ratio: width of an MLP without SwiGLU, relative to the block's.
+        num_classes: number of class labels.
+        class_dropout_prob: probability with which training replaces a label with the null label. The model does not do
+            so itself; above 0 the label table has a row for the null label.
+        use_qk_norm: whether queries and keys are normalised per head.
+        use_swiglu: SwiGLU MLPs; if not, MLPs with GELU.
+        use_rms_norm: RMS norms; if not, LayerNorms, without weight and bias except for queries and keys.
+        use_rope: 2-D rotary embedding in every attention.
+        use_pos_embed: 2-D sin-cos position table on the backbone's tokens.
+        train_constants: whether the position table and the Fourier frequencies are trained. They are parameters in any
+            case, so every file holds them: the published code trains them though it builds them frozen.
+    """
+
+    _supports_gradient_checkpointing = True
+    _no_split_modules = ["RAEDiTBlock"]
+    _repeated_blocks = ["RAEDiTBlock"]
+    _keep_in_fp32_modules = ["W", "pos_embed", "freqs_cos", "freqs_sin"]
+    _skip_layerwise_casting_patterns = ["x_embedder", "s_embedder", "t_embedder", "norm"]
+
+    @register_to_config
+    def __init__(
+        self,
+        sample_size: int = 16,
+        in_channels: int = 768,
+        patch_size: int = 1,
+        hidden_size: int = 1152,
+        num_layers: int = 28,
+        num_attention_heads: int = 16,
+        head_hidden_size: Optional[int] = None,
+        head_num_layers: Optional[int] = None,
+        head_num_attention_heads: Optional[int] = None,
+        mlp_ratio: float = 4.0,
+        num_classes: int = 1000,
+        class_dropout_prob: float = 0.1,
+        use_qk_norm: bool = False,
+        use_swiglu: bool = True,
+        use_rms_norm: bool = True,
+        use_rope: bool = True,
+        use_pos_embed: bool = True,
+        train_constants: bool = False,
+    ):
+        super().__init__()
+        _check_config(self.config)
+        self.gradient_checkpointing = False
+        self.has_head = head_hidden_size is not None
+        last_width = head_hidden_size if self.has_head else hidden_size
+        grid = sample_size // patch_size
+
+        self.pos_embed = nn.Parameter(position_table(hidden_size, grid)) if use_pos_embed else None
+        self.x_embedder = PatchEmbed(patch_size, in_channels, last_width)
+        self.t_embedder = TimeEmbedding(hidden_size)
+        self.y_embedder = LabelEmbedding(num_classes + (class_dropout_prob > 0), hidden_size)
+        options = (mlp_ratio, use_qk_norm, use_swiglu, use_rms_norm)
+        self.blocks = nn.ModuleList(RAEDiTBlock(hidden_size, num_attention_heads, *options) for _ in range(num_layers))
+        self.final_layer = FinalLayer(last_width, patch_size**2 * in_channels, use_rms_norm)
+        rotary = RotaryEmbedding(hidden_size // num_attention_heads, grid) if use_rope else None
+        if self.has_head:
+            self.s_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+            self.s_projector = Linear(hidden_size, last_width) if hidden_size != last_width else nn.Identity()
+            self.blocks.extend(
+                RAEDiTBlock(head_hidden_size, head_num_attention_heads, *options) for _ in range(head_num_layers)
+            )
+            self.enc_feat_rope = rotary
+            self.dec_feat_rope = RotaryEmbedding(last_width // head_num_attention_heads, grid) if use_rope else None
+        else:
+            self.feat_rope = rotary
+        self._initialize()
+        self._freeze_constants()
+
+    def _initialize(self) -> None:
+        """The published initialisation; a new model's output is 0. A plain DiT has Xavier uniform Linears with zero
+        biases, DiT-DH keeps torch's default."""
+        if not self.has_head:
+            for module in self.modules():
+                if isinstance(module, nn.Linear):
+                    nn.init.xavier_uniform_(module.weight)
+                    nn.init.zeros_(module.bias)
+        for embedder in (self.x_embedder, self.s_embedder) if self.has_head else (self.x_embedder,):
+            nn.init.xavier_uniform_(embedder.proj.weight.flatten(1))  # as a matrix
+            nn.init.zeros_(embedder.proj.bias)
+        nn.init.normal_(self.t_embedder.W)
+        for weight in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
+            nn.init.normal_(weight, std=0.02)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        modulations = [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
+        for linear in (*modulations, self.final_layer.linear):
+            nn.init.zeros_(linear.weight)
+            nn.init.zeros_(linear.bias)
+
+    def _freeze_constants(self) -> None:
+        self.t_embedder.W.requires_grad_(self.config.train_constants)
+        if self.pos_embed is not None:
+            self.pos_embed.requires_grad_(self.config.train_constants)
+
+    @property
+    def null_label(self) -> int:
+        """The label that stands for no class. Raises ValueError when the model was built without one."""
+        if not self.config.class_dropout_prob > 0:
+            raise ValueError("the model has no null label: its class_dropout_prob is 0, expected above 0")
+        return self.config.num_classes
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *, output_loading_info: bool = False, **kwargs):
+        """As in diffusers, but strict: missing and unexpected weights raise ValueError."""
+        model, info = super().from_pretrained(pretrained_model_name_or_path, output_loading_info=True, **kwargs)
+        for kind in ("missing_keys", "unexpected_keys"):
+            if names := sorted(info.get(kind, ())):
+                raise ValueError(
+                    f"{pretrained_model_name_or_path}: {len(names)} {kind.replace('_', ' ')}, the first is "
+                    f"'{names[0]}'; these are not the weights of the model that its config.json describes"
+                )
+        return (model, info) if output_loading_info else model
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        timestep: torch.Tensor,
+        class_labels: torch.Tensor,
+        return_dict: bool = True,
+    ) -> Union[Transformer2DModelOutput, tuple]:
+        """Velocity of noisy latents.
+
+        Args:
+            hidden_states: (B, C, h, w) noisy normalised latents.
+            timestep: (B,) in [0, 1], 1 is noise; not multiplied by 1,000. Keep it in float32.
+            class_labels: (B,) class indices, or `null_label`. They are not compared with the table's length, because
+                that would be a CPU-GPU sync point.
+            return_dict: whether the result is an object with `.sample` or a tuple.
+
+        Returns:
+            `sample` (B, C, h, w), the predicted noise - data.
+
+        Raises:
+            ValueError: inputs of another shape or kind.
+        """
+        self._check_inputs(hidden_states, timestep, class_labels)
+        time = self.t_embedder(timestep)[:, None]  # (B, E) -> (B, 1, E)
+        condition = time + self.y_embedder(class_labels)[:, None]  # (B, 1, E)
+        velocity = self._dit_dh if self.has_head else self._dit
+        patches = velocity(hidden_states, time, condition)  # (B, N, p*p*C)
+        sample = unpatchify(patches, self.config.patch_size, self.config.in_channels)  # (B, C, h, w)
+        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+
+    def _dit(self, x: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """Plain DiT: latent (B, C, h, w) and conditions (B, 1, E) to patches (B, N, p*p*C)."""
+        h = self._run(self.blocks, self._add_positions(self.x_embedder(x)), condition, self.feat_rope)
+        return self.final_layer(h, condition)
+
+    def _dit_dh(self, x: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """DiT-DH: latent (B, C, h, w) and conditions (B, 1, E) to patches (B, N, C)."""
+        depth = self.config.num_layers
+        s = self._add_positions(self.s_embedder(x))  # (B, N, E)
+        # every block applies SiLU to its condition, so here it is applied twice, as published
+        s = self._run(self.blocks[:depth], s, F.silu(condition), self.enc_feat_rope)
+        s = self.s_projector(F.silu(time.to(s.device) + s))  # (B, N, D), from here on a condition per token
+        h = self.x_embedder(x)  # (B, N, D), the noisy latent again, without position table
+        h = self._run(self.blocks[depth:], h, s, self.dec_feat_rope)
+        return self.final_layer(h, s)
+
+    def _add_positions(self, tokens: torch.Tensor) -> torch.Tensor:
+        # on the tokens' device, which is another than the table's where a device map spreads the model
+        return tokens if self.pos_embed is None else tokens + self.pos_embed.to(tokens.device)
+
+    def _run(self, blocks: nn.ModuleList, x: torch.Tensor, condition: torch.Tensor, rope: Optional[nn.Module]):
+        """Blocks one after the other, (B, N, W) to (B, N, W)."""
+        rotary = None if rope is None else rope()
+        for block in blocks:
+            if self.gradient_checkpointing and torch.is_grad_enabled():
+                x = self._gradient_checkpointing_func(block, x, condition, rotary)
+            else:
+                x = block(x, condition, rotary)
+        return x
+
+    def _check_inputs(self, hidden_states: torch.Tensor, timestep: torch.Tensor, class_labels: torch.Tensor) -> None:
+        channels, size, shape = self.config.in_channels, self.config.sample_size, tuple(hidden_states.shape)
+        if len(shape) != 4 or shape[1:] != (channels, size, size):
+            raise ValueError(f"hidden_states: expected latents (B, {channels}, {size}, {size}), got {shape}")
+        for name, value, floating in (("timestep", timestep, True), ("class_labels", class_labels, False)):
+            if tuple(value.shape) != (hidden_states.shape[0],):
+                raise ValueError(
+                    f"{name}: expected shape ({hidden_states.shape[0]},), one for each latent, got {tuple(value.shape)}"
+                )
+            if value.is_floating_point() != floating:
+                kind = "times in [0, 1] as floats" if floating else "class indices as integers"
+                raise ValueError(f"{name}: expected {kind}, got {value.dtype}")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Sampling
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def shift_times(t: torch.Tensor, shift: float) -> torch.Tensor:
+    """Times pushed towards noise, s t / (1 + (s - 1) t) (SD3, arXiv 2403.03206, equation 23); the same in training and
+    sampling. 1 is no shift."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def sampling_times(num_steps: int, shift: float = 1.0, end: str = "published") -> torch.Tensor:
+    """Times of a sampling run, falling from 1, float32 on the CPU: the solver reads them on the host.
+
+    Args:
+        num_steps: as published and in FID tables.
+        shift: factor s of `shift_times`.
+        end: "published": `num_steps` points, so one step fewer, of which the last is the shifted 0.001 and is not
+            followed by a step to 0. "zero" (RAEv2 and the authors' JAX code): `num_steps` steps, the last to 0.
+
+    Raises:
+        ValueError: another `end`, or too few steps.
+    """
+    if end not in ("published", "zero"):
+        raise ValueError(f"end: expected published or zero, got {end!r}")
+    least = 2 if end == "published" else 1
+    if num_steps < least:
+        raise ValueError(f"num_steps: expected at least {least} with end={end!r}, got {num_steps}")
+    if end == "published":
+        return shift_times(1 - torch.linspace(0, 0.999, num_steps, device="cpu"), shift)
+    return shift_times(torch.linspace(1, 0, num_steps + 1, device="cpu"), shift)
+
+
+def predict_velocity(model: Callable, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """The model's velocity in float32 for latents x (B, C, h, w), which all are at time t, a scalar on the CPU, and
+    labels (B,). One forward pass."""
+    times = torch.full((x.shape[0],), float(t), dtype=torch.float32, device=x.device)  # a fill: nothing is copied
+    return model(x, times, labels).sample.float()
+
+
+def guide(weak: torch.Tensor, strong: torch.Tensor, scale: float) -> torch.Tensor:
+    """Extrapolate from the weaker prediction through the stronger one; scale 1 is the stronger one."""
+    return weak + scale * (strong - weak)
+
+
+def guidance_is_on(t: torch.Tensor, scale: float, interval: tuple) -> bool:
+    """Whether guidance changes anything at the shifted time t: `scale` is not 1 and t lies in `interval`, both ends
+    included, compared in float32 as t is."""
+    t_min, t_max = interval
+    return scale != 1 and bool(t_min <= torch.as_tensor(t, dtype=torch.float32) <= t_max)
+
+
+def cfg_velocity(
+    model: Callable,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    labels: torch.Tensor,
+    null_label: int,
+    scale: float,
+    interval: tuple = (0.0, 1.0),
+) -> torch.Tensor:
+    """Velocity under classifier-free guidance (arXiv 2207.12598) in an interval of times (arXiv 2404.07724). Arguments
+    and result as in `predict_velocity`; one forward pass, of 2 B latents where guidance is on."""
+    if not guidance_is_on(t, scale, interval):
+        return predict_velocity(model, x, t, labels)
+    both = torch.cat([labels, torch.full_like(labels, null_label)])  # (2 B,)
+    with_label, without = predict_velocity(model, torch.cat([x, x]), t, both).chunk(2)  # (B, C, h, w) each
+    return guide(without, with_label, scale)
+
+
+def autoguidance_velocity(
+    model: Callable,
+    weaker_model: Callable,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float,
+    interval: tuple = (0.0, 1.0),
+) -> torch.Tensor:
+    """Velocity guided by a weaker model with the same labels (arXiv 2406.02507). Arguments and result as in
+    `predict_velocity`; one forward pass of each model where guidance is on, else one of `model`."""
+    strong = predict_velocity(model, x, t, labels)
+    if not guidance_is_on(t, scale, interval):
+        return strong
+    return guide(predict_velocity(weaker_model, x, t, labels), strong, scale)
+
+
+@torch.no_grad()
+def sample_ode(
+    velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    noise: torch.Tensor,
+    times: torch.Tensor,
+    solver: str = "euler",
+    callback: Optional[Callable[[int, torch.Tensor, torch.Tensor], None]] = None,
+) -> torch.Tensor:
+    """Follow dx/dt = velocity(x, t) from `noise` at times[0] to times[-1]. Nothing random happens here.
+
+    Args:
+        velocity: of the state x (B, ...) at time t, a scalar on the CPU.
+        noise: (B, ...), the state at times[0]; the state is float32 whatever the noise is.
+        times: (n,) as `sampling_times` gives them.
+        solver: "euler", one velocity per step, or "heun2", two: the mean of those at both ends of an Euler step.
+        callback: called after each step with its index from 0, the time reached and the state there.
+
+    Returns:
+        The state at times[-1], in float32.
+
+    Raises:
+        ValueError: another solver, or fewer than two times.
+    """
+    if solver not in ("euler", "heun2"):
+        raise ValueError(f"solver: expected euler or heun2, got {solver!r}")
+    if times.ndim != 1 or len(times) < 2:
+        raise ValueError(f"times: expected at least 2 points (n,), got shape {tuple(times.shape)}")
+    x, times = noise.float(), times.cpu()
+    for i, (t, t_next) in enumerate(zip(times[:-1], times[1:], strict=True)):
+        step = t_next - t
+        slope = velocity(x, t)
+        if solver == "heun2":
+            slope = (slope + velocity(x + step * slope, t_next)) / 2
+        x = x + step * slope
+        if callback is not None:
+            callback(i, t_next, x)
+    return x
