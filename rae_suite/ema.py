@@ -33,10 +33,17 @@ class EMA:
         the host does not need to know."""
         shadow = [_local(tensor) for tensor in self.shadow.values()]
         parameters = [_local(p.detach()).float() for p in self.module.parameters()]
-        weight = torch.full((), 1 - self.decay, dtype=torch.float32, device=shadow[0].device)
+        decay, weight = (
+            torch.full((), value, dtype=torch.float32, device=shadow[0].device)
+            for value in (self.decay, 1 - self.decay)
+        )
         if unless is not None:
+            decay.masked_fill_(unless, 1)
             weight.masked_fill_(unless, 0)
-        torch._foreach_lerp_(shadow, parameters, [weight] * len(shadow))
+        # The published order. The same sum as one lerp is rounded differently, and with a decay near 1 the average
+        # moves by few float32 steps: after 8 steps at 0.9995 the change of a norm's weights was 8 % off.
+        torch._foreach_mul_(shadow, decay)
+        torch._foreach_addcmul_(shadow, parameters, [weight] * len(shadow))
 
     @contextmanager
     def applied(self) -> Iterator[None]:
