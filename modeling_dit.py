@@ -25,7 +25,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from torch import nn
 from torch.nn import functional as F
 
-# Backbones: RAEDiTModel(**SIZES["XL"]) is a plain DiT-XL, RAEDiTModel(**SIZES["XL"], **HEAD) a DiT-DH-XL.
+# Backbones: RAEDiTModel(**SIZES["XL"]) is a plain DiT-XL, RAEDiTModel(**SIZES["XL"], **PUBLISHED_HEAD) a DiT-DH-XL.
 SIZES = {
     "S": {"hidden_size": 384, "num_layers": 12, "num_attention_heads": 6},
     "B": {"hidden_size": 768, "num_layers": 12, "num_attention_heads": 12},
@@ -36,7 +36,11 @@ SIZES = {
     "G": {"hidden_size": 2048, "num_layers": 40, "num_attention_heads": 16},
     "T": {"hidden_size": 2688, "num_layers": 40, "num_attention_heads": 21},
 }
-HEAD = {"head_hidden_size": 2048, "head_num_layers": 2, "head_num_attention_heads": 16}  # of every published DiT-DH
+PUBLISHED_HEAD = {
+    "head_hidden_size": 2048,
+    "head_num_layers": 2,
+    "head_num_attention_heads": 16,
+}  # of every published DiT-DH
 FOURIER_FREQUENCIES = 256
 
 
@@ -106,7 +110,7 @@ def config_to_published(config: dict) -> dict:
 
 def _check_config(config: dict) -> None:
     """Raise ValueError, with the field's name and both values, for a config that no model can be built from."""
-    head = {name: config[name] for name in HEAD}
+    head = {name: config[name] for name in PUBLISHED_HEAD}
     has_head = config["head_hidden_size"] is not None
     if len({value is None for value in head.values()}) > 1:
         raise ValueError(f"expected all or none of {', '.join(head)}, got {head}")
@@ -205,7 +209,7 @@ class RotaryEmbedding(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Linear(nn.Linear):
+class CastLinear(nn.Linear):
     """A Linear that casts its input to the dtype of 16-bit weights: the residual stream and what comes from the float32
     constants is float32 then too, as under autocast. With float32 weights the input stays as it is."""
 
@@ -259,7 +263,7 @@ class TimeEmbedding(nn.Module):
     def __init__(self, width: int):
         super().__init__()
         self.W = nn.Parameter(torch.empty(FOURIER_FREQUENCIES))
-        self.mlp = nn.Sequential(Linear(2 * FOURIER_FREQUENCIES, width), nn.SiLU(), Linear(width, width))
+        self.mlp = nn.Sequential(CastLinear(2 * FOURIER_FREQUENCIES, width), nn.SiLU(), CastLinear(width, width))
 
     def forward(self, t: torch.Tensor) -> torch.Tensor:
         # float32 whatever the model is: angles reach 2 pi * 4, and bfloat16 is no finer than 0.1 there
@@ -285,10 +289,10 @@ class Attention(nn.Module):
         super().__init__()
         head_dim = width // num_heads
         self.num_heads = num_heads
-        self.qkv = Linear(width, 3 * width)
+        self.qkv = CastLinear(width, 3 * width)
         self.q_norm = make_head_norm(head_dim, rms) if qk_norm else nn.Identity()
         self.k_norm = make_head_norm(head_dim, rms) if qk_norm else nn.Identity()
-        self.proj = Linear(width, width)
+        self.proj = CastLinear(width, width)
 
     def forward(self, x: torch.Tensor, rotary: Optional[tuple]) -> torch.Tensor:
         qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
@@ -306,8 +310,8 @@ class SwiGLU(nn.Module):
     def __init__(self, width: int, mlp_ratio: float):
         super().__init__()
         hidden = int(2 / 3 * int(width * mlp_ratio))
-        self.w12 = Linear(width, 2 * hidden)
-        self.w3 = Linear(hidden, width)
+        self.w12 = CastLinear(width, 2 * hidden)
+        self.w3 = CastLinear(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, value = self.w12(x).chunk(2, dim=-1)  # (B, N, hidden) each
@@ -320,8 +324,8 @@ class GELUMLP(nn.Module):
     def __init__(self, width: int, mlp_ratio: float):
         super().__init__()
         hidden = int(width * mlp_ratio)
-        self.fc1 = Linear(width, hidden)
-        self.fc2 = Linear(hidden, width)
+        self.fc1 = CastLinear(width, hidden)
+        self.fc2 = CastLinear(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
@@ -336,7 +340,7 @@ class RAEDiTBlock(nn.Module):
         self.attn = Attention(width, num_heads, qk_norm, rms)
         self.norm2 = make_norm(width, rms)
         self.mlp = (SwiGLU if swiglu else GELUMLP)(width, mlp_ratio)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 6 * width))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), CastLinear(width, 6 * width))
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor, rotary: Optional[tuple]) -> torch.Tensor:
         """x (B, N, W); condition (B, 1, W), the same for all tokens, or (B, N, W), one per token."""
@@ -351,8 +355,8 @@ class FinalLayer(nn.Module):
     def __init__(self, width: int, out_features: int, rms: bool):
         super().__init__()
         self.norm_final = make_norm(width, rms)
-        self.linear = Linear(width, out_features)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(width, 2 * width))
+        self.linear = CastLinear(width, out_features)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), CastLinear(width, 2 * width))
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         shift, scale = self.adaLN_modulation(condition).chunk(2, dim=-1)  # (B, 1 or N, W) each
@@ -375,8 +379,9 @@ def unpatchify(patches: torch.Tensor, patch_size: int, channels: int) -> torch.T
 class RAEDiTModel(ModelMixin, ConfigMixin):
     """DiT-DH (arXiv 2510.11690), or a plain DiT where there is no head. It predicts the velocity of RAE latents.
 
-    A narrow backbone sees the noisy latent once per block with one condition per image, time plus label. Its output,
-    one condition per token, then steers a wide and shallow head, which sees the noisy latent again.
+    DiT-DH's backbone is deep and narrow. It reads the noisy latent under one condition per image, time plus label, and
+    its output, with the time added again, is one condition per token. Under these the head, shallow and wide, reads the
+    noisy latent a second time and predicts the velocity. A plain DiT is the backbone with the final layer.
 
     In 16 bits: load with `from_pretrained(..., torch_dtype=torch.bfloat16)`, which keeps the Fourier frequencies, the
     position table and the rotary tables in float32, or use autocast around a float32 model. Both compute the Fourier
@@ -389,7 +394,8 @@ class RAEDiTModel(ModelMixin, ConfigMixin):
         in_channels: channels C of the latents, and of the output.
         patch_size: side of the patch of latent positions that becomes a token; DiT-DH: 1.
         hidden_size, num_layers, num_attention_heads: width, blocks and heads of the backbone, see SIZES.
-        head_hidden_size, head_num_layers, head_num_attention_heads: the same of the head, see HEAD; None: plain DiT.
+        head_hidden_size, head_num_layers, head_num_attention_heads: the same of DiT-DH's head, see PUBLISHED_HEAD; all
+            None for a plain DiT.
         mlp_ratio: width of an MLP without SwiGLU, relative to the block's.
         num_classes: number of class labels.
         class_dropout_prob: probability with which training replaces a label with the null label. The model does not do
@@ -448,7 +454,7 @@ class RAEDiTModel(ModelMixin, ConfigMixin):
         rotary = RotaryEmbedding(hidden_size // num_attention_heads, grid) if use_rope else None
         if self.has_head:
             self.s_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-            self.s_projector = Linear(hidden_size, last_width) if hidden_size != last_width else nn.Identity()
+            self.s_projector = CastLinear(hidden_size, last_width) if hidden_size != last_width else nn.Identity()
             self.blocks.extend(
                 RAEDiTBlock(head_hidden_size, head_num_attention_heads, *options) for _ in range(head_num_layers)
             )
@@ -528,13 +534,15 @@ class RAEDiTModel(ModelMixin, ConfigMixin):
         self._check_inputs(hidden_states, timestep, class_labels)
         time = self.t_embedder(timestep)[:, None]  # (B, E) -> (B, 1, E)
         condition = time + self.y_embedder(class_labels)[:, None]  # (B, 1, E)
-        velocity = self._dit_dh if self.has_head else self._dit
-        patches = velocity(hidden_states, time, condition)  # (B, N, p*p*C)
+        if self.has_head:
+            patches = self._dit_dh(hidden_states, time, condition)  # (B, N, C)
+        else:
+            patches = self._dit(hidden_states, condition)  # (B, N, p*p*C)
         sample = unpatchify(patches, self.config.patch_size, self.config.in_channels)  # (B, C, h, w)
         return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
 
-    def _dit(self, x: torch.Tensor, time: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
-        """Plain DiT: latent (B, C, h, w) and conditions (B, 1, E) to patches (B, N, p*p*C)."""
+    def _dit(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        """Plain DiT: latent (B, C, h, w) and condition (B, 1, E) to patches (B, N, p*p*C)."""
         h = self._run(self.blocks, self._add_positions(self.x_embedder(x)), condition, self.feat_rope)
         return self.final_layer(h, condition)
 
@@ -553,7 +561,9 @@ class RAEDiTModel(ModelMixin, ConfigMixin):
         # on the tokens' device, which is another than the table's where a device map spreads the model
         return tokens if self.pos_embed is None else tokens + self.pos_embed.to(tokens.device)
 
-    def _run(self, blocks: nn.ModuleList, x: torch.Tensor, condition: torch.Tensor, rope: Optional[nn.Module]):
+    def _run(
+        self, blocks: nn.ModuleList, x: torch.Tensor, condition: torch.Tensor, rope: Optional[RotaryEmbedding]
+    ) -> torch.Tensor:
         """Blocks one after the other, (B, N, W) to (B, N, W)."""
         rotary = None if rope is None else rope()
         for block in blocks:

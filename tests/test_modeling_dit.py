@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import modeling_dit
 from modeling_dit import (
-    HEAD,
+    PUBLISHED_HEAD,
     SIZES,
     RAEDiTModel,
     cfg_velocity,
@@ -156,7 +156,7 @@ def test_check_numbers_of_tables():
 def test_sizes(name, plain, with_head):
     """Millions of parameters of every named size, for latents 768 x 16 x 16; all of them can be built."""
     with torch.device("meta"):
-        for config, expected in ((SIZES[name], plain), ({**SIZES[name], **HEAD}, with_head)):
+        for config, expected in ((SIZES[name], plain), ({**SIZES[name], **PUBLISHED_HEAD}, with_head)):
             parameters = sum(parameter.numel() for parameter in RAEDiTModel(**config).parameters())
             assert expected is None or round(parameters / 1e6, len(f"{expected}".partition(".")[2])) == expected
 

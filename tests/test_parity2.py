@@ -96,8 +96,9 @@ class Margins:
 
 def test_cases_are_there():
     """An empty folder would pass the rest of this file."""
+    assert list(PARITY2_DIR.glob("*/*.json"))
     for folder in ("models/*", "model_unit", "train_trace", "sampling", "time_shift"):
-        assert list(PARITY2_DIR.glob(f"{folder}/*.safetensors")), folder
+        assert list(OWN_CASES.glob(f"{folder}/*.safetensors")), folder
 
 
 # Model ----------------------------------------------------------------------------------------------------------------
@@ -203,7 +204,8 @@ def compare_initial_values(margins: Margins, key: str, values: torch.Tensor, exp
 
 
 def published_shapes() -> dict:
-    return json.loads((PARITY2_DIR / "init" / "published_shapes.json").read_text())
+    file = PARITY2_DIR / "init" / "published_shapes.json"
+    return json.loads(file.read_text()) if file.exists() else {}
 
 
 @pytest.mark.parametrize("name", published_shapes())
@@ -238,7 +240,8 @@ def train_step(model, network, optimizer, ema: EMA, case: dict, step: int, batch
     latents, labels = batch
     shift = shift_factor(case["time_dist_shift_dim"], case["time_dist_shift_base"])
     t = training_times(draws.u_time, case["time_dist_type"], shift)
-    labels = drop_labels(labels, draws.u_drop, model.config.class_dropout_prob, model.null_label)
+    if model.config.class_dropout_prob > 0:
+        labels = drop_labels(labels, draws.u_drop, model.config.class_dropout_prob, model.null_label)
     x_t = interpolate(latents, draws.noise, t)
     loss = velocity_loss(network(x_t, t, labels).sample, velocity_target(latents, draws.noise))
     loss.mean().backward()
@@ -254,7 +257,8 @@ def train_step(model, network, optimizer, ema: EMA, case: dict, step: int, batch
 
 
 @pytest.mark.parametrize(
-    "name, compiled", [(name, False) for name in names("train_trace")] + [(names("train_trace")[0], True)]
+    "name, compiled",
+    [(name, False) for name in names("train_trace")] + [(name, True) for name in names("train_trace")[:1]],
 )
 def test_training(name, compiled):
     """Eight steps of the published loop, step by step; the first trace also compiled, by the backend that has the same
