@@ -187,6 +187,7 @@ def read_labels(source: ImageSource, setting: str) -> tuple:
 
     Raises ConfigError, about the split that `setting` chose, when an image has no label.
     """
+    source.check_labels()
     labels = [source.label(i) for i in range(len(source))]
     missing = labels.count(None)
     if missing:

@@ -5,7 +5,7 @@ import torch
 
 from rae_suite.errors import DataError, UnreadableImage
 from rae_suite.images import random_crop, training_resize_size
-from rae_suite.loaders import too_many_in_a_row
+from rae_suite.loaders import label_of, too_many_in_a_row
 from rae_suite.randomness import LANE_CROP_STREAM, MIXTURE_STREAM, WINDOW_STREAM
 from rae_suite.shards import UnreadableShard, read_shard, shard_name
 from rae_suite.sources import HeldSource
@@ -36,7 +36,7 @@ class LaneSource:
         return {"position": self.position, "window": self.window, "given": self.given, "skipped": skipped}
 
     def draw(self):
-        """The next image, undecoded: (name, value)."""
+        """The next image, undecoded: (name, value, label)."""
         self._fill()
         while not self.left:
             self._open_window()
@@ -104,7 +104,7 @@ class LaneSource:
         if stop is not None and start >= stop:
             return
         try:
-            yield from read_shard(origin.shards[shard], origin.column, start, stop, step, self.retries)
+            yield from read_shard(origin.shards[shard], origin.columns, start, stop, step, self.retries)
         except UnreadableShard as error:
             self.skipped[shard] = [error.row, f"{shard_name(origin.shards[shard])}: {error.reason}"]
 
@@ -135,12 +135,16 @@ class Lane:
         return {"count": self.count, "sources": [source.state() for source in self.sources]}
 
     def chunk(self):
-        """pixels uint8 (lane_batch, 3, S, S), names of unreadable images met on the way, lane, and the state after."""
+        """pixels uint8 (lane_batch, 3, S, S), label int64 (lane_batch,), -1 where there is none, names of unreadable
+        images met on the way, lane, and the state after."""
         unreadable = []
-        pixels = torch.stack([self._draw(unreadable) for _ in range(self.stream.lane_batch)])
-        return {"pixels": pixels, "unreadable": unreadable, "lane": self.lane, "state": self.state()}
+        images = [self._draw(unreadable) for _ in range(self.stream.lane_batch)]
+        pixels, labels = torch.stack([pixels for pixels, _ in images]), torch.tensor([label for _, label in images])
+        state = self.state()
+        return {"pixels": pixels, "label": labels, "unreadable": unreadable, "lane": self.lane, "state": state}
 
     def _draw(self, unreadable):
+        """The next image, cropped, and its label."""
         epoch, place = divmod(self.count, self.stream.steps_per_epoch * self.stream.lane_batch)
         if self.stream.by_epoch and epoch and place == 0:
             self.sources[0].restart(epoch)
@@ -150,13 +154,14 @@ class Lane:
             which = generator.choice(len(self.sources), p=self.weights)
         failed = []
         while len(failed) <= self.max_unreadable:
+            source = HeldSource([self.sources[which].draw()])
             try:
-                image = HeldSource([self.sources[which].draw()]).load(0)
+                image = source.load(0)
             except UnreadableImage as error:
                 failed.append(str(error))
                 continue
             unreadable += failed
             seed = (self.stream.seed, LANE_CROP_STREAM, self.lane, self.count)
             self.count += 1
-            return random_crop(image, self.image_size, self.resize_size, seed)
+            return random_crop(image, self.image_size, self.resize_size, seed), label_of(source, 0)
         raise too_many_in_a_row(failed, self.max_unreadable)

@@ -29,7 +29,8 @@ logger = logging.getLogger(__name__)
 class TrainImages(torch.utils.data.Dataset):
     """Randomly cropped training images, indexed by (epoch, index).
 
-    Item: pixels uint8 (3, image_size, image_size), index, and the names of images found unreadable on the way. The crop
+    Item: pixels uint8 (3, image_size, image_size), index, label (-1: it has none), and the names of images found
+    unreadable on the way. The crop
     depends on (seed, epoch, index) alone. An unreadable image is replaced by the next readable one (the last is
     followed by the first), whose index is then given. Raises DataError when max_unreadable + 1 images in a row fail.
     """
@@ -40,6 +41,7 @@ class TrainImages(torch.utils.data.Dataset):
         self.resize_size = training_resize_size(image_size, resize_size)
         self.seed = seed
         self.max_unreadable = max_unreadable
+        label_of(source, 0)  # a column of labels is read as a whole: once, before workers are forked
 
     def __len__(self):
         return len(self.source)
@@ -56,7 +58,7 @@ class TrainImages(torch.utils.data.Dataset):
                 continue
             seed = (self.seed, CROP_STREAM, epoch, index)
             pixels = random_crop(image, self.image_size, self.resize_size, seed)
-            return {"pixels": pixels, "index": shown, "unreadable": unreadable}
+            return {"pixels": pixels, "index": shown, "label": label_of(self.source, shown), "unreadable": unreadable}
         raise too_many_in_a_row(unreadable, self.max_unreadable)
 
 
@@ -76,13 +78,14 @@ def too_many_in_a_row(unreadable, max_unreadable):
 class EvalImages(torch.utils.data.Dataset):
     """Centre-cropped evaluation images, indexed by int.
 
-    Item: pixels uint8 (3, image_size, image_size), index, unreadable names. An unreadable image has pixels None and is
-    dropped by `collate`, so that no other image counts twice.
+    Item: pixels uint8 (3, image_size, image_size), index, label (-1: it has none), unreadable names. An unreadable
+    image has pixels None and is dropped by `collate`, so that no other image counts twice.
     """
 
     def __init__(self, source, image_size):
         self.source = source
         self.image_size = image_size
+        label_of(source, 0)  # as in TrainImages
 
     def __len__(self):
         return len(self.source)
@@ -91,12 +94,19 @@ class EvalImages(torch.utils.data.Dataset):
         try:
             image = self.source.load(index)
         except UnreadableImage as error:
-            return {"pixels": None, "index": index, "unreadable": [str(error)]}
-        return {"pixels": to_tensor(center_crop(image, self.image_size)), "index": index, "unreadable": []}
+            return {"pixels": None, "index": index, "label": -1, "unreadable": [str(error)]}
+        pixels = to_tensor(center_crop(image, self.image_size))
+        return {"pixels": pixels, "index": index, "label": label_of(self.source, index), "unreadable": []}
+
+
+def label_of(source, index):
+    """The class of an image as a number, -1 where it has none."""
+    label = source.label(index) if len(source) else None
+    return -1 if label is None else label
 
 
 def collate(samples, image_size=0):
-    """Batch of samples: pixels uint8 (B, 3, S, S), index int64 (B,), unreadable list[str].
+    """Batch of samples: pixels uint8 (B, 3, S, S), index and label int64 (B,), unreadable list[str].
 
     Samples without pixels are left out; B may be 0, and then S is image_size.
     """
@@ -105,6 +115,7 @@ def collate(samples, image_size=0):
     return {
         "pixels": torch.stack([sample["pixels"] for sample in readable]) if readable else empty,
         "index": torch.tensor([sample["index"] for sample in readable], dtype=torch.int64),
+        "label": torch.tensor([sample["label"] for sample in readable], dtype=torch.int64),
         "unreadable": [name for sample in samples for name in sample["unreadable"]],
     }
 

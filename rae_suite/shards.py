@@ -190,8 +190,8 @@ def open_file(path):
         raise cause from None
 
 
-def read_parquet(shard, column, start):
-    """(row, name, undecoded image) of the rows from `start` on. Row groups before that are not read."""
+def read_parquet(shard, column, label_column, start):
+    """(row, name, undecoded image, label) of the rows from `start` on. Row groups before that are not read."""
     with open_file(shard) as file:
         table = pq.ParquetFile(file, buffer_size=READ_AHEAD)  # of a large row group only this much is in memory
         row = 0
@@ -200,39 +200,79 @@ def read_parquet(shard, column, start):
             if end <= start:
                 row = end
                 continue
-            for batch in table.iter_batches(ROWS, [group], [column], use_threads=False):
-                values = batch.column(column)
+            columns = [column] if label_column is None else [column, label_column]
+            for batch in table.iter_batches(ROWS, [group], columns, use_threads=False):
+                values, labels = batch.column(column), [None] * len(batch)
+                if label_column is not None:
+                    labels = [
+                        None if label is None or label < 0 else label for label in batch[label_column].to_pylist()
+                    ]
                 for i in range(max(0, start - row), len(values)):
-                    yield row + i, f"{shard_name(shard)}[{row + i}]", values[i].as_py()
+                    yield row + i, f"{shard_name(shard)}[{row + i}]", values[i].as_py(), labels[i]
                 row += len(values)
 
 
-def read_tar(shard, column, start):
-    """(row, name, bytes) of the images from number `start` on. `column` is the extension after the sample's name that
-    images have, or None for any of IMAGE_EXTENSIONS. Raises DataError for samples with several images."""
+def read_tar(shard, column, label_column, start):
+    """(row, name, bytes, label) of the images from number `start` on. A sample is the files in a row with the same name
+    up to the first dot. `column`: the extension, what comes after that dot, of its image; None: any of
+    IMAGE_EXTENSIONS. `label_column`: the extension of the file that holds its label as a number; None: cls. Raises
+    DataError for samples with several images, and for a label that is no number where the column was asked for."""
     with open_file(shard) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as archive:
-        row, before = 0, None
-        while (member := archive.next()) is not None:
-            archive.members.clear()  # tarfile would keep them all
-            folder, _, base = member.name.rpartition("/")
-            sample, _, extension = base.partition(".")
+        row, sample, image, label = -1, None, None, None  # `image`: name and bytes, of the sample that is being read
+        for member, problem in members(archive):
+            folder, _, base = ("", "", "") if member is None else member.name.rpartition("/")
+            name, _, extension = base.partition(".")
             extension = extension.lower()
-            wanted = extension == column if column else f".{extension.rpartition('.')[2]}" in IMAGE_EXTENSIONS
-            if not (member.isfile() and sample and wanted):
+            if (folder, name) != sample:
+                if image is not None and row >= start:
+                    yield row, *image, label
+                sample, image, label = (folder, name), None, None
+            if problem is not None:
+                raise problem  # after what came before the damage
+            if member is None or not member.isfile() or not name:
                 continue
-            if before == (folder, sample):
-                raise DataError(
-                    f"data.image_column: sample {sample} of {shard_name(shard)} has several images, one of them "
-                    f"'{extension}'; name the extension to use"
+            if extension == (label_column or "cls"):
+                label = read_label(
+                    archive.extractfile(member).read(), f"{shard_name(shard)}:{member.name}", label_column
                 )
-            before = (folder, sample)
-            if row >= start:
-                yield row, f"{shard_name(shard)}:{member.name}", archive.extractfile(member).read()
-            row += 1
+            elif extension == column if column else f".{extension.rpartition('.')[2]}" in IMAGE_EXTENSIONS:
+                if image is not None:
+                    raise DataError(
+                        f"data.image_column: sample {name} of {shard_name(shard)} has several images, one of them "
+                        f"'{extension}'; name the extension to use"
+                    )
+                row += 1
+                content = archive.extractfile(member).read() if row >= start else b""
+                image = f"{shard_name(shard)}:{member.name}", content
 
 
-def read_shard(shard, column, start, stop, step, retries):
-    """(row, (name, undecoded image)) of the rows start, start + step, ... below `stop` (None: to the end).
+def members(archive):
+    """(member, None) for all of a tar, then (None, what is wrong with it or None)."""
+    while True:
+        try:
+            member = archive.next()
+        except Exception as error:  # as in read_shard
+            yield None, error
+            return
+        archive.members.clear()  # tarfile would keep them all
+        yield member, None
+        if member is None:
+            return
+
+
+def read_label(content, name, asked):
+    """A label's number, None for another content unless that column was asked for: then DataError."""
+    try:
+        return int(content)
+    except ValueError:
+        if asked is None:
+            return None
+        raise DataError(f"data.label_column: {name} holds {content[:20]!r}, expected a number") from None
+
+
+def read_shard(shard, columns, start, stop, step, retries):
+    """(row, (name, undecoded image, label)) of the rows start, start + step, ... below `stop` (None: to the end).
+    `columns`: of image and label, see read_parquet and read_tar.
 
     After an error it goes on at the row where it broke, `retries` times in a row, with growing pauses. Raises
     UnreadableShard then; at once for a file that isn't there, and where read_tar raises DataError.
@@ -241,10 +281,10 @@ def read_shard(shard, column, start, stop, step, retries):
     while True:
         try:
             read = read_parquet if is_parquet(shard) else read_tar
-            for row, name, value in read(shard, column, start):
+            for row, *image in read(shard, *columns, start):
                 if row == start:
                     start, failures = row + step, 0
-                    yield row, (name, value)
+                    yield row, tuple(image)
                     if stop is not None and start >= stop:
                         return
             return

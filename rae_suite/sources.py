@@ -22,11 +22,16 @@ class ImageSource:
     """A numbered list of images. Subclasses give `__len__`, `name`, `label`, `class_names`, `fingerprint` and `_open`.
 
     `name(i)` is the file's path or 'split[i]'. `label(i)` is the class index, or None; it never decodes the image.
-    `class_names` is the list that label indexes, or None. `fingerprint(indices)` changes when images are added,
-    removed, renamed or replaced, of those with the given indices or of all: a key for what was computed from them.
+    `class_names` is the list that label indexes, or None. `check_labels()` raises DataError where it cannot be known
+    which labels are meant: those who need labels call it, the others find none. `fingerprint(indices)` changes when
+    images are added, removed, renamed or replaced, of those with the given indices or of all: a key for what was
+    computed from them.
     """
 
     class_names = None
+
+    def check_labels(self):
+        pass
 
     def load(self, i):
         """Image i as RGB. Raises UnreadableImage, whatever the decoder says."""
@@ -95,8 +100,8 @@ class ColumnSource(ImageSource):
     """A `datasets.Dataset`, read undecoded so that its images take the same path as files do.
 
     Labels come from a ClassLabel, integer or string column (strings are numbered in sorted order); missing ones and
-    the Hub's -1 are None. Which column holds them is settled at first use, because training needs no labels.
-    Raises DataError for an image or label column that is absent, ambiguous or of the wrong type.
+    the Hub's -1 are None. Raises DataError for an image column that is absent, ambiguous or of the wrong type, and for
+    a label column that was asked for and cannot be used; where it is ambiguous, check_labels does.
     """
 
     def __init__(self, dataset, split, image_column=None, label_column=None):
@@ -106,9 +111,13 @@ class ColumnSource(ImageSource):
             raise DataError(f"data.path: split '{split}' has no rows")
         self.split = split
         self._dataset = dataset
-        self._label_setting = label_column
-        if label_column is not None:
-            _find_label_column(dataset, split, label_column)
+        self._label_column, self._label_problem = None, None
+        try:
+            self._label_column = find_label_column(dataset, split, label_column)
+        except DataError as error:
+            if label_column is not None:
+                raise
+            self._label_problem = error
         self._column = find_image_column(dataset, split, image_column)
         self._images = dataset.select_columns([self._column]).with_format(None)
         if isinstance(dataset.features[self._column], datasets.Image):
@@ -119,6 +128,10 @@ class ColumnSource(ImageSource):
 
     def name(self, i):
         return f"{self.split}[{i}]"
+
+    def check_labels(self):
+        if self._label_problem is not None:
+            raise self._label_problem
 
     def label(self, i):
         labels = self._labels_and_names[0]
@@ -131,7 +144,7 @@ class ColumnSource(ImageSource):
     @functools.cached_property
     def _labels_and_names(self):
         """(int64 array (N,) with -1 for a missing label, list of names), either or both None."""
-        column = _find_label_column(self._dataset, self.split, self._label_setting)
+        column = self._label_column
         if column is None:
             return None, None
         feature = self._dataset.features[column]
@@ -175,10 +188,12 @@ def _open_value(value):
 
 
 class HeldSource(ImageSource):
-    """Undecoded images in memory: (name, value) each, the value bytes, a path, or a dict of both. No labels."""
+    """Undecoded images in memory: (name, value, label) each, the value bytes, a path, or a dict of both, the label a
+    number or None."""
 
-    def __init__(self, images):
+    def __init__(self, images, class_names=None):
         self._images = images
+        self.class_names = class_names
 
     def __len__(self):
         return len(self._images)
@@ -187,12 +202,12 @@ class HeldSource(ImageSource):
         return self._images[i][0]
 
     def label(self, i):
-        return None
+        return self._images[i][2]
 
     def fingerprint(self):
         """From the names and what was read; the content of files that paths name is not looked at."""
         digest = hashlib.sha256()
-        for name, value in self._images:
+        for name, value, _ in self._images:
             parts = value if isinstance(value, dict) else {"bytes": value}
             for part in (name, parts.get("path"), parts.get("bytes")):
                 part = part if isinstance(part, bytes) else repr(part).encode()
@@ -218,6 +233,9 @@ class SubsetSource(ImageSource):
 
     def label(self, i):
         return self._source.label(int(self._indices[i]))
+
+    def check_labels(self):
+        self._source.check_labels()
 
     def load(self, i):
         return self._source.load(int(self._indices[i]))
@@ -247,7 +265,7 @@ def find_image_column(dataset, split, asked):
     return column
 
 
-def _find_label_column(dataset, split, asked):
+def find_label_column(dataset, split, asked):
     """Name of the label column: the one asked for, the only ClassLabel column, a usual name, or None."""
     import datasets
 

@@ -40,7 +40,7 @@ from rae_suite.shards import (
     read_shard,
     shard_name,
 )
-from rae_suite.sources import HeldSource, find_image_column
+from rae_suite.sources import HeldSource, find_image_column, find_label_column
 from rae_suite.splits import load_eval_images
 
 FOOTER_THREADS = 16
@@ -52,15 +52,17 @@ FOOTER_THREADS = 16
 
 @dataclass
 class Source:
-    """Shards of one origin. `lengths`: rows of each, or None where that is not known beforehand. `column`: see
-    read_parquet and read_tar. `weight`: share of the drawn images, in (0, 1]. `unreadable`: what is wrong with shards
-    whose length could not be read; they count as empty."""
+    """Shards of one origin. `lengths`: rows of each, or None where that is not known beforehand. `columns`: of image
+    and label, see read_parquet and read_tar. `weight`: share of the drawn images, in (0, 1]. `unreadable`: what is
+    wrong with shards whose length could not be read; they count as empty. `class_names`: of the labels, where they
+    have names."""
 
     shards: list
     lengths: Optional[list]
-    column: Optional[str]
+    columns: tuple
     weight: float
     unreadable: list = field(default_factory=list)
+    class_names: Optional[list] = None
 
 
 def shard_log(cfg):
@@ -92,13 +94,13 @@ def open_source(shards, cfg, setting, weight=1.0, began=None):
     if not all(map(is_parquet, shards)):
         if any(map(is_parquet, shards)):
             raise DataError(f"{setting}: expected either parquet files or tar shards, found both")
-        column = cfg.image_column and cfg.image_column.lower()
+        columns = cfg.image_column and cfg.image_column.lower(), cfg.label_column
         unreadable = []
         for shard in shards[: cfg.max_unreadable_shards + 1]:
             try:
                 # two: a sample with several images is noticed at the second
-                if list(itertools.islice(read_shard(shard, column, 0, None, 1, cfg.shard_retries), 2)):
-                    return Source(shards, None, column, weight)
+                if list(itertools.islice(read_shard(shard, columns, 0, None, 1, cfg.shard_retries), 2)):
+                    return Source(shards, None, columns, weight)
                 unreadable.append(f"{shard_name(shard)}: no images in it")
             except UnreadableShard as error:
                 if isinstance(error.__cause__, DataError):
@@ -129,7 +131,22 @@ def open_source(shards, cfg, setting, weight=1.0, began=None):
 
     info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schemas[0]))
     column = find_image_column(info, cfg.train_split, cfg.image_column)
-    return Source(shards, lengths, column, weight, unreadable)
+    label_column, class_names = find_labels(info, cfg)
+    return Source(shards, lengths, (column, label_column), weight, unreadable, class_names)
+
+
+def find_labels(info, cfg):
+    """(column of the labels, their names), either or both None. Text is no label here: to number it, all of it would
+    have to be read. Raises DataError for a column that was asked for and cannot be used."""
+    try:
+        column = find_label_column(info, cfg.train_split, cfg.label_column)
+    except DataError:
+        if cfg.label_column is not None:
+            raise
+        return None, None
+    if column is None or info.features[column].dtype.endswith("string"):
+        return None, None
+    return column, getattr(info.features[column], "names", None)
 
 
 @dataclass
@@ -284,7 +301,8 @@ class LaneChunks(torch.utils.data.IterableDataset):
 
 
 class StreamLoader:
-    """This process's micro-batches, without end: dicts of pixels uint8 (B, 3, S, S) and unreadable, names of images.
+    """This process's micro-batches, without end: dicts of pixels uint8 (B, 3, S, S), label int64 (B,), -1 where there
+    is none, and unreadable, names of images.
 
     The lanes of rank r are the contiguous piece r of all. `micro_batches`: those of one step. `states` in the
     constructor: of all lanes, none at the start; the attribute: {lane: state} of this rank's lanes after the last step
@@ -315,11 +333,11 @@ class StreamLoader:
             for chunk in step:
                 self.states[chunk["lane"]] = chunk["state"]
                 self._log(chunk["state"])
-            pixels = torch.cat([chunk["pixels"] for chunk in step])
+            pixels, labels = (torch.cat([chunk[name] for chunk in step]) for name in ("pixels", "label"))
             pixels = pixels.pin_memory() if torch.cuda.is_available() else pixels
             names = [name for chunk in step for name in chunk["unreadable"]]
-            for micro_batch in pixels.chunk(self.micro_batches):
-                yield {"pixels": micro_batch, "unreadable": names}
+            for micro_batch, label in zip(*(t.chunk(self.micro_batches) for t in (pixels, labels)), strict=True):
+                yield {"pixels": micro_batch, "label": label, "unreadable": names}
                 names = []
 
     def _log(self, state):
@@ -361,16 +379,16 @@ def load_stream_eval_images(cfg, num_samples):
     if num_samples is None:
         raise DataError(f"eval.num_samples: needed, because evaluation images of {path} are held in memory")
     shards = find_shards(path, cfg.eval_split, cfg, setting)
-    column = open_source(shards, cfg, setting).column
+    source = open_source(shards, cfg, setting)
     images = []
     for i, shard in enumerate(shards):
         wanted = -(-(num_samples - len(images)) // (len(shards) - i))  # of the shards to come, in equal parts
         try:
-            rows = read_shard(shard, column, 0, None, 1, cfg.shard_retries)
+            rows = read_shard(shard, source.columns, 0, None, 1, cfg.shard_retries)
             images += [image for _, image in itertools.islice(rows, wanted)]
         except UnreadableShard as error:
             raise DataError(f"{setting}: {shard_name(shard)} cannot be read: {error.reason}") from error
-    return HeldSource(images)
+    return HeldSource(images, source.class_names)
 
 
 def _has_shards(folder):

@@ -176,12 +176,12 @@ class SquareImages(torch.utils.data.Dataset):
         try:
             image = self.source.load(index)
         except UnreadableImage as error:
-            return {"pixels": None, "index": index, "unreadable": [str(error)], "box": None}
+            return {"pixels": None, "index": index, "label": -1, "unreadable": [str(error)], "box": None}
         if self.resize == "pad":
             image, box = pad(image, self.size)
         else:
             image, box = center_crop(image, self.size), (0, 0, self.size, self.size)
-        return {"pixels": pil_to_tensor(image), "index": index, "unreadable": [], "box": box}
+        return {"pixels": pil_to_tensor(image), "index": index, "label": -1, "unreadable": [], "box": box}
 
 
 def collate_with_boxes(samples: list) -> dict:

@@ -1,4 +1,4 @@
-"""The settings through its command line: presets, precedence, error messages, and no dead settings. Seconds on a CPU."""
+"""Settings through the command line: presets, precedence, error messages, and no dead settings. Seconds on a CPU."""
 
 import ast
 import dataclasses

@@ -559,8 +559,8 @@ def test_fine_label_is_preferred_and_other_pairs_are_ambiguous():
     cifar = rows(2, label=False, fine_label=([1, 0], two), coarse_label=([0, 1], two))
     assert sources.ColumnSource(cifar, "train").label(0) == 1
     other = sources.ColumnSource(rows(2, label=False, shape=([1, 0], two), size=([0, 1], two)), "train")
-    assert other.load(0).size == (40, 30)  # training needs no labels
-    one_line_error(lambda: other.label(0), "data.label_column", "shape, size")
+    assert other.load(0).size == (40, 30) and other.label(0) is None  # stage 1 needs no labels
+    one_line_error(other.check_labels, "data.label_column", "shape, size")
 
 
 def test_column_errors(tmp_path):
@@ -717,6 +717,20 @@ def test_unreadable_training_image_is_replaced_by_the_next():
     one_line_error(lambda: images[0, 2], "data.max_unreadable", "2 images in a row", "at most 1", "made[3]")
     images = loaders.TrainImages(Source(2, broken=[0, 1]), 16, max_unreadable=10)
     one_line_error(lambda: images[0, 0], "data.path: none of 2 training images can be read", "made[1]")
+
+
+def test_batches_carry_labels(tmp_path):
+    """Of class folders and of data sets, for training and evaluation; -1 where there is none."""
+    class_tree(tmp_path / "files", count=3)
+    files = splits.scan_folder(str(tmp_path / "files"), splits.class_folders(str(tmp_path / "files")))
+    column = sources.ColumnSource(rows(6, label=False, labels=([4, -1, 2, 0, 1, 3], datasets.Value("int32"))), "train")
+    for source in (files, sources.SubsetSource(files, [1, 4]), column, sources.ColumnSource(rows(6, label=False), "t")):
+        labels = [-1 if source.label(i) is None else source.label(i) for i in range(len(source))]
+        batches = loaders.TrainBatches(len(source), 2, 2, 0, 1, seed=0, start_step=0, total_steps=len(source) // 2)
+        for batch in (*loaders.train_loader(source, batches, 16), *loaders.eval_loader(source, 16, 4, num_workers=1)):
+            assert batch["label"].dtype == torch.int64
+            assert batch["label"].tolist() == [labels[i] for i in batch["index"].tolist()]
+    assert set(labels) == {-1} and len({files.label(i) for i in range(len(files))}) > 1
 
 
 def test_evaluation_drops_unreadable_images():

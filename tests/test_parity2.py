@@ -15,9 +15,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from config import LRScheduleConfig
-from ema import EMA
 from modeling_dit import RAEDiTModel, config_from_published, config_to_published
+from rae_suite.ema import EMA
 from rae_suite.flow import (
     Draws,
     autoguidance_velocity,
@@ -32,7 +31,8 @@ from rae_suite.flow import (
     velocity_loss,
     velocity_target,
 )
-from train_rae import learning_rate
+from rae_suite.settings import LRScheduleConfig
+from rae_suite.updates import learning_rate
 
 OWN_CASES = Path(__file__).resolve().parent / "parity2"
 PARITY2_DIR = Path(os.environ.get("PARITY2_DIR", OWN_CASES))

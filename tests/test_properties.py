@@ -110,7 +110,7 @@ def train_batches(num_images, micro, world, accumulation, seed, start=0, total=0
     return [loaders.TrainBatches(num_images, size, micro, rank, world, seed, start, total) for rank in range(world)]
 
 
-def list_steps(batches) -> list:
+def by_step(batches) -> list:
     """The set of (epoch, index) of each step, over all ranks and micro-batches; none may be there twice."""
     per_step = batches[0].micro_batches_per_step
     ranks = [list(rank) for rank in batches]
@@ -135,7 +135,7 @@ def test_an_epoch_shows_every_image_once(share, surplus, seed, epochs):
     steps_per_epoch = num_images // size
     batches = train_batches(num_images, micro, world, accumulation, seed, 0, epochs * steps_per_epoch)
     assert all(len(rank) == len(list(rank)) for rank in batches)
-    steps = list_steps(batches)
+    steps = by_step(batches)
     for epoch in range(epochs):
         shown = [i for step in steps[epoch * steps_per_epoch : (epoch + 1) * steps_per_epoch] for i in step]
         assert {e for e, _ in shown} == {epoch}
@@ -151,7 +151,7 @@ def test_a_resumed_run_sees_what_the_whole_one_does(share, other, surplus, seed,
     start = draw.draw(st.integers(0, total))
 
     def given_by(micro, world, _, first) -> list:
-        return list_steps(
+        return by_step(
             [loaders.TrainBatches(num_images, size, micro, rank, world, seed, first, total) for rank in range(world)]
         )
 
@@ -166,6 +166,9 @@ class Numbers(sources.ImageSource):
 
     def __len__(self):
         return self.count
+
+    def label(self, i):
+        return None
 
     def load(self, i):
         return Image.new("RGB", (2, 2), (i, 0, 0))

@@ -62,7 +62,11 @@ def write_tar(path, ids, side=10):
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as archive:
         for i in ids:
-            for name, content in ((f"{i:06}.png", png(i, side)), (f"{i:06}.txt", b"a caption")):
+            for name, content in (
+                (f"{i:06}.png", png(i, side)),
+                (f"{i:06}.txt", b"a caption"),
+                (f"{i:06}.cls", b"%d" % i),
+            ):
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
@@ -147,7 +151,7 @@ def test_splits_of_a_folder(tmp_path):
     held = load_stream_eval_images(cfg, 8)
     shown = [np.asarray(held.load(i))[0, 0, 1] for i in range(len(held))]
     assert shown == [100, 101, 102, 103, 104, 105, 106, 107]  # a short shard is made up for by the next
-    assert held.name(3).endswith("validation-00001-of-00002.parquet[0]") and held.label(3) is None
+    assert held.name(3).endswith("validation-00001-of-00002.parquet[0]") and held.label(3) == 103
     assert held.fingerprint() == load_stream_eval_images(cfg, 8).fingerprint()
     assert held.fingerprint() != load_stream_eval_images(cfg, 7).fingerprint()
 
@@ -459,14 +463,14 @@ def test_a_damaged_tar_is_read_up_to_the_damage(tmp_path, caplog, pauses, how):
     whole = tar.read_bytes()
     headers = [m.offset for m in tarfile.open(tar).getmembers()]
     if how == "cut":
-        tar.write_bytes(whole[: headers[8] + 700])
+        tar.write_bytes(whole[: headers[12] + 700])
     elif how == "damaged header":
-        tar.write_bytes(whole[: headers[8]] + b"\xa5" * 512 + whole[headers[8] + 512 :])
+        tar.write_bytes(whole[: headers[12]] + b"\xa5" * 512 + whole[headers[12] + 512 :])
     elif how == "two images":  # of sample 14
-        tar.write_bytes(whole[: headers[9]] + whole[headers[8] : headers[9]] + whole[headers[9] :])
+        tar.write_bytes(whole[: headers[13]] + whole[headers[12] : headers[13]] + whole[headers[13] :])
     else:
         tar.write_bytes(b"" if how == "empty" else b"\xa5" * 5000)
-    first = {"cut": 4, "damaged header": 4, "two images": 5}.get(how, 0)
+    first = 4 if how in ("cut", "damaged header", "two images") else 0
     lost = set(range(10 + first, 20))
     cfg = settings(f"{tmp_path}/*.tar", steps_per_epoch=4, shard_retries=2, shuffle_buffer=3, stream_lanes=2)
     pixels, after = steps(cfg, 16)
@@ -552,9 +556,24 @@ def test_nothing_left_to_read_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"data.path: none of 4 shards gives an image.*train-00\d.tar: FileNotFound"):
         next(iter(StreamLoader(stream, cfg, SIZE, 0, 1, 1)))
     write_shards(tmp_path, [10, 10, 10, 10], write_tar)
-    other = replace(stream, sources=[replace(stream.sources[0], column="jpg")])
+    other = replace(stream, sources=[replace(stream.sources[0], columns=("jpg", None))])
     with pytest.raises(DataError, match=r"data.path: none of 4 shards gives an image, the first is .*train-000.tar$"):
         next(iter(StreamLoader(other, cfg, SIZE, 0, 1, 1)))
+
+
+@pytest.mark.parametrize("write", [write_parquet, write_tar])
+def test_labels_go_with_their_images(tmp_path, write):
+    """Each image is labelled with its own number here; -1 where a shard has no labels, an error where what was asked
+    for is none."""
+    write_shards(tmp_path, [10, 10], write)
+    cfg = settings(f"{tmp_path}/*", steps_per_epoch=2)
+    for batch in itertools.islice(StreamLoader(open_(cfg), cfg, SIZE, 0, 1, 2), 8):
+        assert batch["label"].dtype == torch.int64 and batch["label"].tolist() == numbers(batch["pixels"])
+    if write is write_tar:
+        other = replace(cfg, label_column="json")
+        assert set(next(iter(StreamLoader(open_(other), other, SIZE, 0, 1, 1)))["label"].tolist()) == {-1}
+        with pytest.raises(DataError, match="data.label_column: .*txt holds b'a caption', expected a number"):
+            open_(replace(cfg, label_column="txt"))
 
 
 def test_unreadable_images_are_replaced_and_bounded(tmp_path):
