@@ -48,6 +48,11 @@ class DataConfig(ImagesConfig):
     """Folder of images, of class folders or of split folders, a `datasets` folder, or a Hub data set id."""
     resize_size: Optional[int] = setting(None, POSITIVE)
     """Shorter side in pixels before the random crop; none: 384 for 256 px images, else 1.5 times the image size."""
+    crop: Literal["random", "center"] = "random"
+    """Part of an image that training sees: a random crop, as published for stage 1, or the centre crop of evaluations,
+    as published for stage 2."""
+    flip: bool = False
+    """Whether training sees the mirror image half of the time: published for stage 2, not for stage 1."""
     streaming: bool = False
     """Whether training images are streamed from parquet files or tar shards (WebDataset) and never kept on disk. `path`
     is then a folder or Hub data set of shards, a shard, a glob, a range such as `train-{0000..0127}.tar`, each a local

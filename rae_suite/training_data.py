@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from rae_suite.checkpoints import checkpoints
 from rae_suite.errors import ConfigError
 from rae_suite.files import write_text
+from rae_suite.images import TrainingView
 from rae_suite.loaders import TrainBatches, train_loader
 from rae_suite.settings import DataConfig, TrainConfig
 from rae_suite.sources import ImageSource
@@ -100,6 +101,5 @@ def open_loader(
             lanes,
         )
     batches = replace(data.batches, start_step=start_step, total_steps=total_steps)
-    return train_loader(
-        data.images, batches, image_size, settings.resize_size, settings.max_unreadable, settings.num_workers
-    )
+    view = TrainingView(image_size, settings.resize_size, settings.crop, settings.flip)
+    return train_loader(data.images, batches, view, settings.max_unreadable, settings.num_workers)
