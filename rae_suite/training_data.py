@@ -33,6 +33,11 @@ class TrainingData:
     steps_per_epoch: int
 
     @property
+    def list_digest(self) -> Optional[str]:
+        """Digest of a list's images, None for a stream."""
+        return None if self.batches is None else self.images.list_digest()
+
+    @property
     def shards(self) -> Optional[str]:
         """Fingerprint of a stream's shards, None for a list."""
         return self.images.fingerprint() if self.batches is None else None
