@@ -11,6 +11,7 @@ about three minutes on two CPU cores and ends at 30 dB PSNR on held-out digits; 
 # ruff: noqa: E402
 import sys
 
+from rae_suite.losses import l1, perceptual_loss
 from rae_suite.settings_rae import parse_config
 
 if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv):
@@ -35,7 +36,7 @@ from rae_suite.discriminator import DiffAug
 from rae_suite.ema import EMA
 from rae_suite.errors import DataError, error_names_setting
 from rae_suite.files import is_whole_model, write_folder
-from rae_suite.frechet import FID_MODES, FrechetMetric, cached_references, encoder_metric, inception_metrics
+from rae_suite.frechet import FrechetMetric, cached_references, encoder_metric, inception_metrics
 from rae_suite.hub import Publisher, check_hub, push_command, upload_is_running
 from rae_suite.images import training_resize_size
 from rae_suite.launch import (
@@ -51,7 +52,8 @@ from rae_suite.launch import (
 from rae_suite.loaders import EvalImages, UnreadableLog, chosen_images, eval_loader, evenly_spread
 from rae_suite.losses import DISCRIMINATOR_LOSSES, generator_gradient, to_discriminator_range
 from rae_suite.lpips_vgg16 import build_lpips
-from rae_suite.metrics import HIGHER_IS_BETTER, IMAGE_METRICS, Evaluator, quantize
+from rae_suite.metric_names import FID_MODES, IMAGE_METRICS, METRICS
+from rae_suite.metrics import Evaluator, quantize
 from rae_suite.pictures import reconstruction_grid, save_pairs
 from rae_suite.rae_networks import (
     backbone_source,
@@ -239,13 +241,23 @@ def train_step(run: Run, batches: list, step: int, stop: bool = False) -> StepRe
     return StepRecord(step + 1, updates, absent=DISC_NAMES)
 
 
+def pixel_losses(run: Run, step: int) -> dict:
+    """The loss terms that compare reconstructions with images, see generator_gradient. A new term is one entry here."""
+    perceptual = run.config.perceptual
+    lpips_is_on = perceptual.weight > 0 and step >= run.lpips_start
+    return {
+        "recon": (1.0, l1),
+        "lpips": (perceptual.weight, perceptual_loss(run.perceptual) if lpips_is_on else None),
+    }
+
+
 def decoder_step(run: Run, batches: list, latents: list, generators: list, step: int, stop: bool) -> tuple:
     """Update the decoder. Arguments as in `train_step`; latents are clean. Returns the Update and, where the
     discriminator takes them, the reconstructions of each micro-batch, from noisy latents and before the update."""
     config, accelerator, model = run.config, run.accelerator, run.model
     lr = learning_rate(step, config.optimizer.lr, config.lr_schedule, run.steps_per_epoch)
     set_learning_rate(run.optimizer, lr)
-    perceptual = run.perceptual if config.perceptual.weight > 0 and step >= run.lpips_start else None
+    losses = pixel_losses(run, step)
     use_gan = run.discriminator is not None and step >= run.gan_start
     if use_gan:
         discriminator = accelerator.unwrap_model(run.discriminator).eval()
@@ -266,8 +278,7 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
                     out.last_hidden_state,
                     model.patches_to_pixels,
                     pixels,
-                    perceptual,
-                    config.perceptual.weight,
+                    losses,
                     partial(judge, generator=generator) if use_gan else None,
                     config.gan.weight,
                     config.gan.max_adaptive_weight,
@@ -276,7 +287,7 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
             out.patches.backward(gradient / len(batches))
             if config.gan.disc_input == "reuse":
                 reconstructions.append(out.sample.detach())
-            terms.append(vars(values))
+            terms.append(values)
     accelerator.unscale_gradients(run.optimizer)
     parameters = [p for p in model.decoder.parameters() if p.requires_grad]
     grad_norm = gradient_norm(parameters)
@@ -285,7 +296,10 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
     asked = torch.full((), float(stop), device=accelerator.device)
     values = {**mean_over_micro_batches(terms), "stop": asked, "grad_norm": grad_norm}
     values = mean_over_processes(accelerator, values)
-    watched = ("recon", "lpips", "gan") if accelerator.scaler else ("recon", "lpips", "gan", "adaptive_weight")
+    # the loss is a sum of other terms, of which one is named; gradients that overflow in fp16 show in the weight
+    watched = [name for name in values if name not in ("loss", "stop", "grad_norm")]
+    if accelerator.scaler is not None:
+        watched.remove("adaptive_weight")
     update = apply_update(accelerator, run.optimizer, values, watched, "grad_norm", {"lr": lr})
     return update, reconstructions
 
@@ -414,7 +428,7 @@ def evaluate(run: Run, evaluation: Evaluation, log: RunLog) -> None:
     shown = ", ".join(f"{name} {values[name]:.4f}" for name in run.config.eval.metrics)
     say(run.accelerator, f"step {log.state.step}: {shown} (EMA, {values['num_samples']} images)")
     best = run.config.eval.best_metric
-    if log.is_best(best, values[best], HIGHER_IS_BETTER[best], values["num_samples"]):
+    if log.is_best(best, values[best], METRICS[best].higher_is_better, values["num_samples"]):
         export(run, log.run_dir / "best")
 
 

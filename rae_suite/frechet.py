@@ -36,13 +36,13 @@ from rae_suite.digests import latents_digest
 from rae_suite.errors import ConfigError, RunError
 from rae_suite.files import NPZ_ERRORS
 from rae_suite.launch import cores_of_process
+from rae_suite.metric_names import FID_MODES
 from rae_suite.moments import Moments
 from rae_suite.sources import ImageSource
 
 logger = logging.getLogger(__name__)
 
 INCEPTION_WIDTH = 2048
-FID_MODES = {"rfid": "legacy_tensorflow", "rfid_clean": "clean"}
 DEFAULT_CACHE = Path(HF_HOME) / "rae_references"
 
 

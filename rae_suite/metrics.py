@@ -16,12 +16,9 @@ from accelerate.utils import gather_object
 from rae_suite.errors import DataError
 from rae_suite.frechet import FrechetMeasurement, FrechetMetric, References
 from rae_suite.launch import progress_bar, to_device
+from rae_suite.metric_names import METRICS
 
 logger = logging.getLogger(__name__)
-
-PSNR_CAP = 100.0  # dB, for an image that is reconstructed exactly: a mean must stay finite
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False, "rfid": False, "rfid_clean": False, "rfdd": False}
-IMAGE_METRICS = ("psnr", "ssim", "lpips")
 
 
 def to_8bit(pixels: torch.Tensor, rounding: str = "round") -> torch.Tensor:
@@ -36,23 +33,9 @@ def quantize(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def image_metrics(images: torch.Tensor, reconstructions: torch.Tensor, names: Sequence, perceptual) -> dict:
-    """Per-image values (B,) of the metrics `names` for two batches (B, 3, H, W) in [0, 1], 8-bit grid.
-
-    psnr: dB, peak 1, at most PSNR_CAP. ssim: 11 x 11 Gaussian window of sigma 1.5. lpips: `perceptual` on [-1, 1].
-    """
-    # a second to import: not for --help
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
-    values = {}
-    if "psnr" in names:
-        psnr = peak_signal_noise_ratio(reconstructions, images, 1.0, reduction="none", dim=(1, 2, 3))
-        values["psnr"] = psnr.clamp(max=PSNR_CAP)
-    if "ssim" in names:
-        ssim = structural_similarity_index_measure(reconstructions, images, data_range=1.0, reduction="none")
-        values["ssim"] = ssim.view(-1)
-    if "lpips" in names:
-        values["lpips"] = perceptual(2 * images - 1, 2 * reconstructions - 1).view(-1)
-    return values
+    """Per-image values (B,) of the metrics `names` (see METRICS) for two batches (B, 3, H, W) in [0, 1], 8-bit grid.
+    `perceptual`: LPIPS network, for those that need it."""
+    return {name: METRICS[name].of_images(reconstructions, images, perceptual) for name in names}
 
 
 @dataclass

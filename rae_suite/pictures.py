@@ -11,6 +11,7 @@ from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
 from rae_suite.files import step_of, writing
+from rae_suite.metric_names import DISTANCE, METRICS
 
 logger = logging.getLogger(__name__)
 
@@ -104,39 +105,60 @@ def save_pairs(
                     picture.save(folder / name / f"{number:08d}.png")
 
 
+# names of training lines that share a panel, and its title; any other name has a panel of its own
+PANELS = {
+    "recon": "reconstruction loss",
+    "lpips": "reconstruction loss",
+    "gan": "adversarial loss",
+    "disc_loss": "adversarial loss",
+    "logits_real": "mean logits",
+    "logits_fake": "mean logits",
+    "grad_norm": "gradient norm",
+    "disc_grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "lr_disc": "learning rate",
+}
+NOT_DRAWN = ("kind", "step", "epoch", "time", "model", "num_samples", "skipped_steps", "images_per_second")
+LOGARITHMIC = ("gradient norm", f"{DISTANCE}, EMA")  # where their first values are far above the rest
+
+
+def panels_of(lines: list) -> dict:
+    """{title: {name: points (step, value)}} of the lines of a metrics.jsonl, in the order in which names first occur:
+    what training wrote, then the evaluations of the averaged model."""
+    panels = {}
+    for kind in ("train", "eval"):
+        for line in (line for line in lines if line["kind"] == kind and line.get("model", "ema") == "ema"):
+            for name, value in line.items():
+                if name in NOT_DRAWN or value is None:
+                    continue
+                title = PANELS.get(name, name.replace("_", " "))
+                if kind == "eval":
+                    title = f"{METRICS[name].panel if name in METRICS else name.replace('_', ' ')}, EMA"
+                panels.setdefault(title, {}).setdefault(name, []).append((line["step"], value))
+    return panels
+
+
 def plot_curves(lines: list, path: Path) -> None:
-    """Draw the lines of a metrics.jsonl: loss terms, GAN balance and evaluation metrics over steps."""
+    """Draw the lines of a metrics.jsonl over steps: everything that it has, related values in one panel."""
     from matplotlib.figure import Figure  # slow to import
 
-    train = [line for line in lines if line["kind"] == "train"]
-    evals = [line for line in lines if line["kind"] == "eval" and line["model"] == "ema"]
-    panels = [
-        ("reconstruction loss", train, ["recon", "lpips"]),
-        ("adversarial loss", train, ["gan", "disc_loss"]),
-        ("mean logits", train, ["logits_real", "logits_fake"]),
-        ("adaptive weight", train, ["adaptive_weight"]),
-        ("gradient norm", train, ["grad_norm"]),
-        ("learning rate", train, ["lr", "lr_disc"]),
-        ("PSNR in dB, EMA", evals, ["psnr"]),
-        ("SSIM and LPIPS, EMA", evals, ["ssim", "lpips"]),
-        ("Frechet distances, EMA", evals, ["rfid", "rfid_clean", "rfdd"]),
-    ]
-    panels = [panel for panel in panels if any(line.get(name) is not None for name in panel[2] for line in panel[1])]
+    panels = panels_of(lines)
     rows = max(1, -(-len(panels) // 4))
     height = 3.5 * rows
     figure = Figure(figsize=(18, height))  # fixed margins: to calculate them takes as long as the whole drawing again
-    figure.subplots_adjust(0.04, 0.5 / height, 0.99, 1 - 0.35 / height, wspace=0.18, hspace=0.34)
+    figure.subplots_adjust(0.04, 0.5 / height, 0.99, 1 - 0.35 / height, wspace=0.2, hspace=0.34)
     axes = figure.subplots(rows, 4, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    for axis, (title, source, names) in zip(axes.flat, panels, strict=False):
-        for name in names:
-            points = [(line["step"], line[name]) for line in source if line.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, marker="." if source is evals else None)
-                axis.legend()
-        if title in ("gradient norm", "Frechet distances, EMA"):
-            axis.set_yscale("log")  # the first values are far above the rest
+    for axis, (title, series) in zip(axes.flat, panels.items(), strict=False):
+        for name, points in series.items():
+            axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 50 else None)
+        axis.legend()
+        values = [value for points in series.values() for _, value in points]
+        if title in LOGARITHMIC and 0 < 10 * min(values) < max(values):
+            axis.set_yscale("log")
+        else:
+            axis.ticklabel_format(axis="y", scilimits=(-2, 4))  # 2e-4, say: long numbers reach into the next panel
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)
