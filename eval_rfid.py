@@ -77,8 +77,8 @@ class EvalRFIDConfig:
     image_size: Optional[int] = setting(None, POSITIVE)
     """Side in pixels, for models that take any size; none: that of the other models, or 256."""
     metrics: tuple[Literal[("rfid", *IMAGE_METRICS)], ...] = setting(("rfid", "psnr", "ssim", "lpips"), DISTINCT)
-    """What is measured, PSNR in any case. rfid is the Frechet distance in each of `features`; ms_ssim needs images
-    above 160 pixels."""
+    """What is measured, PSNR in any case. rfid is the Frechet distance in each of `features`; ms_ssim needs images of
+    176 pixels or more."""
     features: tuple[Literal["inception", "encoder"], ...] = setting(("inception",), DISTINCT)
     """Feature spaces of the Frechet distance; encoder: the frozen encoder of the first model, reported as rfdd."""
     fid_mode: tuple[Literal["legacy_tensorflow", "clean"], ...] = setting(("legacy_tensorflow",), DISTINCT)

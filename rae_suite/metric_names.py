@@ -60,8 +60,8 @@ METRICS = {
     "psnr": Metric("PSNR (dB)", True, "PSNR in dB", psnr),
     # 11 x 11 Gaussian window of sigma 1.5
     "ssim": Metric("SSIM", True, SIMILARITY, ssim),
-    # five scales, each half of the one before, of which the last must hold the window: 161 pixels (Wang et al. 2003)
-    "ms_ssim": Metric("MS-SSIM", True, SIMILARITY, ms_ssim, least_size=161),
+    # five scales (Wang et al. 2003); torchmetrics asks for a side of 176 pixels, though its error says 161
+    "ms_ssim": Metric("MS-SSIM", True, SIMILARITY, ms_ssim, least_size=176),
     # 0.1 on VGG16 (arXiv 1801.03924)
     "lpips": Metric("LPIPS", False, SIMILARITY, lpips),
     # resized inside the network, not antialiased: what published figures compare with

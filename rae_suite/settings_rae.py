@@ -175,8 +175,8 @@ class EvalConfig:
     """Epochs between evaluations."""
     metrics: tuple[Metric, ...] = ("psnr", "ssim", "lpips")
     """What is measured, on images rounded to 8 bit. rfid compares with published figures, rfid_clean resizes for
-    Inception with antialiasing, rfdd is the Frechet distance on the frozen encoder's features, ms_ssim needs images
-    above 160 pixels."""
+    Inception with antialiasing, rfdd is the Frechet distance on the frozen encoder's features, ms_ssim needs images of
+    176 pixels or more."""
     inception_path: Optional[str] = None
     """Local copy of inception-2015-12-05.pt for rfid; none: torch.hub's folder (TORCH_HOME), else downloaded."""
     num_samples: Optional[int] = setting(None, POSITIVE)

@@ -245,13 +245,15 @@ def test_identical_images(inception, images):
 def test_ms_ssim_and_its_smallest_images(evaluate, capsys):
     """As torchmetrics has it, of each image; images that are too small are refused before a network is built."""
     generator = torch.Generator().manual_seed(0)
-    x = torch.rand(2, 3, 161, 161, generator=generator)
+    x = torch.rand(2, 3, 176, 176, generator=generator)
     y = (x + 0.2 * torch.rand(x.shape, generator=generator)).clamp(0, 1)
     values = image_metrics(x, y, ["ms_ssim"], None)["ms_ssim"]
     for i in range(2):
         expected = multiscale_structural_similarity_index_measure(y[i : i + 1], x[i : i + 1], data_range=1.0)
         torch.testing.assert_close(values[i], expected)
-    assert too_small_for(("psnr", "ms_ssim"), 160) == ["ms_ssim"] and too_small_for(("ms_ssim",), 161) == []
+    assert too_small_for(("psnr", "ms_ssim"), 175) == ["ms_ssim"] and too_small_for(("ms_ssim",), 176) == []
+    with pytest.raises(ValueError, match="larger than 160"):
+        image_metrics(x[..., :175, :175], y[..., :175, :175], ["ms_ssim"], None)
     with pytest.raises(SystemExit):
         evaluate({"metrics": "[ms_ssim,lpips]", "vgg_path": "nowhere", "inception_path": None})
     assert f"error: metrics: expected metrics for images of {SIZE} pixels, got ['ms_ssim']" in capsys.readouterr().err
