@@ -11,6 +11,7 @@ from rae_suite.settings import TrainConfig
 # The second word of every seed keeps the random streams apart: NumPy pads (1, 2) with zeros, so it equals (1, 2, 0).
 HOLDOUT_STREAM, ORDER_STREAM, CROP_STREAM = 0, 1, 2
 SHARD_STREAM, PASS_STREAM, WINDOW_STREAM, MIXTURE_STREAM, LANE_CROP_STREAM = 3, 4, 5, 6, 7
+SAMPLE_STREAM = 8
 
 
 def seeded_generator(*key: int, device: Union[torch.device, str] = "cpu") -> torch.Generator:
