@@ -24,7 +24,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Optional
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from huggingface_hub.constants import HF_HOME
@@ -35,6 +34,7 @@ from rae_suite.digests import latents_digest
 from rae_suite.errors import ConfigError
 from rae_suite.features import Extractor, FeaturesConfig, cached_features
 from rae_suite.files import make_folder
+from rae_suite.labels import number_labels, read_labels
 from rae_suite.launch import measuring_accelerator, quiet_transformers, run_main
 from rae_suite.linear_heads import HeadTrainingConfig, LinearHead, evaluate_head, fit, hold_out, training_set
 from rae_suite.probe_figures import (
@@ -122,30 +122,6 @@ def load_images(config: LinearProbeConfig, head: Optional[LinearHead]) -> tuple:
     labels, names = read_labels(source, "data.eval_split")
     absent = check_classes(list(names.values()), classes, trained_on, config.allow_absent_classes)
     return train, LabelledImages(source, number_labels(labels, names, classes)), classes, absent
-
-
-def read_labels(source: ImageSource, setting: str) -> tuple:
-    """(labels (N,) int64, {label: name of the class} of those that occur). Numbers without names are their own names.
-
-    Raises ConfigError, about the split that `setting` chose, when an image has no label.
-    """
-    source.check_labels()
-    labels = [source.label(i) for i in range(len(source))]
-    missing = labels.count(None)
-    if missing:
-        raise ConfigError(
-            f"{setting}: {missing} of {len(labels)} images have no label; expected class folders, or a column of "
-            "labels (data.label_column)"
-        )
-    names = source.class_names
-    return np.array(labels), {label: str(names[label] if names else label) for label in sorted(set(labels))}
-
-
-def number_labels(labels: np.ndarray, names: dict, classes: list) -> torch.Tensor:
-    """Labels as places of their names in `classes`: each split numbers its classes in its own way."""
-    place = {name: i for i, name in enumerate(classes)}
-    values, which = np.unique(labels, return_inverse=True)
-    return torch.tensor([place[names[value]] for value in values])[torch.from_numpy(which)]
 
 
 def check_classes(found: list, classes: list, trained_on: str, allow_absent: bool) -> list:

@@ -30,7 +30,7 @@ from rae_suite.cli import read_yaml
 from rae_suite.digests import weights_digest
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import is_whole_model, read_tensors
-from rae_suite.flow import shift_factor
+from rae_suite.flow import default_shift
 from rae_suite.hub import fetch_file, hub_id
 from rae_suite.rae_networks import image_processor_json
 
@@ -80,7 +80,7 @@ def save_pipeline(
     if state is not None:
         transformer = model_from_state(dict(transformer.config), state)
     sampling = dict(sampling)
-    shift = sampling.pop("shift", None) or default_shift(transformer)
+    shift = sampling.pop("shift", None) or default_shift(latent_dim(transformer))
     if "guidance_interval" in sampling:
         sampling["guidance_start"], sampling["guidance_end"] = sampling.pop("guidance_interval")
     if unknown := sampling.keys() - {*PIPELINE_DEFAULTS, "solver", "guide"}:
@@ -103,11 +103,9 @@ def save_pipeline(
         shutil.copyfile(picture, folder / PICTURE)
 
 
-def default_shift(transformer: RAEDiTModel) -> float:
-    """The time shift of RAE's models, from the size of their latents; 1 for latents of fewer than 4,096 numbers."""
-    config = transformer.config
-    dim = config.in_channels * config.sample_size**2
-    return shift_factor(dim) if dim >= 4096 else 1.0
+def latent_dim(transformer: RAEDiTModel) -> int:
+    """Numbers of a latent."""
+    return transformer.config.in_channels * transformer.config.sample_size**2
 
 
 def model_from_state(config: dict, state: dict) -> RAEDiTModel:
@@ -211,7 +209,7 @@ def _from_folder(folder: Path, source: str, key: str, weights: str) -> tuple:
     if not (folder / INDEX).is_file():
         _check_class(folder / "config.json", "RAEDiTModel", source, key)
         transformer = _load_transformer(folder, source, key)
-        return transformer, None, PartsSettings(f"transformer {source}", default_shift(transformer))
+        return transformer, None, PartsSettings(f"transformer {source}", default_shift(latent_dim(transformer)))
     index = _check_class(folder / INDEX, "RAEDiTPipeline", source, key)
     transformer = _load_transformer(folder / "transformer", source, key)
     with error_names_setting(key, source):
@@ -264,7 +262,7 @@ def _from_checkpoint(folder: Path, key: str, weights: str) -> tuple:
         if "rae" not in given:
             raise ConfigError(f"{key}: {folder} is a checkpoint of a run of stage 1, expected {KINDS}")
         rae = load_rae(str(run_dir / "rae") if (run_dir / "rae").exists() else given["rae"], key)
-        names = json.loads((run_dir / "classes.json").read_text()) if (run_dir / "classes.json").is_file() else None
+        names, flow, sampling = given.get("class_names"), dict(run["flow"]), dict(run["sampling"])
     except ConfigError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -273,7 +271,8 @@ def _from_checkpoint(folder: Path, key: str, weights: str) -> tuple:
         state = read_tensors(folder / CHECKPOINT_FILES[weights], key)
         transformer = model_from_state(_checkpoint_config(given, rae, state), state)
     words = {"ema": "averaged weights", "raw": "raw weights"}[weights]
-    settings = PartsSettings(f"checkpoint {folder}, {words}", default_shift(transformer), dict(enumerate(names or [])))
+    shift = flow["shift"] or default_shift(latent_dim(transformer), flow["shift_base"])
+    settings = PartsSettings(f"checkpoint {folder}, {words}", shift, dict(enumerate(names or [])), sampling)
     return transformer, rae, settings
 
 

@@ -18,7 +18,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
-from accelerate.utils import broadcast_object_list
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
@@ -273,8 +272,3 @@ class Publisher:
                 self.process.kill()
                 self.process.wait()
             tqdm.write(f"upload stopped\n{self._advice()}")
-
-
-def upload_is_running(publisher: Optional[Publisher]) -> bool:
-    """Whether the main process's last upload is still on its way, told to all processes, which all call this."""
-    return broadcast_object_list([publisher is not None and publisher.busy()])[0]

@@ -22,6 +22,7 @@ import torch
 from rae_suite.errors import DataError, UnreadableImage
 from rae_suite.images import center_crop, to_tensor
 from rae_suite.randomness import CROP_STREAM, ORDER_STREAM
+from rae_suite.sources import ImageSource
 
 logger = logging.getLogger(__name__)
 
@@ -237,6 +238,20 @@ def eval_loader(source, image_size, batch_size, num_workers=0, rank=0, world_siz
     batches = [mine[start : start + batch_size] for start in range(0, per_rank, batch_size)]
     collate_fn = functools.partial(collate, image_size=image_size)
     return _loader(EvalImages(source, image_size), batches, collate_fn, num_workers)
+
+
+def images_to_show(images: ImageSource, size: int, count: int, unreadable: UnreadableLog) -> torch.Tensor:
+    """Up to `count` evaluation images, spread over all of them because files are sorted by class: (N, 3, S, S) in
+    [0, 1]. Raises DataError where none of them can be read."""
+    cropped = EvalImages(images, size)
+    stride = max(1, len(cropped) // count)
+    items = [cropped[i] for i in range(0, len(cropped), stride)][:count]
+    for item in items:
+        unreadable.add(item["unreadable"])
+    readable = [item["pixels"] for item in items if item["pixels"] is not None]
+    if not readable:
+        raise DataError(f"data.eval_split: none of {len(items)} evaluation images can be read")
+    return torch.stack(readable).float() / 255
 
 
 def _loader(images, batches, collate_fn, num_workers):

@@ -71,6 +71,12 @@ METRICS = {
     # on the frozen encoder's patch tokens, mean over the grid
     "rfdd": Metric("Frechet distance on the encoder's features", False, DISTANCE),
 }
+# of drawn images (stage 2)
+GENERATION_METRICS = {
+    # of the velocity, mean over the fixed times
+    "loss": Metric("loss on held-out images", False, "loss on held-out images"),
+    "fdd": Metric("Frechet distance on the encoder's features", False, DISTANCE),
+}
 IMAGE_METRICS = tuple(name for name, metric in METRICS.items() if metric.of_images is not None)
 FID_MODES = {name: metric.fid_mode for name, metric in METRICS.items() if metric.fid_mode is not None}
 

@@ -53,6 +53,19 @@ class Evaluation:
         return {"num_samples": len(self.index), **means, **self.distances}
 
 
+def gather_rows(batches: list, columns: list, unreadable: int = 0) -> tuple:
+    """(columns by name, float64 (N,) each; sum of `unreadable`) of what all processes have, which all call this.
+    `batches`: dictionaries of tensors (B,); "index" among them decides the order, so sums do not depend on the
+    processes."""
+    mine = torch.zeros(len(columns), 0, dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
+    if batches:
+        mine = torch.stack([torch.cat([batch[name] for batch in batches]).cpu().double() for name in columns])
+    gathered = gather_object([(mine, unreadable)])
+    rows = torch.cat([part for part, _ in gathered], dim=1)
+    rows = rows[:, rows[columns.index("index")].argsort()]
+    return dict(zip(columns, rows, strict=True)), sum(count for _, count in gathered)
+
+
 class Evaluator:
     """Measures reconstructions of the images of all processes' loaders, as often as it is called.
 
@@ -125,23 +138,11 @@ class Evaluator:
             values = {name: value.masked_fill(broken, torch.nan) for name, value in values.items()}
             batches.append({"index": index, **values, "broken": broken})
             on_batch(index, images, reconstructions)
-        table, whole = self._gather(batches, unreadable)
-        distances = self._distances(measurements, whole, finite=not table["broken"].any())
-        return Evaluation(table["index"].long(), {name: table[name] for name in self.names}, distances)
-
-    def _gather(self, batches: list, unreadable: int) -> tuple:
-        """(columns of all processes' batches by name, float64 (N,), in the source's order; whether all could be read).
-        So sums do not depend on the processes. Raises DataError for no rows."""
-        columns = ["index", *self.names, "broken"]
-        mine = torch.zeros(len(columns), 0, dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
-        if batches:
-            mine = torch.stack([torch.cat([batch[name] for batch in batches]).cpu().double() for name in columns])
-        gathered = gather_object([(mine, unreadable)])
-        rows = torch.cat([part for part, _ in gathered], dim=1)
-        if rows.shape[1] == 0:
+        table, unreadable = gather_rows(batches, ["index", *self.names, "broken"], unreadable)
+        if len(table["index"]) == 0:
             raise DataError("data.eval_split: none of the evaluation images can be read")
-        rows = rows[:, rows[0].argsort()]
-        return dict(zip(columns, rows, strict=True)), not any(count for _, count in gathered)
+        distances = self._distances(measurements, unreadable == 0, finite=not table["broken"].any())
+        return Evaluation(table["index"].long(), {name: table[name] for name in self.names}, distances)
 
     def _distances(self, measurements: list, whole: bool, finite: bool) -> dict:
         """The distances by name; nan unless all reconstructions are finite. References that were made are kept."""

@@ -3,7 +3,9 @@
 import functools
 import logging
 import struct
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ logger = logging.getLogger(__name__)
 MIN_TILE = 96  # pixels: smaller images are enlarged by a whole factor, so that a grid can be looked at
 PADDING = 4  # pixels between the images of a grid
 PROGRESS_ROWS = 8
+HEADING = 16  # pixels of a line of text
 
 
 def reconstruction_grid(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
@@ -28,14 +31,26 @@ def reconstruction_grid(images: torch.Tensor, reconstructions: torch.Tensor) -> 
 def comparison_grid(images: torch.Tensor, reconstructions: torch.Tensor, labels: list) -> torch.Tensor:
     """Images, reconstructions and four times their absolute difference below each other, (N, 3, H, W) each in [0, 1],
     under their labels, as one uint8 picture (H', W', 3)."""
-    height = 16  # pixels of a label
     difference = 4 * (images - reconstructions).abs()
     grid = _tiles(torch.cat([images, reconstructions, difference]), len(images))
-    picture = Image.new("RGB", (grid.shape[1], grid.shape[0] + height), "white")
-    picture.paste(Image.fromarray(grid.numpy()), (0, height))
+    return _with_labels(grid, labels)
+
+
+def class_grid(images: torch.Tensor, names: list) -> torch.Tensor:
+    """Images, uint8 (N, 3, H, W), in rows with one of each class, under the classes' names, as one uint8 picture
+    (H', W', 3)."""
+    return _with_labels(_tiles(images.float() / 255, len(names)), names)
+
+
+def _with_labels(grid: torch.Tensor, labels: list) -> torch.Tensor:
+    """The grid (H, W, 3) with a line of text above it, a label for each column; one that is too long is cut."""
+    picture = Image.new("RGB", (grid.shape[1], grid.shape[0] + HEADING), "white")
+    picture.paste(Image.fromarray(grid.numpy()), (0, HEADING))
     draw = ImageDraw.Draw(picture)
-    width = (grid.shape[1] - PADDING) / len(images)
+    width = (grid.shape[1] - PADDING) / len(labels)
     for i, label in enumerate(labels):
+        while draw.textlength(label) > width - PADDING and len(label) > 1:
+            label = label[:-1]
         draw.text((PADDING + i * width, 3), label, fill="black")
     return torch.from_numpy(np.array(picture))
 
@@ -48,23 +63,43 @@ def _tiles(rows: torch.Tensor, per_row: int) -> torch.Tensor:
     return (grid * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
-def progress_strip(samples: list, path: Path) -> None:
-    """How reconstructions changed over a run: the images, and below them their reconstructions at up to PROGRESS_ROWS
-    steps, the first and the last among them. `samples` are the run's sample grids (step-*.png), in order; one that
-    cannot be read is left out."""
+@dataclass(frozen=True)
+class GridLayout:
+    """Rows of a sample grid: their number, the row (0-based) that changes over a run, and the one that stays, with its
+    name, or None. `heading`: pixels of a line of text above the rows."""
+
+    rows: int
+    shown: int
+    fixed: Optional[int] = None
+    fixed_name: str = ""
+    heading: int = 0
+
+
+RECONSTRUCTIONS = GridLayout(rows=2, shown=1, fixed=0, fixed_name="images")
+
+
+def progress_strip(samples: list, path: Path, layout: GridLayout) -> None:
+    """How one row of the sample grids changed over a run, at up to PROGRESS_ROWS steps, the first and the last among
+    them, below the row that stays. `samples` are the grids (step-*.png), in order; one that cannot be read is left
+    out."""
     pictures = read_pictures(spread_with_last(samples, PROGRESS_ROWS))
     last = list(pictures.values())[-1]
-    half = (last.shape[0] - PADDING) // 2  # a row of images with the padding above it
-    rows = [("images", last[:half])]
+    height = (last.shape[0] - layout.heading - PADDING) // layout.rows  # a row of images with the padding above it
+
+    def row(picture: np.ndarray, number: int) -> np.ndarray:
+        start = layout.heading + number * height
+        return picture[start : start + height]
+
+    rows = [] if layout.fixed is None else [(layout.fixed_name, row(last, layout.fixed))]
     for file, picture in pictures.items():
         if picture.shape == last.shape:  # a continued run may show other images
-            rows.append((f"step {step_of(file)}", picture[half : 2 * half]))
+            rows.append((f"step {step_of(file)}", row(picture, layout.shown)))
     margin = 80  # pixels for the labels
-    strip = Image.new("RGB", (margin + last.shape[1], half * len(rows) + PADDING), "white")
+    strip = Image.new("RGB", (margin + last.shape[1], height * len(rows) + PADDING), "white")
     draw = ImageDraw.Draw(strip)
-    for i, (label, row) in enumerate(rows):
-        strip.paste(Image.fromarray(row), (margin, i * half))
-        draw.text((PADDING, i * half + half // 2), label, fill="black")
+    for i, (label, pixels) in enumerate(rows):
+        strip.paste(Image.fromarray(pixels), (margin, i * height))
+        draw.text((PADDING, i * height + height // 2), label, fill="black")
     with writing(path):
         strip.save(path)
 

@@ -1,7 +1,7 @@
 """The networks of stage 1, built as the settings describe them, and the files that go with an RAE."""
 
 import json
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -137,17 +137,24 @@ def compile_networks(rae: RAEModel, discriminator: Optional[DinoDiscriminator], 
     """Compile what a step spends its time in, in place, so that names of weights stay as they are. Transformer blocks
     one by one: those of a network share one compiled function, and processes exchange gradients while the backward pass
     goes on. A graph break is an error; every shape and mode of use has a graph of its own."""
-    torch._dynamo.config.optimize_ddp = False  # it would cut the heads' graph, whose buffers two batches change in turn
-    torch._dynamo.config.recompile_limit = 64  # graphs of a function: transformers gives all networks' blocks the same
-    faster = partial(torch.compile, fullgraph=True, dynamic=False, options={"max_autotune_pointwise": True})
     modules = [*rae.modules(), *([] if discriminator is None else discriminator.backbone.modules())]
     for part in modules:
         if isinstance(part, GradientCheckpointingLayer):
-            part.forward = faster(part.forward)
+            part.forward = compiled(part.forward)
     if lpips is not None:
-        lpips.forward = faster(lpips.forward)
+        lpips.forward = compiled(lpips.forward)
     if discriminator is not None:
-        discriminator.judge = faster(discriminator.judge)
+        discriminator.judge = compiled(discriminator.judge)
+
+
+COMPILE_OPTIONS = {"max_autotune_pointwise": True}  # of inductor
+
+
+def compiled(function: Callable) -> Callable:
+    """The function, compiled when it is first called."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut the heads' graph, whose buffers two batches change in turn
+    torch._dynamo.config.recompile_limit = 64  # graphs of a function: transformers gives all networks' blocks the same
+    return torch.compile(function, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
 
 
 def read_latent_stats(path: Path, rae_config: Any, setting: str) -> dict:
