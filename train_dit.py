@@ -10,20 +10,14 @@ configs/ has the published settings.
 
 # ruff: noqa: E402
 import sys
-from collections.abc import Iterable
 
-from rae_suite.dit_folders import load_guide
-from rae_suite.flow import Draws
-from rae_suite.frechet import FrechetMetric, References, cached_references, encoder_metric
-from rae_suite.loaders import eval_loader, evenly_spread
-from rae_suite.pictures import HEADING, GridLayout
 from rae_suite.settings_dit import parse_config
-from rae_suite.sources import ImageSource
 
 if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv):
     parse_config()  # prints the help and ends the process: the imports below take seconds
 
 import shutil
+from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -41,7 +35,7 @@ from rae_suite.class_labels import balanced_labels
 from rae_suite.cli import with_settings
 from rae_suite.digests import weights_digest
 from rae_suite.dit_evaluation import distance_of_drawn, held_out_loss, reference_of_images
-from rae_suite.dit_folders import is_whole_pipeline, save_pipeline
+from rae_suite.dit_folders import is_whole_pipeline, load_guide, save_pipeline
 from rae_suite.dit_networks import (
     build_dit,
     check_settings,
@@ -56,6 +50,7 @@ from rae_suite.ema import EMA
 from rae_suite.errors import error_names_setting
 from rae_suite.files import write_folder
 from rae_suite.flow import (
+    Draws,
     draw_by_place,
     drop_labels,
     interpolate,
@@ -63,8 +58,9 @@ from rae_suite.flow import (
     velocity_loss,
     velocity_target,
 )
+from rae_suite.frechet import FrechetMetric, References, cached_references, encoder_metric
 from rae_suite.generation import draw_images
-from rae_suite.hub import Publisher, check_hub, push_command
+from rae_suite.hub import Publisher, check_hub
 from rae_suite.labels import Classes, find_classes
 from rae_suite.latent_stats import LatentReader
 from rae_suite.launch import (
@@ -77,16 +73,16 @@ from rae_suite.launch import (
     run_main,
     say,
 )
-from rae_suite.loaders import UnreadableLog
+from rae_suite.loaders import UnreadableLog, eval_loader, evenly_spread
 from rae_suite.metric_names import GENERATION_METRICS
-from rae_suite.pictures import class_grid
+from rae_suite.pictures import HEADING, GridLayout, class_grid
 from rae_suite.randomness import batch_place
 from rae_suite.run_folder import (
     check_run_folder,
     check_shared_folder,
     continue_run,
     errors_name_checkpoint,
-    finished_steps,
+    is_finished,
     resolve_config,
     save_run,
     take_run_folder,
@@ -94,6 +90,7 @@ from rae_suite.run_folder import (
 from rae_suite.run_log import RunLog, start_trackers, upload
 from rae_suite.settings_dit import Config
 from rae_suite.sharding import gather_to_cpu, shard
+from rae_suite.sources import ImageSource
 from rae_suite.steps import Steps, step_batches
 from rae_suite.training_data import TrainingData, open_data, open_loader, write_shards
 from rae_suite.updates import (
@@ -435,14 +432,8 @@ def main() -> None:
     check_hub(config.hub, config.model.rae)
     with error_names_setting("train.output_dir"):
         run_dir = check_run_folder(config)
-    total_steps = config.train.max_steps or max(1, round(config.train.epochs * data.steps_per_epoch))
-    final = run_dir / "final"
-    done = finished_steps(accelerator, run_dir, total_steps, is_whole_pipeline)
-    if done:
-        if accelerator.is_main_process:
-            print(f"{run_dir} is finished: {done} of {total_steps} steps, model in {final}")
-            if config.hub.push:
-                print(f"to upload it: {push_command(config.hub, final)}")
+    total_steps, final = data.total_steps(config.train), run_dir / "final"
+    if is_finished(accelerator, run_dir, total_steps, is_whole_pipeline, config.hub):
         return
 
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None

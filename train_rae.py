@@ -11,9 +11,6 @@ about three minutes on two CPU cores and ends at 30 dB PSNR on held-out digits; 
 # ruff: noqa: E402
 import sys
 
-from rae_suite.loaders import images_to_show
-from rae_suite.losses import l1, perceptual_loss
-from rae_suite.pictures import RECONSTRUCTIONS
 from rae_suite.settings_rae import parse_config
 
 if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv):
@@ -39,7 +36,7 @@ from rae_suite.ema import EMA
 from rae_suite.errors import error_names_setting
 from rae_suite.files import is_whole_model, write_folder
 from rae_suite.frechet import FrechetMetric, cached_references, encoder_metric, inception_metrics
-from rae_suite.hub import Publisher, check_hub, push_command
+from rae_suite.hub import Publisher, check_hub
 from rae_suite.images import training_resize_size
 from rae_suite.launch import (
     build_accelerator,
@@ -51,12 +48,18 @@ from rae_suite.launch import (
     run_main,
     say,
 )
-from rae_suite.loaders import UnreadableLog, chosen_images, eval_loader, evenly_spread
-from rae_suite.losses import DISCRIMINATOR_LOSSES, generator_gradient, to_discriminator_range
+from rae_suite.loaders import UnreadableLog, chosen_images, eval_loader, evenly_spread, images_to_show
+from rae_suite.losses import (
+    DISCRIMINATOR_LOSSES,
+    generator_gradient,
+    l1,
+    perceptual_loss,
+    to_discriminator_range,
+)
 from rae_suite.lpips_vgg16 import build_lpips
 from rae_suite.metric_names import FID_MODES, IMAGE_METRICS, METRICS
 from rae_suite.metrics import Evaluator, quantize
-from rae_suite.pictures import reconstruction_grid, save_pairs
+from rae_suite.pictures import RECONSTRUCTIONS, reconstruction_grid, save_pairs
 from rae_suite.rae_networks import (
     backbone_source,
     build_discriminator,
@@ -72,7 +75,7 @@ from rae_suite.run_folder import (
     check_shared_folder,
     continue_run,
     errors_name_checkpoint,
-    finished_steps,
+    is_finished,
     resolve_config,
     save_run,
     take_run_folder,
@@ -512,14 +515,8 @@ def main() -> None:
     check_hub(config.hub, rae_config.encoder_id)
     training_resize_size(config.model.image_size, config.data.resize_size)
     data = open_data(config.data, config.train, config.eval.num_samples, accelerator, micro_batch)
-    total_steps = config.train.max_steps or max(1, round(config.train.epochs * data.steps_per_epoch))
-    final = run_dir / "final"
-    done = finished_steps(accelerator, run_dir, total_steps, partial(is_whole_model, code=CODE))
-    if done:
-        if accelerator.is_main_process:
-            print(f"{run_dir} is finished: {done} of {total_steps} steps, model in {final}")
-            if config.hub.push:
-                print(f"to upload it: {push_command(config.hub, final)}")
+    total_steps, final = data.total_steps(config.train), run_dir / "final"
+    if is_finished(accelerator, run_dir, total_steps, partial(is_whole_model, code=CODE), config.hub):
         return
 
     inception = [name for name in config.eval.metrics if name in FID_MODES]

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import set_seed
+from accelerate.utils import broadcast_object_list, set_seed
+from safetensors.torch import save_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -15,10 +16,11 @@ from modeling_dit import RAEDiTBlock, RAEDiTModel
 from modeling_rae import RAEModel
 from rae_suite.dit_folders import load_pipeline_parts, load_rae
 from rae_suite.errors import ConfigError, error_names_setting
-from rae_suite.files import read_tensors, write_folder
+from rae_suite.files import replacing, write_folder
 from rae_suite.flow import default_shift
 from rae_suite.labels import Classes
 from rae_suite.latent_stats import LatentReader
+from rae_suite.launch import say
 from rae_suite.rae_networks import compiled, read_latent_stats, save_rae
 from rae_suite.settings_dit import DiTModelConfig, FlowConfig, LatentsConfig
 from rae_suite.sharding import load_tensors_into
@@ -51,11 +53,20 @@ def set_latent_stats(rae: RAEModel, stats: dict) -> None:
 
 
 def compute_latent_stats(rae: RAEModel, reader: LatentReader, run_dir: Path) -> None:
-    """Normalise with statistics of the training images: those that the run folder has from an earlier start, or new
-    ones. Every process calls this; who writes the file is `keep_latent_stats`."""
-    file = run_dir / LATENT_STATS
-    stats = read_tensors(file, str(file)) if file.exists() else reader.stats(rae)[0]
+    """Normalise with statistics of the training images: those that the run folder keeps from an earlier start, or new
+    ones, which it then keeps. Every process calls this."""
+    accelerator, file = reader.accelerator, run_dir / LATENT_STATS
+    [kept] = broadcast_object_list([file.exists()])
+    if kept:
+        set_latent_stats(rae, read_latent_stats(file, rae.config, str(file)))
+        return
+    stats, num_images = reader.stats(rae)
+    say(accelerator, f"statistics of the latents computed over {num_images} training images, kept in {file}")
     set_latent_stats(rae, stats)
+    if accelerator.is_main_process:
+        with replacing(file) as beside:
+            save_file(stats, beside)
+    accelerator.wait_for_everyone()
 
 
 def model_settings(model: DiTModelConfig, rae: RAEModel, classes: Classes) -> dict:
@@ -116,7 +127,8 @@ def keep_rae(rae: RAEModel, run_dir: Path, accelerator: Accelerator) -> None:
     """Put the autoencoder, with the statistics that the run trains with, into the run folder: its checkpoints are then
     models, wherever model.rae goes."""
     main = accelerator.is_main_process
-    if not (run_dir / "rae" / "config.json").exists():
+    [kept] = broadcast_object_list([(run_dir / "rae" / "config.json").exists()])
+    if not kept:
         write_folder(
             run_dir / "rae",
             lambda beside: save_rae(rae, rae.state_dict(), beside) if main else None,

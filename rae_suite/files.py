@@ -135,13 +135,21 @@ def write_folder(target: Path, write: Callable[[Path], None], main_process: bool
         wait()
 
 
-def write_text(path: Path, text: str) -> None:
-    """Put a text file in its place, whole: a crash leaves the one before. Raises WriteError."""
-    beside = path.with_name(f".{path.name}.partial")
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """The path of a file to write beside `path`, with its ending; when the block ends without an error that file takes
+    path's place, whole: a crash leaves the one before. Raises WriteError."""
+    beside = path.with_name(f".{path.stem}.partial{path.suffix}")
     with writing(path):
-        beside.write_text(text)
+        yield beside
         sync(beside)
         beside.replace(path)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Put a text file in its place. Raises WriteError."""
+    with replacing(path) as beside:
+        beside.write_text(text)
 
 
 def sync(path: Path) -> None:

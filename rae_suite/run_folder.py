@@ -30,9 +30,10 @@ from rae_suite.checkpoints import checkpoints, last_checkpoint, newest_checkpoin
 from rae_suite.cli import config_yaml, with_settings
 from rae_suite.errors import ConfigError, RunError, WriteError
 from rae_suite.files import step_of, write_text, writing
+from rae_suite.hub import push_command
 from rae_suite.launch import INTERRUPTED, say
 from rae_suite.metrics_file import MetricsFile
-from rae_suite.settings import check_same_config, read_run_settings
+from rae_suite.settings import HubConfig, check_same_config, read_run_settings
 from rae_suite.sharding import load_part
 from rae_suite.training_data import SHARDS, TrainingData
 
@@ -69,7 +70,7 @@ def restore_folders(run_dir: Path) -> None:
         for old in folder.glob(".*.old"):
             target = folder / old.name.removeprefix(".").removesuffix(".old")
             shutil.rmtree(old) if target.exists() else old.rename(target)
-        for partial in folder.glob(".*.partial"):
+        for partial in folder.glob(".*.partial*"):
             shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
 
 
@@ -271,13 +272,19 @@ def check_same_images(state: RunState, data: TrainingData, run_dir: Path) -> Non
         )
 
 
-def finished_steps(accelerator: Accelerator, run_dir: Path, total_steps: int, whole: Callable[[Path], bool]) -> int:
-    """Steps that a finished run has, 0 for one that is not finished: as the main process sees it, because another
-    machine may lack the folder. `whole`: whether the folder final/ holds a complete model."""
-    saved = checkpoints(run_dir)
+def is_finished(
+    accelerator: Accelerator, run_dir: Path, total_steps: int, whole: Callable[[Path], bool], hub: HubConfig
+) -> bool:
+    """Whether the run has come to its end, which is said: as the main process sees it, because another machine may lack
+    the folder. `whole`: whether the folder final/ holds a complete model."""
+    saved, final = checkpoints(run_dir), run_dir / "final"
     steps = step_of(saved[-1]) if saved else 0
-    finished = steps >= total_steps and whole(run_dir / "final")
-    return broadcast_object_list([steps if finished else 0])[0]
+    [finished] = broadcast_object_list([steps >= total_steps and whole(final)])
+    if finished and accelerator.is_main_process:
+        print(f"{run_dir} is finished: {steps} of {total_steps} steps, model in {final}")
+        if hub.push:
+            print(f"to upload it: {push_command(hub, final)}")
+    return finished
 
 
 @contextmanager

@@ -32,6 +32,9 @@ class TrainingData:
     num_images: Optional[int]  # None where a stream's number is not known
     steps_per_epoch: int
 
+    def total_steps(self, train: TrainConfig) -> int:
+        return train.max_steps or max(1, round(train.epochs * self.steps_per_epoch))
+
     @property
     def list_digest(self) -> Optional[str]:
         """Digest of a list's images, None for a stream."""

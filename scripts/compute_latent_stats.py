@@ -31,23 +31,24 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Optional
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
-
-from rae_suite.latent_stats import LatentReader
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
 from modeling_rae import LATENT_VAR_EPS, RAEModel
 from rae_suite.autoencoders import load_autoencoder
 from rae_suite.cli import AT_LEAST_0, POSITIVE, Limit, parse, require, setting
 from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting
-from rae_suite.files import check_output_file, write_folder
+from rae_suite.files import check_output_file, replacing, write_folder
+from rae_suite.latent_stats import LatentReader
 from rae_suite.launch import (
     measuring_accelerator,
     quiet_transformers,
@@ -211,14 +212,13 @@ def write_model(source: Path, target: Path, stats: dict, check: Callable, accele
 
 def write_file(path: Path, stats: dict, check: Callable, accelerator: Accelerator) -> None:
     """Write `stats` to `path`, after `check` of the new file."""
-    beside = path.with_name(f".partial-{path.name}")
-    if accelerator.is_main_process:
-        (save_file if path.suffix == ".safetensors" else torch.save)(stats, beside)
-    accelerator.wait_for_everyone()
-    check(str(beside))
-    accelerator.wait_for_everyone()
-    if accelerator.is_main_process:
-        beside.replace(path)
+    main = accelerator.is_main_process
+    with replacing(path) if main else nullcontext() as beside:
+        if main:
+            (save_file if path.suffix == ".safetensors" else torch.save)(stats, beside)
+        [written] = broadcast_object_list([beside])
+        check(str(written))
+        accelerator.wait_for_everyone()
 
 
 def report(config: LatentStatsConfig, stats: dict, num_images: int, num_unreadable: int, fresh: dict) -> None:

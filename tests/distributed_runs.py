@@ -2,8 +2,8 @@
 
 accelerate launch ... tests/distributed_runs.py RUNS.json
 
-RUNS.json: a list of {"fsdp": bool, "argv": [...], "nan_steps": [...]}: the program, train_rae.py or train_dit.py, stands
-at the start of argv; in the nan_steps (0-based) the last process of train_rae.py gets a pixel that is nan. Each process
+RUNS.json: a list of {"fsdp": bool, "argv": [...], "nan_steps": [...]}: the program, train_rae.py or train_dit.py, is at
+the start of argv; in the nan_steps (0-based) the last process of train_rae.py gets a pixel that is nan. Each process
 writes RUNS.rank0.json, ...: for each run the "bytes" that it holds of the parameters, the moving average and the
 optimizer's state, a digest of the discriminator's "heads", and how many "graphs" were compiled.
 """

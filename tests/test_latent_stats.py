@@ -19,12 +19,13 @@ from modeling_rae import RAEModel
 from rae_suite.cli import parse
 from rae_suite.files import read_tensors
 from rae_suite.images import center_crop
+from rae_suite.latent_stats import LatentReader
 from rae_suite.launch import INTERRUPTED, run_main
 from rae_suite.rae_networks import build_rae, build_rae_config
 from rae_suite.settings_rae import parse_config
 from rae_suite.splits import load_split
 from scripts import compute_latent_stats
-from scripts.compute_latent_stats import LatentReader, LatentStatsConfig, check, latent_stats, load_images
+from scripts.compute_latent_stats import LatentStatsConfig, check, load_images
 
 SIZE = 32  # pixels
 
@@ -145,12 +146,17 @@ def read_config(images: Path, model: Path, **settings) -> LatentStatsConfig:
     return parse(LatentStatsConfig, "compute_latent_stats.py", "", flags(settings), check=check)
 
 
+def read_stats(config, rae):
+    reader = LatentReader(load_images(config), config.data, config.batch_size, config.flip, Accelerator())
+    return reader.stats(rae, config.num_samples)
+
+
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 @pytest.mark.parametrize("flip", [True, False])
 def test_batch_size_does_not_matter(images, model, pixels, batch_size, flip):
     config = read_config(images, model, batch_size=batch_size, flip=flip)
     rae = RAEModel.from_pretrained(model)
-    stats, num_images = latent_stats(LatentReader(load_images(config), config, Accelerator()), rae)
+    stats, num_images = read_stats(config, rae)
     assert num_images == 24
     assert_same_stats(stats, direct_stats(rae, pixels, flip))
 
@@ -158,7 +164,7 @@ def test_batch_size_does_not_matter(images, model, pixels, batch_size, flip):
 def test_num_samples_are_spread(images, model, pixels):
     config = read_config(images, model, num_samples=6)
     rae = RAEModel.from_pretrained(model)
-    stats, num_images = latent_stats(LatentReader(load_images(config), config, Accelerator()), rae)
+    stats, num_images = read_stats(config, rae)
     assert num_images == 6
     assert_same_stats(stats, direct_stats(rae, pixels[::4]))
 
@@ -257,13 +263,13 @@ def test_interrupted_run_leaves_the_old_folder(run, model, monkeypatch):
 )
 def test_nonsense_replaces_nothing(run, model, tmp_path, monkeypatch, capsys, name, change):
     """Statistics that do not normalise what is read again end the run, before they take a place."""
-    before, right = folder_bytes(model), latent_stats
+    before, right = folder_bytes(model), LatentReader.stats
 
-    def wrong(reader, rae):
-        stats, num_images = right(reader, rae)
+    def wrong(*arguments):
+        stats, num_images = right(*arguments)
         return {**stats, name: change(stats[name])}, num_images
 
-    monkeypatch.setattr(compute_latent_stats, "latent_stats", wrong)
+    monkeypatch.setattr(LatentReader, "stats", wrong)
     message = refused(run, capsys, 1, model=model, stats_file=tmp_path / "stats.pt")
     assert "expected about 0 and 1" in message
     assert folder_bytes(model) == before and not (tmp_path / "stats.pt").exists()

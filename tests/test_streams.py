@@ -50,11 +50,16 @@ def numbers(pixels):
     return (pixels[:, 0, 0, 0].int() * 256 + pixels[:, 1, 0, 0].int()).tolist()
 
 
-def write_parquet(path, ids, row_group_size=4, side=10, broken=()):
+def write_parquet(path, ids, row_group_size=4, side=10, broken=(), labels=None):
     path.parent.mkdir(parents=True, exist_ok=True)
     features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("int64")})
     rows = [{"bytes": b"no image" if i in broken else png(i, side), "path": None} for i in ids]
-    table = pa.table({"image": rows or pa.array([], features.arrow_schema.field("image").type), "label": list(ids)})
+    table = pa.table(
+        {
+            "image": rows or pa.array([], features.arrow_schema.field("image").type),
+            "label": [i % labels if labels else i for i in ids],
+        }
+    )
     pq.write_table(table.cast(features.arrow_schema), path, row_group_size=row_group_size)
 
 

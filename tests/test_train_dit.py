@@ -1,0 +1,330 @@
+"""train_dit.py as users run it: the real command line on real images, tiny."""
+
+import json
+import re
+import shutil
+from functools import partial
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from conftest import (
+    checkpoint_state,
+    error_line,
+    flags,
+    read_metrics,
+    run_command,
+    run_ranks,
+    same,
+    tiny_rae,
+)
+from harness import Training, differences
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_streams import write_parquet
+
+import train_dit
+from modeling_rae import RAEModel
+from rae_suite.checkpoints import checkpoints, read_checkpoint
+from rae_suite.cli import read_yaml
+from rae_suite.dit_evaluation import held_out_loss
+from rae_suite.dit_folders import load_pipeline_parts, model_from_state
+from rae_suite.files import step_of
+from rae_suite.flow import training_times
+from rae_suite.labels import Classes
+from rae_suite.loaders import eval_loader
+from rae_suite.settings_dit import parse_config
+from rae_suite.splits import load_splits
+
+MODEL = {
+    "model.hidden_size": 16,
+    "model.num_layers": 2,
+    "model.num_attention_heads": 2,
+    "model.head_hidden_size": 32,
+    "model.head_num_layers": 1,
+    "model.head_num_attention_heads": 2,
+}
+TINY = {
+    **MODEL,
+    "latents.stats": "compute",
+    "data.num_workers": 0,
+    "train.max_steps": 4,
+    "train.global_batch_size": 8,
+    "train.cpu_threads": 1,
+    "train.save_every_steps": 2,
+    "optimizer.lr": 1e-3,
+    "ema.decay": 0.9,
+    "sampling.num_inference_steps": 3,
+    "eval.every_steps": 2,
+    "eval.num_generated": 8,
+    "eval.batch_size": 4,
+    "logging.every_steps": 1,
+    "logging.num_samples": 4,
+    "logging.report_to": "[]",
+    "logging.progress_bar": "false",
+}
+# nothing but training
+PLAIN = {**TINY, "eval.metrics": "[loss]", "eval.every_steps": 100, "logging.samples_every_steps": 100}
+
+
+@pytest.fixture(scope="session")
+def rae(tmp_path_factory):
+    """The folder of an RAE of 32 px, latents (16, 4, 4), without statistics."""
+    folder = tmp_path_factory.mktemp("rae") / "rae"
+    tiny_rae().save_pretrained(folder)
+    return folder
+
+
+def train(rae, images, run_dir, settings=TINY, check=True, **changed):
+    settings = {**settings, "model.rae": rae, "data.path": images, "train.output_dir": run_dir, **changed}
+    return run_command("train_dit.py", *flags(settings), check=check)
+
+
+@pytest.fixture(scope="module")
+def whole(rae, images, tmp_path_factory):
+    """The folder of a finished run, and what it printed."""
+    run_dir = tmp_path_factory.mktemp("whole") / "run"
+    done = train(rae, images, run_dir, **{"eval.raw": "true", "sampling.guidance_scale": 1.5})
+    return run_dir, done.stdout
+
+
+# ---------------------------------------------------------------------------------------------------------- a whole run
+
+
+def test_files_and_lines_of_a_run(whole, rae):
+    run_dir, printed = whole
+    assert "DiT-DH" in printed and "on latents 16 x 4 x 4" in printed and "of 4 classes" in printed
+    names = {path.name for path in run_dir.iterdir()}
+    assert {"config.yaml", "metrics.jsonl", "samples", "curves.png", "progress.png", "checkpoints", "best", "final",
+            "rae", "latent_stats.safetensors"} <= names  # fmt: skip
+    settings = read_yaml(run_dir / "config.yaml")
+    assert settings["model"]["num_classes"] == 4
+    assert settings["model"]["class_names"] == [f"class_{i}" for i in range(4)]
+    lines = read_metrics(run_dir)
+    training = [line for line in lines if line["kind"] == "train"]
+    assert [line["step"] for line in training] == [1, 2, 3, 4]
+    assert training[0]["loss"] == pytest.approx(2.0, abs=0.4)  # a new model's output is 0: 1 + mean of squared latents
+    evaluations = [line for line in lines if line["kind"] == "eval"]
+    assert [(line["step"], line["model"]) for line in evaluations] == [
+        (step, model) for step in (0, 2, 4) for model in ("raw", "ema")
+    ]
+    for line in evaluations:
+        assert line["num_samples"] == 8 and line["num_generated"] == 8 and line["fdd"] > 0
+        times = [line[f"loss_time{k}"] for k in (1, 2, 3, 4)]
+        assert line["loss"] == pytest.approx(np.mean(times), rel=1e-9) and len(set(times)) == 4
+    pictures = sorted((run_dir / "samples").iterdir())
+    assert [path.name for path in pictures] == [f"step-{step:08d}.png" for step in (0, 2, 4)]
+    assert Image.open(pictures[-1]).size == Image.open(pictures[0]).size
+
+
+def test_latent_statistics_are_those_of_the_training_images(whole, rae, images, tmp_path):
+    """Computed once, as compute_latent_stats.py does; kept in the run, in rae/ and in final/."""
+    run_dir, _ = whole
+    stats = load_file(run_dir / "latent_stats.safetensors")
+    run_command("scripts/compute_latent_stats.py", *flags({"model": rae, "data.path": images, "data.num_workers": 0,
+                "output": tmp_path / "rae", "stats_file": tmp_path / "stats.safetensors"}))  # fmt: skip
+    expected = load_file(tmp_path / "stats.safetensors")
+    for name in ("mean", "var"):
+        torch.testing.assert_close(stats[name], expected[name], rtol=1e-5, atol=1e-6)
+        for folder in ("rae", "final/rae"):
+            held = RAEModel.from_pretrained(run_dir / folder)
+            assert torch.equal(getattr(held, f"latent_{name}"), stats[name])
+
+
+def test_the_evaluated_and_exported_weights_are_the_averaged_ones(whole):
+    """The recorded loss of the averaged weights is that of the checkpoint's `ema`, and not of its `model`."""
+    run_dir, _ = whole
+    state = read_checkpoint(checkpoints(run_dir)[-1])
+    last = {line["model"]: line for line in read_metrics(run_dir)[-2:]}
+    assert last["raw"]["loss"] != last["ema"]["loss"] and last["raw"]["fdd"] != last["ema"]["fdd"]
+    exported, rae, _ = load_pipeline_parts(str(run_dir / "final"), "model")
+    for name, weight in exported.named_parameters():
+        assert torch.equal(weight, state["ema"][name]), name
+    config = parse_config(["--config", str(run_dir / "config.yaml")])
+    run = SimpleNamespace(config=config, rae=rae)
+    source = load_splits(config.data, 0)[1]
+    for weights, part in (("ema", "ema"), ("raw", "model")):
+        found = held_out_loss(
+            model_from_state(dict(exported.config), state[part]),
+            partial(train_dit.encode, run),
+            eval_loader(source, 32, 4),
+            Classes(4, None),
+            partial(training_times, distribution=config.flow.time_distribution, shift=1.0),
+            config.train.seed,
+            Accelerator(cpu=True),
+            on_unreadable=list,
+            sharded=False,
+        )
+        assert found["loss"] == pytest.approx(last[weights]["loss"], rel=1e-5), weights
+
+
+def test_a_finished_run_says_so(whole, rae, images):
+    run_dir, _ = whole
+    done = train(rae, images, run_dir, **{"eval.raw": "true", "sampling.guidance_scale": 1.5})
+    assert f"{run_dir} is finished: 4 of 4 steps" in done.stdout
+    again = run_command("train_dit.py", "--config", run_dir / "config.yaml")
+    assert "is finished" in again.stdout
+
+
+# ------------------------------------------------------------------------------------------- the same run in other ways
+
+
+STOPS = [  # as in test_resume.py: how, at which call of what, with how many workers, and the step that is saved last
+    ("usr1", "flow_loss", 3, 0, 3),  # asked for in the second step, agreed on in the third
+    ("kill", "flow_loss", 2, 1, 3),
+    ("term", "measure", 1, 1, 5),  # of step 4
+    ("kill", "train_step", 1, 0, 5),
+    ("term", "save_checkpoint", 1, 0, 7),  # of step 6
+]
+
+
+@pytest.mark.parametrize("processes, streaming", [(1, False), (2, False), (1, True)])
+def test_resume_is_exact(processes, streaming, rae, images, tmp_path):
+    """Stopped by SIGTERM, SIGUSR1 and SIGKILL in accumulation, evaluation and checkpoint writing, each part with
+    another number of workers: the same bits as a run that nothing stopped."""
+    settings = {**TINY, "model.rae": rae, "train.max_steps": 8, "train.gradient_accumulation_steps": 2}
+    settings |= {"eval.every_steps": 4}
+    if streaming:
+        for i, ids in enumerate((range(9), range(9, 12), range(12, 26))):
+            write_parquet(tmp_path / f"shards/{i}.parquet", ids, side=40, labels=4)
+        settings |= {"data.streaming": "true", "data.shuffle_buffer": 5, "data.stream_lanes": 2, "model.num_classes": 4}
+        settings |= {"eval.num_samples": 8, "data.eval_path": images / "validation", "latents.stats": "none"}
+    data = f"{tmp_path}/shards/*" if streaming else images
+    whole = Training(tmp_path / "whole", data, "train_dit.py", **settings)
+    assert whole.go(processes) == [0] * processes, whole.output()
+    training = Training(tmp_path / "run", data, "train_dit.py", **settings)
+    for i, (signal, function, count, workers, step) in enumerate(STOPS):
+        rank = i % processes
+        fault = {"place": f"call {function}", "count": count, "action": signal, "rank": rank}
+        codes = training.go(processes, (fault,), **{"data.num_workers": workers})
+        assert codes[rank] == (-9 if signal == "kill" else 0), training.output()
+        assert step_of(checkpoints(training.run_dir)[-1]) == step
+    assert training.go(processes) == [0] * processes, training.output()
+    assert [name for name in differences(training.run_dir, whole.run_dir) if name != "final/"] == []
+    ours, theirs = (load_pipeline_parts(str(t.run_dir / "final"), "model")[0] for t in (training, whole))
+    assert same(ours.state_dict(), theirs.state_dict())
+
+
+def test_accumulation_and_processes_equal_one_large_batch(rae, images, tmp_path):
+    """8 images in one batch, in four micro-batches, and on two processes: to 1e-6 relative; ranks to the bit."""
+    plain = {**PLAIN, "optimizer.eps": 1e-4}  # or AdamW makes a step of every rounding of a gradient that is about 0
+    run_dirs = {name: tmp_path / name for name in ("one", "accumulated", "two")}
+    train(rae, images, run_dirs["one"], plain)
+    train(rae, images, run_dirs["accumulated"], plain, **{"train.gradient_accumulation_steps": 4})
+    settings = {**plain, "model.rae": rae, "data.path": images, "train.output_dir": run_dirs["two"]}
+    (found,) = run_ranks({"folder": tmp_path / "ranks", "processes": 2, "argv": ["train_dit.py", settings]})
+    assert [end["code"] for end in found["ends"]] == [0, 0], found
+    expected = checkpoint_state(run_dirs["one"])
+    for name in ("accumulated", "two"):
+        state = checkpoint_state(run_dirs[name])
+        for part in ("model", "ema"):
+            for key, tensor in expected[part].items():
+                difference = (state[part][key] - tensor).norm() / tensor.norm().clamp_min(1e-3)
+                assert difference < 1e-6, (name, part, key, difference)
+
+
+@pytest.mark.parametrize("settings", [{"train.mixed_precision": "bf16"}, {"train.compile": "true"},
+                                      {"model.gradient_checkpointing": "true"}])  # fmt: skip
+def test_other_ways_of_computing(settings, rae, images, tmp_path, monkeypatch):
+    """The losses of four steps in bf16, compiled and with activations computed again."""
+    losses = []
+    monkeypatch.setattr(torch, "compile", partial(without_inductor, torch.compile))
+    for name, changed in (("plain", {}), ("other", settings)):
+        monkeypatch.setattr("sys.argv", ["train_dit.py", *flags({**PLAIN, "model.rae": rae, "data.path": images,
+                            "train.output_dir": tmp_path / name, **changed})])  # fmt: skip
+        AcceleratorState._reset_state()
+        train_dit.main()
+        losses.append([line["loss"] for line in read_metrics(tmp_path / name) if line["kind"] == "train"])
+    AcceleratorState._reset_state()
+    tolerance = 2e-2 if "train.mixed_precision" in settings else 1e-6
+    assert losses[1] == pytest.approx(losses[0], rel=tolerance)
+
+
+def without_inductor(compile_function, function, options=None, **rest):
+    """torch.compile that runs the graphs as they were captured: inductor's code takes minutes."""
+    return compile_function(function, backend="eager", **rest)
+
+
+# ------------------------------------------------------------------------------------------------------- labels and RAE
+
+
+def test_images_without_labels_are_one_class(rae, images, tmp_path):
+    folder = tmp_path / "images"
+    for split in ("train", "validation"):
+        (folder / split).mkdir(parents=True)
+        for i, file in enumerate(sorted((images / split).rglob("*.png"))):
+            shutil.copy(file, folder / split / f"{i}.png")
+    train(rae, folder, tmp_path / "run", PLAIN)
+    assert read_yaml(tmp_path / "run/config.yaml")["model"]["num_classes"] == 1
+    table = checkpoint_state(tmp_path / "run")["model"]["y_embedder.embedding_table.weight"]
+    assert table.shape[0] == 2  # the class and the null label
+    done = train(rae, folder, tmp_path / "other", PLAIN, check=False, **{"model.num_classes": 4})
+    assert "model.num_classes: 4, but the images of data.train_split have no labels" in error_line(done.stderr)
+    done = train(rae, folder, tmp_path / "other", PLAIN, check=False, **{"model.class_names": "[a,b]"})
+    assert "model.class_names: ['a', 'b'], but the images of data.train_split have no labels" in error_line(done.stderr)
+    assert done.returncode == 2 and not (tmp_path / "other").exists()
+
+
+def test_start_from_a_model_with_other_classes(whole, rae, images, tmp_path):
+    """`model.init_from` takes a run, its checkpoint or its final/; a label table of other classes is new."""
+    run_dir, _ = whole
+    start, _, _ = load_pipeline_parts(str(run_dir / "final"), "model")
+    settings = {**PLAIN, "train.max_steps": 1, "optimizer.lr": 1e-20}
+    table = "y_embedder.embedding_table.weight"
+    names = {"same": [f"class_{i}" for i in range(4)], "other": [f"class_{i}" for i in range(5)]}
+    for name, source in (("same", run_dir), ("other", checkpoints(run_dir)[-1])):
+        changed = {"model.init_from": source, "model.class_names": json.dumps(names[name])}
+        train(rae, images, tmp_path / name, settings, **changed)
+        state = checkpoint_state(tmp_path / name)["model"]
+        for key, tensor in start.state_dict().items():
+            if key != table:
+                torch.testing.assert_close(state[key], tensor, msg=key)
+        assert len(state[table]) == len(names[name]) + 1
+        assert torch.allclose(state[table][:4], start.state_dict()[table][:4], atol=1e-6) == (name == "same")
+    done = train(rae, images, tmp_path / "wide", check=False, **{"model.init_from": run_dir, "model.hidden_size": 24})
+    assert f"model.init_from: {run_dir} is of another architecture" in error_line(done.stderr)
+
+
+def test_bad_input(whole, rae, images, tmp_path):
+    """One clear line, exit code 2, and nothing written."""
+    run_dir, _ = whole
+    stats = tmp_path / "stats.safetensors"
+    save_file({"mean": torch.zeros(16, 8, 8), "var": torch.ones(16, 8, 8)}, stats)
+    four = {"data.path": images}
+    for changed, words in (
+        ({"latents.stats": "null"}, "latents.stats: .* has no statistics of its latents, and training on latents that"),
+        ({"latents.stats": stats}, r"latents.stats: .*\(16, 8, 8\).*\(16, 4, 4\)"),
+        ({"model.rae": tmp_path}, "model.rae: .* has no config.json"),
+        ({"model.num_classes": 3}, "model.num_classes: 3, but the images of data.train_split are of 4 classes"),
+        ({"model.class_names": "[class_0,class_1]"}, "model.class_names: the images of data.train_split have 2 "),
+        ({"train.global_batch_size": 32}, "data.path: 24 training images are fewer than one global batch of 32"),
+        ({"model.hidden_size": 18}, "model: hidden_size .18. must be a multiple of 4"),
+        ({"flow.time_distribution": "normal"}, "flow.time_distribution: time distribution: expected uniform or logit"),
+        ({"flow.shift": 0.5}, "flow.shift: expected a number of at least 1, got 0.5"),
+        ({"eval.best_metric": "fdd", "eval.metrics": "[loss]"}, "eval.best_metric: expected one of eval.metrics"),
+        ({"sampling.guidance_scale": 2, "model.class_dropout_prob": 0}, "model.class_dropout_prob: expected a"),
+        ({"data.eval_split": "test"}, "data.eval_split: there is no split 'test'"),
+    ):  # fmt: skip
+        done = train(rae, images, tmp_path / "run", check=False, **{**four, **changed})
+        assert done.returncode == 2, (changed, done.stderr)
+        assert re.search(words, error_line(done.stderr)), (changed, done.stderr)
+        assert not (tmp_path / "run").exists(), changed
+    done = train(rae, images, run_dir, check=False, **{"model.num_layers": 3, "optimizer.lr": 1})
+    line = error_line(done.stderr)
+    assert "model.num_layers is 2 there and 3 now; optimizer.lr is 0.001 there and 1.0 now" in line
+
+
+def test_another_autoencoder_is_not_the_same_run(whole, rae, images, tmp_path):
+    run_dir = shutil.copytree(whole[0], tmp_path / "run")
+    other = tiny_rae()
+    with torch.no_grad():
+        next(other.encoder.parameters()).add_(1)
+    other.save_pretrained(tmp_path / "other")
+    longer = {"train.max_steps": 5, "eval.raw": "true", "sampling.guidance_scale": 1.5}
+    done = train(tmp_path / "other", images, run_dir, check=False, **longer)
+    assert re.search("error: (latents.stats, )?model.rae: the weights are not those that", done.stderr), done.stderr
+    moved = shutil.copytree(rae, tmp_path / "moved")  # equal weights in another place are the same run
+    assert "continuing from" in train(moved, images, run_dir, **longer).stdout
