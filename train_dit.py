@@ -19,7 +19,7 @@ if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv):
 import shutil
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -91,6 +91,7 @@ from rae_suite.run_log import RunLog, start_trackers, upload
 from rae_suite.settings_dit import Config
 from rae_suite.sharding import gather_to_cpu, shard
 from rae_suite.sources import ImageSource
+from rae_suite.start_notes import batch_line, start_notes
 from rae_suite.steps import Steps, step_batches
 from rae_suite.training_data import TrainingData, open_data, open_loader, write_shards
 from rae_suite.updates import (
@@ -102,6 +103,7 @@ from rae_suite.updates import (
     mean_over_processes,
     no_sync_except_last,
     set_learning_rate,
+    stretched,
 )
 
 GRID_ROWS = 4  # images of each class in a sample grid
@@ -164,7 +166,7 @@ def build_run(config: Config, accelerator: Accelerator, rae: RAEModel, classes: 
         model=model,
         rae=rae,
         optimizer=optimizer,
-        ema=EMA(dit, config.ema.decay),
+        ema=EMA(dit, config.ema.decay, config.ema.warmup),
         classes=classes,
         shift=shift,
         guide=guide,
@@ -238,10 +240,9 @@ def train_step(run: Run, batches: list, step: int, stop: bool = False) -> StepRe
     if config.train.clip_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, config.train.clip_grad_norm, grad_norm)
     asked = torch.full((), float(stop), device=accelerator.device)
-    values = {**mean_over_micro_batches(terms), "stop": asked, "grad_norm": grad_norm}
-    values = mean_over_processes(accelerator, values)
+    values = mean_over_processes(accelerator, mean_over_micro_batches(terms) | {"stop": asked, "grad_norm": grad_norm})
     update = apply_update(accelerator, run.optimizer, values, ("loss",), "grad_norm", {"lr": lr})
-    run.ema.update(unless=update.failed)
+    run.ema.update(step, unless=update.failed)
     return StepRecord(step + 1, [update])
 
 
@@ -343,12 +344,14 @@ def draw_samples(run: Run, log: RunLog) -> None:
     run.model.eval()
     classes = torch.tensor(evenly_spread(range(run.classes.num), run.config.logging.num_samples))
     labels = classes.repeat(GRID_ROWS)
+    indices, layout, raw = list(range(len(labels))), GridLayout(rows=GRID_ROWS, shown=0, heading=HEADING), None
     with run.ema.applied():
-        images = draw(run, labels, list(range(len(labels))))  # on all processes: a sharded model takes them all
+        images = draw(run, labels, indices)  # on all processes: a sharded model takes them all
+    if log.state.step > 0 and run.ema.lags(log.state.step):
+        raw, layout = draw(run, labels, indices), layout.with_raw(GRID_ROWS)
     if run.accelerator.is_main_process:
         names = [run.classes.names[i] if run.classes.names else str(i) for i in classes.tolist()]
-        layout = GridLayout(rows=GRID_ROWS, shown=0, heading=HEADING)
-        log.picture("samples", class_grid(images, names).numpy(), layout)
+        log.picture("samples", class_grid(images, names, raw).numpy(), layout)
 
 
 def export(run: Run, folder: Path) -> None:
@@ -444,11 +447,11 @@ def main() -> None:
     if config.latents.stats == "compute":
         reader = LatentReader(data.images, config.data, config.eval.batch_size, config.data.flip, accelerator)
         compute_latent_stats(rae.to(accelerator.device), reader, run_dir)
-    run = build_run(config, accelerator, rae, classes, data.steps_per_epoch)
+    schedule = stretched(config.lr_schedule, total_steps)
+    run = build_run(replace(config, lr_schedule=schedule), accelerator, rae, classes, data.steps_per_epoch)
     state, continued = continue_run(accelerator, run_dir, data, run.parts(), run.frozen)
     keep_rae(rae, run_dir, accelerator)
-    if accelerator.is_main_process:
-        write_shards(run_dir, data)
+    write_shards(run_dir, data, accelerator.is_main_process)
     size, lanes = rae.config.image_size, (state.stream or {}).get("lanes")
     loader = open_loader(data, config.data, config.train, accelerator, size, state.step, total_steps, lanes)
     log = RunLog(accelerator, run_dir, state, data.steps_per_epoch, UnreadableLog(config.data.max_unreadable))
@@ -476,7 +479,7 @@ def main() -> None:
 
 def describe(run: Run, data: TrainingData, micro_batch: int, total_steps: int) -> str:
     """What is about to happen, in a few lines."""
-    c, a, latents = run.config, run.accelerator, run.rae.config
+    c, latents = run.config, run.rae.config
     dit = sum(p.numel() for p in run.dit.parameters()) / 1e6
     kind = "DiT-DH" if run.dit.has_head else "DiT"
     shape = f"{latents.latent_channels} x {latents.latent_size} x {latents.latent_size}"
@@ -487,9 +490,8 @@ def describe(run: Run, data: TrainingData, micro_batch: int, total_steps: int) -
             f"{data.num_images or 'streamed'} training and {len(data.eval_images)} evaluation images of "
             f"{run.classes.num} classes, {run.steps_per_epoch} steps an epoch, {total_steps} steps; "
             f"times {c.flow.time_distribution}, shift {run.shift:.4g}",
-            f"batch {c.train.global_batch_size} = {a.num_processes} processes x {micro_batch} images x "
-            f"{c.train.gradient_accumulation_steps} accumulated, precision {a.mixed_precision}, {a.device.type}"
-            + (", sharded (FSDP2)" if run.sharded else ""),
+            batch_line(c.train, run.accelerator, micro_batch, run.sharded),
+            *start_notes(c, run.ema, run.steps_per_epoch, total_steps, {}),
         ]
     )
 

@@ -19,7 +19,7 @@ if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv):
 import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Optional
@@ -84,6 +84,7 @@ from rae_suite.run_log import RunLog, start_trackers, upload
 from rae_suite.settings_rae import Config
 from rae_suite.sharding import gather_to_cpu, shard
 from rae_suite.sources import ImageSource
+from rae_suite.start_notes import batch_line, start_notes
 from rae_suite.steps import Steps, step_batches
 from rae_suite.training_data import TrainingData, open_data, open_loader, write_shards
 from rae_suite.updates import (
@@ -96,6 +97,7 @@ from rae_suite.updates import (
     mean_over_processes,
     no_sync_except_last,
     set_learning_rate,
+    stretched,
 )
 
 CODE = "modeling_rae.py"  # what a model folder holds beside its weights
@@ -142,11 +144,20 @@ class Run:
         return parts
 
 
+def starting_step(step: Optional[int], epoch: float, steps_per_epoch: int) -> int:
+    return round(epoch * steps_per_epoch) if step is None else step
+
+
+def with_stretched_schedules(config: Config, steps_per_epoch: int, total_steps: int) -> Config:
+    """The config with schedules that end with the run, where they are asked to."""
+    gan = config.gan
+    steps = total_steps - starting_step(gan.update_start_step, gan.update_start_epoch, steps_per_epoch)
+    gan = replace(gan, lr_schedule=stretched(gan.lr_schedule, max(0, steps) * gan.updates_per_step))
+    return replace(config, lr_schedule=stretched(config.lr_schedule, total_steps), gan=gan)
+
+
 def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, steps_per_epoch: int) -> Run:
     """Build all networks and optimizers and prepare them for the devices at hand."""
-
-    def start(step: Optional[int], epoch: float) -> int:
-        return round(epoch * steps_per_epoch) if step is None else step
 
     def adamw(parameters: Iterator, settings: Any) -> torch.optim.Optimizer:
         trained = [p for p in parameters if p.requires_grad]
@@ -193,11 +204,11 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
         disc_optimizer=disc_optimizer,
         perceptual=lpips,
         augment=DiffAug(gan.augment_prob, gan.augment_cutout),
-        ema=EMA(decoder, config.ema.decay),
+        ema=EMA(decoder, config.ema.decay, config.ema.warmup),
         steps_per_epoch=steps_per_epoch,
-        lpips_start=start(perceptual.start_step, perceptual.start_epoch),
-        gan_start=start(gan.start_step, gan.start_epoch),
-        disc_start=start(gan.update_start_step, gan.update_start_epoch),
+        lpips_start=starting_step(perceptual.start_step, perceptual.start_epoch, steps_per_epoch),
+        gan_start=starting_step(gan.start_step, gan.start_epoch, steps_per_epoch),
+        disc_start=starting_step(gan.update_start_step, gan.update_start_epoch, steps_per_epoch),
         frozen=frozen,
     )
 
@@ -235,7 +246,7 @@ def train_step(run: Run, batches: list, step: int, stop: bool = False) -> StepRe
     with torch.no_grad(), run.accelerator.autocast():
         latents = [run.model.encode(pixels, add_noise=False).latent for pixels in batches]
     update, reconstructions = decoder_step(run, batches, latents, generators, step, stop)
-    run.ema.update(unless=update.failed)
+    run.ema.update(step, unless=update.failed)
     updates = [update]
     if run.discriminator is not None and step >= run.disc_start:
         count = (step - run.disc_start) * config.gan.updates_per_step  # the discriminator's own step counter
@@ -437,12 +448,13 @@ def measure(run: Run, evaluation: Evaluation, log: RunLog, model: str) -> dict:
 def draw_samples(run: Run, evaluation: Evaluation, log: RunLog) -> None:
     """Write the sample grid of the averaged model, the curves and the strip; show the grid to the trackers."""
     run.model.eval()
-    images = evaluation.shown.to(run.accelerator.device)
+    images, layout, raw = evaluation.shown.to(run.accelerator.device), RECONSTRUCTIONS, None
     with run.ema.applied():
-        reconstructions = reconstruct(run, images)  # on all processes: a sharded model takes them all
+        reconstructions = quantize(reconstruct(run, images))  # on all processes: a sharded model takes them all
+    if log.state.step > 0 and run.ema.lags(log.state.step):
+        raw, layout = quantize(reconstruct(run, images)), layout.with_raw(1)
     if run.accelerator.is_main_process:
-        grid = reconstruction_grid(images, quantize(reconstructions)).numpy()
-        log.picture("reconstructions", grid, RECONSTRUCTIONS)
+        log.picture("reconstructions", reconstruction_grid(images, reconstructions, raw).numpy(), layout)
 
 
 def export(run: Run, folder: Path) -> None:
@@ -524,12 +536,12 @@ def main() -> None:
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
 
     # networks, and the state of an earlier part of this run
-    run = build_run(config, accelerator, rae_config, data.steps_per_epoch)
+    stretched_config = with_stretched_schedules(config, data.steps_per_epoch, total_steps)
+    run = build_run(stretched_config, accelerator, rae_config, data.steps_per_epoch)
     lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
     check_shared_folder(run_dir, lock)
     state, continued = continue_run(accelerator, run_dir, data, run.parts(), run.frozen)
-    if accelerator.is_main_process:
-        write_shards(run_dir, data)
+    write_shards(run_dir, data, accelerator.is_main_process)
     size, lanes = config.model.image_size, (state.stream or {}).get("lanes")
     loader = open_loader(data, config.data, config.train, accelerator, size, state.step, total_steps, lanes)
     unreadable = UnreadableLog(config.data.max_unreadable)
@@ -559,20 +571,20 @@ def main() -> None:
 
 def describe(run: Run, data: TrainingData, micro_batch: int, total_steps: int) -> str:
     """What is about to happen, in a few lines."""
-    c, a = run.config, run.accelerator
+    c = run.config
     decoder = sum(p.numel() for p in run.model.decoder.parameters()) / 1e6
     encoder = sum(p.numel() for p in run.model.encoder.parameters()) / 1e6
-    starts = [f"LPIPS from step {run.lpips_start}" if c.perceptual.weight > 0 else "no LPIPS"]
+    starts = {"LPIPS": run.lpips_start} if c.perceptual.weight > 0 else {}
     if run.discriminator is not None:
-        starts += [f"discriminator from {run.disc_start}", f"adversarial loss from {run.gan_start}"]
+        starts |= {"the discriminator": run.disc_start, "the adversarial loss": run.gan_start}
     return "\n".join(
         [
             f"encoder {c.model.encoder} {encoder:.1f}M frozen, decoder {decoder:.1f}M, {c.model.image_size} px",
             f"{data.num_images or 'streamed'} training and {len(data.eval_images)} evaluation images, "
-            f"{run.steps_per_epoch} steps an epoch, {total_steps} steps; {', '.join(starts)}",
-            f"batch {c.train.global_batch_size} = {a.num_processes} processes x {micro_batch} images x "
-            f"{c.train.gradient_accumulation_steps} accumulated, precision {a.mixed_precision}, {a.device.type}"
-            + (", RAE sharded (FSDP2)" if run.sharded else ""),
+            f"{run.steps_per_epoch} steps an epoch, {total_steps} steps"
+            + "".join(f"; {what} from step {step}" for what, step in starts.items()),
+            batch_line(c.train, run.accelerator, micro_batch, run.sharded),
+            *start_notes(c, run.ema, run.steps_per_epoch, total_steps, starts),
         ]
     )
 

@@ -254,7 +254,7 @@ def step_parts(run: Run, pixels: torch.Tensor) -> dict:
         "decoder on clean latents": decoder_on_clean_latents,
         "discriminator's own pass": own_pass,
         "optimizers": optimizers,
-        "moving average": run.ema.update,
+        "moving average": lambda: run.ema.update(0),
     }
 
 
@@ -320,7 +320,7 @@ class PublishedStep:
         optimizer.step()
         optimizer.zero_grad()
         if "ema" in levers:
-            run.ema.update()
+            run.ema.update(step)
         else:
             with torch.no_grad():
                 for name, p in model.named_parameters():

@@ -20,22 +20,35 @@ class EMA:
     """Shadow copy of a module's parameters, float32, ema = decay * ema + (1 - decay) * parameter.
 
     Only parameters are averaged: the decoder has no buffers. Frozen ones are kept too, so that a state dict is whole.
+    With `warmup` the decay rises to its value as min(decay, (1 + step) / (10 + step)).
     """
 
-    def __init__(self, module: nn.Module, decay: float):
-        self.module = module
-        self.decay = decay
+    def __init__(self, module: nn.Module, decay: float, warmup: bool = False):
+        self.module, self.decay, self.warmup = module, decay, warmup
         self.shadow = {name: p.detach().clone().float() for name, p in module.named_parameters()}
 
+    def decay_of(self, step: int) -> float:
+        """Decay of the 0-based `step`."""
+        return min(self.decay, (1 + step) / (10 + step)) if self.warmup else self.decay
+
+    def lags(self, steps: int) -> bool:
+        """Whether the weights that training began with still count for more than 5 % of the average after `steps`."""
+        share = 1.0
+        for step in range(steps):
+            share *= self.decay_of(step)
+            if share <= 0.05:
+                return False
+        return True
+
     @torch.no_grad()
-    def update(self, unless: Optional[torch.Tensor] = None) -> None:
-        """Take one step towards the module's present parameters, `unless` this bool scalar on their device is true:
-        the host does not need to know."""
+    def update(self, step: int, unless: Optional[torch.Tensor] = None) -> None:
+        """Take the 0-based `step` towards the module's present parameters, `unless` this bool scalar on their device is
+        true: the host does not need to know."""
         shadow = [_local(tensor) for tensor in self.shadow.values()]
         parameters = [_local(p.detach()).float() for p in self.module.parameters()]
         decay, weight = (
             torch.full((), value, dtype=torch.float32, device=shadow[0].device)
-            for value in (self.decay, 1 - self.decay)
+            for value in (self.decay_of(step), 1 - self.decay_of(step))
         )
         if unless is not None:
             decay.masked_fill_(unless, 1)

@@ -3,7 +3,7 @@
 import functools
 import logging
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Optional
 
@@ -21,11 +21,17 @@ MIN_TILE = 96  # pixels: smaller images are enlarged by a whole factor, so that 
 PADDING = 4  # pixels between the images of a grid
 PROGRESS_ROWS = 8
 HEADING = 16  # pixels of a line of text
+RAW_CAPTION = "{}: the weights in training. Their average, above, still lags behind."
 
 
-def reconstruction_grid(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
-    """Images over their reconstructions, (N, 3, H, W) each in [0, 1], as one uint8 picture (H', W', 3)."""
-    return _tiles(torch.cat([images, reconstructions]), len(images))
+def reconstruction_grid(
+    images: torch.Tensor, reconstructions: torch.Tensor, raw: Optional[torch.Tensor] = None
+) -> torch.Tensor:
+    """Images over their reconstructions, (N, 3, H, W) each in [0, 1], as one uint8 picture (H', W', 3). `raw`: those of
+    the weights in training, in a third row that a line of text below explains."""
+    if raw is None:
+        return _tiles(torch.cat([images, reconstructions]), len(images))
+    return _with_caption(_tiles(torch.cat([images, reconstructions, raw]), len(images)), RAW_CAPTION.format("Last row"))
 
 
 def comparison_grid(images: torch.Tensor, reconstructions: torch.Tensor, labels: list) -> torch.Tensor:
@@ -36,10 +42,20 @@ def comparison_grid(images: torch.Tensor, reconstructions: torch.Tensor, labels:
     return _with_labels(grid, labels)
 
 
-def class_grid(images: torch.Tensor, names: list) -> torch.Tensor:
+def class_grid(images: torch.Tensor, names: list, raw: Optional[torch.Tensor] = None) -> torch.Tensor:
     """Images, uint8 (N, 3, H, W), in rows with one of each class, under the classes' names, as one uint8 picture
-    (H', W', 3)."""
-    return _with_labels(_tiles(images.float() / 255, len(names)), names)
+    (H', W', 3). `raw`: as many of the weights in training, below, with a line of text that explains them."""
+    rows = images if raw is None else torch.cat([images, raw])
+    grid = _with_labels(_tiles(rows.float() / 255, len(names)), names)
+    return grid if raw is None else _with_caption(grid, RAW_CAPTION.format("Lower half"))
+
+
+def _with_caption(grid: torch.Tensor, text: str) -> torch.Tensor:
+    """The grid (H, W, 3) with a line of text below it."""
+    picture = Image.new("RGB", (grid.shape[1], grid.shape[0] + HEADING), "white")
+    picture.paste(Image.fromarray(grid.numpy()))
+    ImageDraw.Draw(picture).text((PADDING, grid.shape[0]), text, fill="black")
+    return torch.from_numpy(np.array(picture))
 
 
 def _with_labels(grid: torch.Tensor, labels: list) -> torch.Tensor:
@@ -66,13 +82,18 @@ def _tiles(rows: torch.Tensor, per_row: int) -> torch.Tensor:
 @dataclass(frozen=True)
 class GridLayout:
     """Rows of a sample grid: their number, the row (0-based) that changes over a run, and the one that stays, with its
-    name, or None. `heading`: pixels of a line of text above the rows."""
+    name, or None. `heading`, `footing`: pixels of lines of text above and below the rows."""
 
     rows: int
     shown: int
     fixed: Optional[int] = None
     fixed_name: str = ""
     heading: int = 0
+    footing: int = 0
+
+    def with_raw(self, rows: int) -> "GridLayout":
+        """That of a grid which has more rows below, of the weights in training, and a line about them."""
+        return replace(self, rows=self.rows + rows, footing=HEADING)
 
 
 RECONSTRUCTIONS = GridLayout(rows=2, shown=1, fixed=0, fixed_name="images")
@@ -84,7 +105,8 @@ def progress_strip(samples: list, path: Path, layout: GridLayout) -> None:
     out."""
     pictures = read_pictures(spread_with_last(samples, PROGRESS_ROWS))
     last = list(pictures.values())[-1]
-    height = (last.shape[0] - layout.heading - PADDING) // layout.rows  # a row of images with the padding above it
+    text = layout.heading + layout.footing
+    height = (last.shape[0] - text - PADDING) // layout.rows  # a row of images with the padding above it
 
     def row(picture: np.ndarray, number: int) -> np.ndarray:
         start = layout.heading + number * height
@@ -92,7 +114,7 @@ def progress_strip(samples: list, path: Path, layout: GridLayout) -> None:
 
     rows = [] if layout.fixed is None else [(layout.fixed_name, row(last, layout.fixed))]
     for file, picture in pictures.items():
-        if picture.shape == last.shape:  # a continued run may show other images
+        if picture.shape[1] == last.shape[1]:  # a continued run may show other images
             rows.append((f"step {step_of(file)}", row(picture, layout.shown)))
     margin = 80  # pixels for the labels
     strip = Image.new("RGB", (margin + last.shape[1], height * len(rows) + PADDING), "white")

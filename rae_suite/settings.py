@@ -157,6 +157,9 @@ class LRScheduleConfig:
     """Step at which `final_lr` is reached."""
     final_lr: float = setting(2e-5, AT_LEAST_0)
     """Learning rate at the end of the decay."""
+    stretch: bool = False
+    """Whether the decay ends with the run, wherever `decay_end_epoch` is: a finished run whose train.epochs is raised
+    then goes on at the rate of the longer schedule, else at `final_lr`."""
 
 
 @dataclass
@@ -164,7 +167,10 @@ class EMAConfig:
     """Moving average of the decoder, ema = decay * ema + (1 - decay) * weights, from the first step on."""
 
     decay: float = setting(0.9978, SHARE)
-    """Decay for each step."""
+    """Decay for each step. The average is over about 1 / (1 - decay) steps."""
+    warmup: bool = False
+    """Whether the decay rises with the steps, min(decay, (1 + step) / (10 + step)), so that the average of a short run
+    does not lag behind."""
 
 
 @dataclass
@@ -241,8 +247,10 @@ RESUMABLE_KEYS = (
     "data.max_unreadable",
     "data.shard_retries",
     "eval.",
+    "gan.lr_schedule.stretch",
     "hub.",
     "logging.",
+    "lr_schedule.stretch",
     "model.gradient_checkpointing",
     "train.compile",
     "train.cpu_threads",

@@ -57,9 +57,9 @@ def read_shards(run_dir: Path) -> Optional[list]:
         raise ConfigError(f"{file} is damaged ({error}); without it the shards that are there now are taken") from None
 
 
-def write_shards(run_dir: Path, data: TrainingData) -> None:
+def write_shards(run_dir: Path, data: TrainingData, main_process: bool) -> None:
     """Keep what `read_shards` gives, of a stream."""
-    if data.batches is None:
+    if data.batches is None and main_process:
         write_text(run_dir / SHARDS, json.dumps(data.images.record()))
 
 

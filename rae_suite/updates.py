@@ -4,7 +4,7 @@ finite. The host does not wait for the device anywhere here; `StepRecord.read` i
 import math
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Union
 
 import torch
@@ -18,9 +18,7 @@ from rae_suite.settings import LRScheduleConfig
 
 def learning_rate(step: int, peak: float, schedule: LRScheduleConfig, steps_per_epoch: int) -> float:
     """Learning rate of the 0-based `step`: a function of the step alone, so there is no scheduler to save."""
-    warmup, end = schedule.warmup_steps, schedule.decay_end_step
-    warmup = int(schedule.warmup_epochs * steps_per_epoch) if warmup is None else warmup
-    end = max(warmup, int(schedule.decay_end_epoch * steps_per_epoch) if end is None else end)
+    warmup, end = decay_steps(schedule, steps_per_epoch)
     if step < warmup:
         return peak * ((step + 1) / warmup if schedule.warmup_from_zero else 1.0)
     if schedule.type == "constant":
@@ -32,6 +30,18 @@ def learning_rate(step: int, peak: float, schedule: LRScheduleConfig, steps_per_
     if schedule.type == "linear":
         return peak * (1 - (1 - final) * progress)
     return peak * (final + (1 - final) * 0.5 * (1 + math.cos(math.pi * progress)))
+
+
+def stretched(schedule: LRScheduleConfig, steps: int) -> LRScheduleConfig:
+    """The schedule, with the end of its decay after that many steps where it is to end with the run."""
+    return replace(schedule, decay_end_step=steps) if schedule.stretch else schedule
+
+
+def decay_steps(schedule: LRScheduleConfig, steps_per_epoch: int) -> tuple[int, int]:
+    """Steps at which the warm-up and the decay end."""
+    warmup, end = schedule.warmup_steps, schedule.decay_end_step
+    warmup = int(schedule.warmup_epochs * steps_per_epoch) if warmup is None else warmup
+    return warmup, max(warmup, int(schedule.decay_end_epoch * steps_per_epoch) if end is None else end)
 
 
 def set_learning_rate(optimizer: Any, lr: float) -> None:

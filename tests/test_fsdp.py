@@ -97,7 +97,7 @@ def runs(images, tmp_path_factory):
     )
     launch = ("--config_file", CONFIG, "--num_processes", 2, "--mixed_precision", "no", "--main_process_port", 0)
     done = run_command("tests/distributed_runs.py", file, launch=tuple(map(str, launch)), HF_HOME=str(root / "cache"))
-    assert done.stdout.count("RAE sharded (FSDP2)") == sum(fsdp for _, fsdp, _ in plan)
+    assert done.stdout.count(", sharded (FSDP2)") == sum(fsdp for _, fsdp, _ in plan)
     held = [json.loads(file.with_suffix(f".rank{rank}.json").read_text()) for rank in (0, 1)]
     return root, [{name: rank[i] for i, (name, *_) in enumerate(plan)} for rank in held]
 

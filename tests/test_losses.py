@@ -558,16 +558,16 @@ def test_ema(dtype):
     module = nn.Linear(3, 2).to(dtype)
     ema = EMA(module, 0.9)
     expected = module.weight.detach().float().clone()
-    for _ in range(3):
+    for step in range(3):
         module.weight.data += 1
-        ema.update()
+        ema.update(step)
         expected = 0.9 * expected + 0.1 * module.weight.detach().float()
     torch.testing.assert_close(ema.shadow["weight"], expected)
     assert ema.shadow["weight"].dtype == torch.float32
     kept = {name: tensor.clone() for name, tensor in ema.shadow.items()}
-    ema.update(unless=torch.tensor(True))
+    ema.update(3, unless=torch.tensor(True))
     assert all(torch.equal(tensor, kept[name]) for name, tensor in ema.shadow.items())
-    ema.update(unless=torch.tensor(False))
+    ema.update(3, unless=torch.tensor(False))
     expected = 0.9 * expected + 0.1 * module.weight.detach().float()
     torch.testing.assert_close(ema.shadow["weight"], expected)
     before, parameter = module.weight.detach().clone(), module.weight
@@ -584,7 +584,7 @@ def test_ema(dtype):
     state = {name: tensor.clone() for name, tensor in ema.state_dict().items()}
     other.load_state_dict(state)
     torch.testing.assert_close(other.shadow["weight"], expected)
-    other.update()
+    other.update(0)
     assert torch.equal(state["weight"], ema.shadow["weight"])  # a loaded state is copied
     with pytest.raises(ValueError, match=r"weight.*\(3, 3\).*\(2, 3\)"):
         other.load_state_dict({**state, "weight": torch.zeros(3, 3)})

@@ -92,7 +92,7 @@ def test_no_value_is_read_in_a_step(settings, monkeypatch):
     assert record["nonfinite"] is None and 0 not in (record["lpips"], record["gan"], record["disc_loss"])
     assert train_step.host_reads(run, pixels) == 0
     update = run.ema.update
-    monkeypatch.setattr(run.ema, "update", lambda unless: None if unless else update(unless))
+    monkeypatch.setattr(run.ema, "update", lambda step, unless: None if unless else update(step, unless))
     assert train_step.host_reads(run, pixels) == 1
 
 

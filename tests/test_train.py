@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -34,6 +35,8 @@ import train_rae
 from modeling_rae import RAEModel
 from rae_suite import launch, rae_networks, updates
 from rae_suite.checkpoints import read_checkpoint
+from rae_suite.ema import EMA
+from rae_suite.pictures import HEADING, PADDING
 from rae_suite.randomness import step_generator
 from rae_suite.settings import LRScheduleConfig
 from rae_suite.settings_rae import parse_config
@@ -380,6 +383,30 @@ def test_learning_rate(settings, expected):
     schedule = LRScheduleConfig(**settings)
     found = [updates.learning_rate(step, 1.0, schedule, steps_per_epoch=2) for step in range(8)]
     assert found == pytest.approx(expected)
+
+
+def test_stretched_schedule():
+    """The decay ends with the run where that is asked for, whatever its own end is."""
+    schedule = LRScheduleConfig(type="linear", warmup_steps=0, decay_end_epoch=1, final_lr=0.5)
+    assert updates.stretched(schedule, 8) == schedule
+    longer = updates.stretched(replace(schedule, stretch=True), 8)
+    found = [updates.learning_rate(step, 1.0, longer, steps_per_epoch=2) for step in (0, 4, 8)]
+    assert found == pytest.approx([1, 0.75, 0.5])
+
+
+def test_a_short_run_says_what_does_not_fit_it(images, tmp_path):
+    """Settings of a long run are named at the start; pictures show the weights in training while the average lags,
+    which it does not with ema.warmup."""
+    settings = {**TINY, "train.max_steps": "2", "ema.decay": "0.9978", "logging.every_steps": "50"}
+    settings |= {"lr_schedule.warmup_steps": "3", "gan.start_step": "9", "eval.metrics": "[psnr]"}
+    notes = [line for line in train(images, tmp_path / "run", settings).stdout.splitlines() if "note:" in line]
+    for words, line in zip(("averages over 455 steps", "logging.every_steps 50", "warm-up of 3 steps does not end",
+                            "the adversarial loss would begin with step 9"), notes, strict=True):  # fmt: skip
+        assert words in line
+    first, last = (Image.open(tmp_path / f"run/samples/step-0000000{step}.png") for step in (0, 2))
+    assert (last.height - HEADING - PADDING) * 2 == (first.height - PADDING) * 3  # a row more, and a line of text
+    module = torch.nn.Linear(1, 1)
+    assert EMA(module, 0.9978).lags(1000) and not EMA(module, 0.9978, warmup=True).lags(5)
 
 
 # -------------------------------------------------------------------------------------------- precision, trackers
