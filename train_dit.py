@@ -449,7 +449,7 @@ def main() -> None:
         compute_latent_stats(rae.to(accelerator.device), reader, run_dir)
     schedule = stretched(config.lr_schedule, total_steps)
     run = build_run(replace(config, lr_schedule=schedule), accelerator, rae, classes, data.steps_per_epoch)
-    state, continued = continue_run(accelerator, run_dir, data, run.parts(), run.frozen)
+    state, continued = continue_run(accelerator, config, run_dir, data, run.parts(), run.frozen)
     keep_rae(rae, run_dir, accelerator)
     write_shards(run_dir, data, accelerator.is_main_process)
     size, lanes = rae.config.image_size, (state.stream or {}).get("lanes")

@@ -540,7 +540,7 @@ def main() -> None:
     run = build_run(stretched_config, accelerator, rae_config, data.steps_per_epoch)
     lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
     check_shared_folder(run_dir, lock)
-    state, continued = continue_run(accelerator, run_dir, data, run.parts(), run.frozen)
+    state, continued = continue_run(accelerator, config, run_dir, data, run.parts(), run.frozen)
     write_shards(run_dir, data, accelerator.is_main_process)
     size, lanes = config.model.image_size, (state.stream or {}).get("lanes")
     loader = open_loader(data, config.data, config.train, accelerator, size, state.step, total_steps, lanes)

@@ -26,14 +26,21 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from rae_suite.checkpoints import checkpoints, last_checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint
+from rae_suite.checkpoints import (
+    checkpoints,
+    find_damage,
+    last_checkpoint,
+    newest_checkpoint,
+    read_checkpoint,
+    save_checkpoint,
+)
 from rae_suite.cli import config_yaml, with_settings
 from rae_suite.errors import ConfigError, RunError, WriteError
 from rae_suite.files import step_of, write_text, writing
 from rae_suite.hub import push_command
 from rae_suite.launch import INTERRUPTED, say
 from rae_suite.metrics_file import MetricsFile
-from rae_suite.settings import HubConfig, check_same_config, read_run_settings
+from rae_suite.settings import HubConfig, check_same_config, differing_settings, read_run_settings
 from rae_suite.sharding import load_part
 from rae_suite.training_data import SHARDS, TrainingData
 
@@ -93,7 +100,9 @@ def resolve_config(config: Any, accelerator: Accelerator) -> Any:
     """The config with what the launch and the beginning of the run decide: the precision, and a stream's lanes."""
     values = {"train.mixed_precision": accelerator.mixed_precision}
     if config.data.streaming and config.data.stream_lanes is None:
-        saved = Path(config.train.output_dir) / "config.yaml"
+        fork = config.train.fork_from
+        run_dir = Path(config.train.output_dir) if fork is None else Path(fork).parent.parent
+        saved = run_dir / "config.yaml"
         began = read_run_settings(saved).get("data.stream_lanes") if saved.exists() else None
         values["data.stream_lanes"] = began or accelerator.num_processes * max(1, config.data.num_workers)
     return with_settings(config, values)
@@ -111,6 +120,10 @@ def check_run_folder(config: Any) -> Path:
         MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()  # or names the line that is damaged
     elif run_dir.exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
         raise ConfigError(f"train.output_dir: {run_dir} is not empty and has no config.yaml of a run")
+    if config.train.fork_from is not None and not checkpoints(run_dir):
+        fork = Path(config.train.fork_from)
+        if not (fork / "manifest.json").is_file():
+            raise ConfigError(f"train.fork_from: {fork} is no checkpoint, expected <run folder>/checkpoints/step-*")
     return run_dir
 
 
@@ -232,22 +245,53 @@ def check_same_frozen(state: RunState, frozen: dict, path: Path) -> None:
 
 
 def continue_run(
-    accelerator: Accelerator, run_dir: Path, data: TrainingData, parts: dict, frozen: dict
+    accelerator: Accelerator, config: Any, run_dir: Path, data: TrainingData, parts: dict, frozen: dict
 ) -> tuple[RunState, bool]:
     """The run's state and whether it continues: loaded, with its `parts`, from the newest whole checkpoint if there is
-    one. Raises RunError when all are damaged, and ConfigError when the run began with other images or `frozen` networks
-    (see load_checkpoint)."""
+    one, else from the one that train.fork_from names. Raises RunError when all are damaged, and ConfigError when the
+    run began with other images or `frozen` networks (see load_checkpoint)."""
     state = RunState(frozen=frozen, num_images=data.num_images, images=data.list_digest)
     state.stream = None if data.batches is not None else {"shards": data.shards, "lanes": None}
-    parts = with_scaler(accelerator, parts)
-    checkpoint = find_checkpoint(accelerator, run_dir, parts)
+    checkpoint = find_checkpoint(accelerator, run_dir, with_scaler(accelerator, parts))
     if checkpoint is None:
-        return state, False
+        return (state if config.train.fork_from is None else fork_run(accelerator, config, data, parts, frozen)), False
+    parts = with_scaler(accelerator, parts)
     load_checkpoint(checkpoint, state, parts, frozen)
     say(accelerator, f"continuing from {checkpoint}")
     check_same_images(state, data, run_dir)
     state.images = data.list_digest
     return state, True
+
+
+def fork_run(accelerator: Accelerator, config: Any, data: TrainingData, parts: dict, frozen: dict) -> RunState:
+    """The state of a new run that goes on from the checkpoint `train.fork_from` of another, loaded with its `parts`.
+    What differs between the two configs is said. Raises ConfigError for a checkpoint that is damaged, or of other
+    networks or shards than this run's."""
+    path, state = Path(config.train.fork_from), RunState()
+    damage = find_damage(path, ["state", *parts])
+    if damage is not None:
+        raise ConfigError(f"train.fork_from: {path} is damaged or of a run with other networks ({damage})")
+    if (path / "scaler.json").exists():
+        parts = with_scaler(accelerator, parts)
+    try:
+        load_checkpoint(path, state, parts, frozen)
+    except RunError as error:
+        raise ConfigError(f"train.fork_from: {error}") from error
+    stream = state.stream or {"shards": None, "lanes": None}
+    if stream["shards"] != data.shards or len(stream["lanes"] or ()) != (config.data.stream_lanes or 0):
+        raise ConfigError(
+            f"train.fork_from: {path} is of a run on other shards or lanes, expected those of its own run"
+        )
+    settings = path.parent.parent / "config.yaml"
+    changed = differing_settings(config, settings, forkable) if settings.exists() else ["its settings are not known"]
+    say(accelerator, "\n  ".join([f"a new run from {path}, {len(changed)} settings differ", *changed]))
+    state.num_images, state.images, state.best, state.best_of = data.num_images, data.list_digest, None, ""
+    return state
+
+
+def forkable(settings: dict) -> dict:
+    """Those of the settings that say something of a fork."""
+    return {key: value for key, value in settings.items() if key not in ("train.output_dir", "train.fork_from")}
 
 
 def check_same_images(state: RunState, data: TrainingData, run_dir: Path) -> None:

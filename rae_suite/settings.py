@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
@@ -84,6 +85,9 @@ class TrainConfig:
 
     output_dir: str = "runs/rae"
     """The run's folder. A run that finds its own checkpoints there goes on from the newest."""
+    fork_from: Optional[str] = None
+    """Checkpoint of another run, <run>/checkpoints/step-*, that a new run goes on from: with its weights, averages,
+    optimizers and step, under settings of its own. Those that differ are listed."""
     epochs: float = setting(16, POSITIVE)
     """Length of training in epochs."""
     max_steps: Optional[int] = setting(None, POSITIVE)
@@ -293,8 +297,17 @@ def read_run_settings(file: Path) -> dict:
 def check_same_config(config: Any, file: Path) -> None:
     """Raise ConfigError when `file`, the config.yaml of a run folder, is of another run than `config`: all settings
     that differ are named. A setting that the file lacks, because an older version wrote it, has its default there."""
-    old, new = comparable(read_run_settings(file)), comparable(flat(config_dict(config)))
-    defaults = comparable(flat(config_dict(type(config)())))
+    differences = differing_settings(config, file, comparable)
+    if differences:
+        raise ConfigError(
+            f"{file} is of another run: {'; '.join(differences)}; choose another train.output_dir or the same settings"
+        )
+
+
+def differing_settings(config: Any, file: Path, chosen: Callable[[dict], dict]) -> list:
+    """In words, what of the `chosen` settings is another in `file`, the config.yaml of a run, than in `config`."""
+    old, new = chosen(read_run_settings(file)), chosen(flat(config_dict(config)))
+    defaults = chosen(flat(config_dict(type(config)())))
     differences = []
     for key in sorted(old.keys() | new.keys()):
         was = old.get(key, defaults.get(key))
@@ -303,10 +316,7 @@ def check_same_config(config: Any, file: Path) -> None:
                 differences.append(f"{key} is {was!r} there and no setting any more")
         elif was != new[key]:
             differences.append(f"{key} is {was!r} there and {new[key]!r} now")
-    if differences:
-        raise ConfigError(
-            f"{file} is of another run: {'; '.join(differences)}; choose another train.output_dir or the same settings"
-        )
+    return differences
 
 
 def comparable(settings: dict) -> dict:

@@ -4,6 +4,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -34,8 +35,9 @@ from PIL import Image
 import train_rae
 from modeling_rae import RAEModel
 from rae_suite import launch, rae_networks, updates
-from rae_suite.checkpoints import read_checkpoint
+from rae_suite.checkpoints import checkpoints, read_checkpoint
 from rae_suite.ema import EMA
+from rae_suite.files import step_of
 from rae_suite.pictures import HEADING, PADDING
 from rae_suite.randomness import step_generator
 from rae_suite.settings import LRScheduleConfig
@@ -199,6 +201,31 @@ def test_continuing_differently(images, whole_run, tmp_path):
     shutil.copy(extra, extra.with_name("extra.png"))
     done = train(data, tmp_path / "other", {**PLAIN, "train.max_steps": "2"}, check=False)
     assert done.returncode == 2 and "25 training images" in error_line(done.stderr) and "24" in done.stderr
+
+
+def test_fork(images, whole_run, tmp_path):
+    """A new run from a checkpoint of another: with its settings it ends in the same bits; settings that differ are
+    named; networks that differ are refused."""
+    whole, settings, _ = whole_run
+    older, newest = checkpoints(whole)
+    fork = {**settings, "train.fork_from": older}
+    done = train(images, tmp_path / "same", fork)
+    assert f"a new run from {older}, 0 settings differ" in done.stdout
+    ours, theirs = checkpoint_state(tmp_path / "same"), checkpoint_state(whole)
+    assert {name for name in ours if not same(ours[name], theirs[name])} <= {"state"}
+    assert min(line["step"] for line in read_metrics(tmp_path / "same")) == step_of(older) + 1
+    done = train(images, tmp_path / "other", {**fork, "optimizer.lr": "5e-4", "train.seed": "3"})
+    lines = [line.strip() for line in done.stdout.splitlines()]
+    assert f"a new run from {older}, 2 settings differ" in lines and "train.seed is 0 there and 3 now" in lines
+    again = train(images, tmp_path / "other", {**fork, "optimizer.lr": "5e-4", "train.seed": "3"})
+    assert "is finished" in again.stdout
+    for changed, words in (
+        ({"model.decoder_hidden_size": "48"}, f"train.fork_from: .*{older.name}.*decoder"),
+        ({"model.encoder_input_size": "48"}, "model.encoder|decoder"),
+        ({"train.fork_from": whole}, "train.fork_from: .* is no checkpoint, expected <run folder>/checkpoints/step-"),
+    ):
+        done = train(images, tmp_path / "refused", {**fork, **changed}, check=False)
+        assert done.returncode == 2 and re.search(words, error_line(done.stderr)), done.stderr
 
 
 def test_stopping_the_launcher(images, tmp_path):
