@@ -361,7 +361,7 @@ def test_a_run_folder_is_continued_with_its_own_settings_only(tmp_path):
     resumable = {
         "data.num_workers", "data.max_unreadable", "data.max_unreadable_shards", "data.shard_retries",
         "model.gradient_checkpointing", "train.compile", "train.cpu_threads", "train.deterministic", "train.epochs",
-        "train.gradient_accumulation_steps", "train.timeout_minutes",
+        "train.gradient_accumulation_steps", "train.timeout_minutes", "lr_schedule.stretch", "gan.lr_schedule.stretch",
         "train.keep_last", "train.max_nonfinite_steps", "train.max_steps", "train.output_dir",
         "train.save_every_steps", "train.save_every_epochs",
     }  # fmt: skip

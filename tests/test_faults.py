@@ -63,7 +63,7 @@ def test_killed_while_writing(images, whole, tmp_path):
              "sample picture half-written", "best/: between its two renames", "final/: half-written")  # fmt: skip
     rows = named_life(training, "1 process", {name: PLACES[name] for name in names})
     assert [row["caught"] for row in rows] == [
-        ".config.yaml.partial", "half a line", ".step-00000004.partial", "-", ".best.old, .best.partial",
+        ".config.partial.yaml", "half a line", ".step-00000004.partial", "-", ".best.old, .best.partial",
         ".final.partial",
     ]  # fmt: skip
     assert training.go() == [0] and left_behind(training) == "-"

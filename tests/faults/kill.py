@@ -44,10 +44,10 @@ SCENARIOS = {
 }
 PARTIAL = r"/checkpoints/\.step-\d+\.partial"
 PLACES = {
-    "config.yaml half-written, first start": {"place": r"open w .*/\.config\.yaml\.partial", "action": "half"},
+    "config.yaml half-written, first start": {"place": r"open w .*/\.config\.partial\.yaml", "action": "half"},
     "first line of metrics.jsonl": {"place": r"open a .*/metrics\.jsonl", "action": "half"},
     "metrics.jsonl, half a line": {"place": r"open a .*/metrics\.jsonl", "count": 6, "action": "half"},
-    "metrics.jsonl cut back on resume": {"place": r"open w .*/\.metrics\.jsonl\.partial", "action": "half"},
+    "metrics.jsonl cut back on resume": {"place": r"open w .*/\.metrics\.partial\.jsonl", "action": "half"},
     "sample picture half-written": {"place": r"open w\+ .*/samples/step-", "action": "half"},
     "curves half-written": {"place": r"open w\+ .*/curves\.png", "action": "half"},
     "checkpoint: first file": {"place": rf"open w .*{PARTIAL}/state\.json", "action": "half"},

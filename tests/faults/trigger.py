@@ -102,9 +102,8 @@ def arm(fault: dict) -> None:
     modules = [module for name, module in sys.modules.items() if name.startswith(("train_", "rae_suite."))]
     for name in re.findall(r"^call (\w+)", fault["place"]):
         callers = [module for module in modules if hasattr(module, name)]
-        function = announced(name, getattr(callers[0], name))
         for module in callers:
-            setattr(module, name, function)
+            setattr(module, name, announced(name, getattr(module, name)))
 
 
 if __name__ == "__main__":
