@@ -53,6 +53,7 @@ from rae_suite.run_folder import lock_run_folder
 from rae_suite.settings import FEW_TASKS, SEED, ImagesConfig
 from rae_suite.sources import ImageSource
 from rae_suite.splits import load_eval_images, load_splits
+from rae_suite.values import PathText
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "linear_probe.yaml"  # when no --config is given
 MOMENTUM = 0.9
@@ -91,7 +92,7 @@ class FeaturesConfig:
     """Images of one forward pass of each process."""
     mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = None
     """Autocast precision of the encoder; none: what `accelerate launch` was told. The heads are float32."""
-    cache_dir: Optional[str] = None
+    cache_dir: Optional[PathText] = None
     """Folder that features are kept in; none: rae_features in HF_HOME."""
 
 
@@ -121,7 +122,7 @@ class HeadTrainingConfig:
 class LinearProbeConfig:
     """Settings of linear_probe.py."""
 
-    model: Optional[str] = None
+    model: Optional[PathText] = None
     """Folder or Hub id of the autoencoder; with eval_only none: the one that the head was trained on."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
     """The images. With eval_only, class folders without split folders are taken whole."""
@@ -129,11 +130,11 @@ class LinearProbeConfig:
     train: HeadTrainingConfig = field(default_factory=HeadTrainingConfig)
     eval_only: bool = False
     """Evaluate a saved head instead of training one."""
-    head: Optional[str] = None
+    head: Optional[PathText] = None
     """Folder of the head that eval_only evaluates."""
     allow_absent_classes: bool = False
     """Whether the evaluation images may lack some classes of the training images."""
-    output_dir: Optional[str] = None
+    output_dir: Optional[PathText] = None
     """Folder of the results, which replace earlier ones; none: runs/linear_probe, or with eval_only
     runs/linear_probe_eval."""
 
@@ -546,7 +547,7 @@ class LinearHead(nn.Module):
     @classmethod
     def load(cls, folder: str) -> "LinearHead":
         """Raises ConfigError, about the setting `head`, when the folder holds none."""
-        path = Path(folder).expanduser()
+        path = Path(folder)
         for name in ("config.json", "head.safetensors"):
             if not (path / name).is_file():
                 raise ConfigError(

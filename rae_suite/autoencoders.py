@@ -94,7 +94,6 @@ def load_autoencoder(source: str, key: str = "model") -> Autoencoder:
 
     Raises ConfigError, about the setting `key`, when there is none, it is of another kind, or its weights do not fit.
     """
-    source = str(Path(source).expanduser()) if source.startswith("~") else source
     kind = _kind(source, key)
     with error_names_setting(key, source):
         if kind == "rae":

@@ -90,7 +90,7 @@ def writing(path: Path) -> Iterator[None]:
 def make_folder(path: str, key: str) -> Path:
     """Create a folder. Raises ConfigError, about the setting `key`, when that cannot be done."""
     with error_names_setting(key):
-        folder = Path(path).expanduser()
+        folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 

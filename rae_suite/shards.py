@@ -141,7 +141,6 @@ def list_splits(path, config_name, setting):
 
 def find_shards(path, split, cfg, setting="data.path"):
     """The shards of one split of `path`, or all of them where it names shards itself. Raises DataError."""
-    path = os.path.expanduser(path)
     if names_shards(path):
         if cfg.config_name is not None:
             raise DataError(f"data.config_name: '{cfg.config_name}' is for Hub data sets, but {setting} is {path}")

@@ -60,6 +60,7 @@ from rae_suite.settings import ImagesConfig
 from rae_suite.settings_rae import parse_config
 from rae_suite.sources import ImageSource
 from rae_suite.splits import load_splits
+from rae_suite.values import PathText
 
 CHECK_IMAGES = 256
 # An entry's mean over that many images is off by 1/16 on average.
@@ -73,15 +74,15 @@ AT_LEAST_2 = Limit(lambda value: value >= 2, "at least 2 images")
 class LatentStatsConfig:
     """Settings of compute_latent_stats.py."""
 
-    model: Optional[str] = None
+    model: Optional[PathText] = None
     """Folder or Hub id of an RAE."""
-    train_config: tuple[str, ...] = ()
+    train_config: tuple[PathText, ...] = ()
     """Instead of a model: YAML files of a training run, later ones win."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
     """The images, as in the training run; statistics are those of the training split."""
-    output: Optional[str] = None
+    output: Optional[PathText] = None
     """New folder for the model with its statistics; none: they go into the model's own folder."""
-    stats_file: Optional[str] = None
+    stats_file: Optional[PathText] = None
     """File for `mean` and `var`, .safetensors or .pt."""
     num_samples: Optional[int] = setting(None, AT_LEAST_2)
     """Images that are used, spread evenly over the split; none: all."""
@@ -91,7 +92,7 @@ class LatentStatsConfig:
     """Images of one batch in each process."""
     seed: int = setting(0, AT_LEAST_0)
     """Seed of data.holdout_fraction: the training run's."""
-    json: Optional[str] = None
+    json: Optional[PathText] = None
     """File for the printed table, for machines."""
 
 

@@ -45,6 +45,7 @@ from rae_suite.launch import quiet_transformers, run_main
 from rae_suite.metrics import HIGHER_IS_BETTER
 from rae_suite.rae_networks import image_processor_json
 from rae_suite.run_folder import MetricsFile
+from rae_suite.values import PathText
 
 MODELING_FILE = "modeling_rae.py"
 # what save_pretrained writes weights to: an earlier upload's are deleted, all other files are somebody's own
@@ -65,7 +66,7 @@ METRIC_NAMES = {
 class PushConfig:
     """Settings of push_to_hub.py."""
 
-    model: str
+    model: PathText
     """Model folder of an RAE: best/ or final/ of a run, or what save_pretrained wrote."""
     repo_id: str
     """user/name of the model on the Hub; made where there is none."""
@@ -73,7 +74,7 @@ class PushConfig:
     """Whether only its owners see the model."""
     no_encoder: bool = False
     """Leave out the encoder's weights: they are then fetched from the encoder's own id on loading."""
-    results: Optional[str] = None
+    results: Optional[PathText] = None
     """results.json of eval_rfid.py with the model's figures; none: those of its run folder."""
     license: str = "apache-2.0"
     """License of the decoder, as the Hub names it."""
@@ -406,7 +407,7 @@ def push(settings: PushConfig, model: Path, temporary: Path) -> None:
 def main() -> None:
     settings = parse(PushConfig, "push_to_hub.py", "Publish a trained model on the Hugging Face Hub.", check=check)
     quiet_transformers()
-    model = Path(settings.model).expanduser().resolve()
+    model = Path(settings.model).resolve()
     if not settings.dry_run:
         check_access(settings.repo_id, "repo_id")
     with tempfile.TemporaryDirectory(prefix="push-to-hub-") as temporary:

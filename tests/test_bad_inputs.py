@@ -238,12 +238,13 @@ def test_config_on_the_command_line(folder, tmp_path):
 
 
 def test_numbers_in_flags(capsys):
-    """As in files: what is too large for the parser or for any run, also written as `--key=value`."""
+    """As in files: what is too large for a float or for any run, also written as `--key=value`."""
     flag = f"--optimizer.lr={'9' * 400}"
     for argv, word in (
-        ([flag], "--optimizer.lr"),
-        (flag.split("="), "--optimizer.lr"),
-        (["--optimizer.betas", "0.9", "9" * 400], "--optimizer.betas"),
+        ([flag], "optimizer.lr"),
+        (flag.split("="), "optimizer.lr"),
+        (["--train.seed", "9" * 400], "train.seed"),
+        (["--optimizer.betas", "0.9", "9" * 400], "optimizer.betas"),
         (["--optimizer.betas", "0.9", "1e308"], "optimizer.betas"),
         (["--train.epochs=-1e308"], "train.epochs"),
     ):
@@ -263,7 +264,7 @@ def test_numbers_in_flags(capsys):
         (linear_probe.main, {"model": "x", "output_dir": "a\0b"}, "output_dir"),
         (compute_latent_stats.main, {"model": "x", "data.num_workers": 3000}, "data.num_workers"),
         (reconstruct.main, {"model": "x", "input": "x", "output": "y", "data.num_workers": 3000}, "data.num_workers"),
-        (push_to_hub.main, {"model": "x", "repo_id": "a/b", "retries": 10**400}, "--retries"),
+        (push_to_hub.main, {"model": "x", "repo_id": "a/b", "retries": 10**400}, "retries"),
     ],
 )
 def test_numbers_of_other_commands(main, settings, key, capsys, monkeypatch):
