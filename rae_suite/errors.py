@@ -46,11 +46,11 @@ class WriteError(RunError):
 
 # Of a URL: user and password (a password may have a slash in it, a port has not), and the query, which may be a
 # signature; the query of an address without its beginning; a token of the Hub.
-USER = re.compile(r"(?<=://)(?:[^\s/?#'\"]*|[^\s/:?#'\"]*:(?!\d*/)[^\s?#'\"]*)@")
-QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]+")
+URL_USER = re.compile(r"(?<=://)(?:[^\s/?#'\"]*|[^\s/:?#'\"]*:(?!\d*[/?])[^\s#'\"]*)@")
+URL_QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]+")
 PART_OF_QUERY = re.compile(r"(?<=\S)\?[\w.~%-]+=[^\s'\"]*")
 HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
-SECRET = "<secret>"
+SECRET = "<secret>"  # stands for a user, a password or a query
 
 
 def scrub(text: str) -> str:
@@ -62,8 +62,8 @@ def scrub(text: str) -> str:
     with suppress(OSError):
         token = get_token() or ""
     text = text.replace(token, "<token>") if len(token) >= 8 else text  # a mirror's "none" is no secret, but a word
-    text = USER.sub(f"{SECRET}@", text)
-    text = QUERY.sub(rf"\1?{SECRET}", text)
+    text = URL_USER.sub(f"{SECRET}@", text)
+    text = URL_QUERY.sub(rf"\1?{SECRET}", text)
     text = PART_OF_QUERY.sub(f"?{SECRET}", text)
     return HUB_TOKEN.sub("<token>", text)
 

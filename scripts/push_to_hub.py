@@ -36,16 +36,16 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_I
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
 from modeling_rae import RAEConfig, RAEModel
-from rae_suite.cli import AT_LEAST_0, parse, read_yaml, setting
-from rae_suite.errors import ConfigError, error_names_setting
+from rae_suite.cli import AT_LEAST_0, change_texts, parse, read_yaml, setting
+from rae_suite.errors import ConfigError, error_names_setting, scrub
 from rae_suite.files import write_folder
 from rae_suite.frechet import FID_MODES
-from rae_suite.hub import check_access, check_encoder_left_out, check_target, hub_id, open_repository, scrub, upload
+from rae_suite.hub import check_access, check_encoder_left_out, check_target, hub_id, open_repository, upload
 from rae_suite.launch import quiet_transformers, run_main
 from rae_suite.metrics import HIGHER_IS_BETTER
 from rae_suite.rae_networks import image_processor_json
 from rae_suite.run_folder import MetricsFile
-from rae_suite.values import PathText
+from rae_suite.values import PathText, dump
 
 MODELING_FILE = "modeling_rae.py"
 # what save_pretrained writes weights to: an earlier upload's are deleted, all other files are somebody's own
@@ -234,8 +234,8 @@ def figures_of_run(run_dir: Path, settings: dict, model: Path) -> Optional[Figur
 
 
 def data_name(path: str) -> str:
-    """A data set's Hub id, or the name of its folder."""
-    return hub_id(path) or Path(path).resolve().name
+    """A data set's Hub id, or the name of its folder, or of a URL without user and query."""
+    return hub_id(path) or Path(scrub(path).split("?")[0]).resolve().name
 
 
 def eval_results(figures: Figures) -> list:
@@ -352,8 +352,8 @@ def files_to_upload(settings: PushConfig, model: Path, weights_from: Path) -> di
     figures = trained_on = run_settings = None
     if run_dir:
         try:
-            run_settings = (run_dir / "config.yaml").read_text()
-            run = read_yaml(run_dir / "config.yaml")
+            run = change_texts(read_yaml(run_dir / "config.yaml"), scrub)  # earlier versions wrote credentials down
+            run_settings = dump(run)
             trained_on, figures = run["data"]["path"], figures_of_run(run_dir, run, model)
         except (ValueError, LookupError, TypeError) as error:
             raise ConfigError(f"model: config.yaml or metrics.jsonl of {run_dir} is damaged ({error!r})") from error
