@@ -10,7 +10,7 @@ from huggingface_hub import hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 
-from modeling_rae import RAEModel
+from modeling_rae import RAEModel, check_config_dict
 from rae_suite.errors import ConfigError, error_names_setting
 
 DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
@@ -134,4 +134,6 @@ def _kind(source: str, key: str) -> str:
         raise ConfigError(
             f"{key}: {source} is a {kind}, expected an RAE, or diffusers' AutoencoderRAE or AutoencoderKL"
         )
+    with error_names_setting(key, str(file)):
+        check_config_dict(config)
     return kind

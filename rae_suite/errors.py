@@ -100,7 +100,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 # what a damaged model folder makes of building a network from it
-LOAD_ERRORS = (RuntimeError, UnpicklingError, ArithmeticError, AttributeError, LookupError, TypeError)
+LOAD_ERRORS = (RuntimeError, UnpicklingError, ArithmeticError, AttributeError, LookupError, TypeError, MemoryError)
 
 
 @contextmanager

@@ -45,7 +45,7 @@ from modeling_rae import LATENT_VAR_EPS, RAEModel
 from rae_suite.autoencoders import load_autoencoder
 from rae_suite.cli import AT_LEAST_0, POSITIVE, Limit, parse, require, setting
 from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting
-from rae_suite.files import check_output_file, write_folder
+from rae_suite.files import check_links, check_output_file, write_folder
 from rae_suite.launch import (
     data_errors_end_this_process,
     measuring_accelerator,
@@ -152,13 +152,17 @@ def training_model(files: tuple, latent_stats: Optional[str]) -> RAEModel:
 
 
 def model_folder(config: LatentStatsConfig) -> Optional[Path]:
-    """The folder of the model's files, that of the cache for a Hub id; None with a training config."""
+    """The folder of the model's files, that of the cache for a Hub id; None with a training config. Raises ConfigError
+    for a link in it that leads somewhere else: what is there would be copied."""
     if config.model is None:
         return None
     if Path(config.model).is_dir():
-        return Path(config.model).resolve()
-    require(config.output is not None, "output", f"a new folder for {config.model}, which is on the Hub", None)
-    return Path(snapshot_download(config.model))
+        folder = Path(config.model).resolve()
+    else:
+        require(config.output is not None, "output", f"a new folder for {config.model}, which is on the Hub", None)
+        folder = Path(snapshot_download(config.model)).resolve()
+    check_links(folder, folder.rglob("*"), "model")
+    return folder
 
 
 def check_writable(folder: Path, key: str) -> None:

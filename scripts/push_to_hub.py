@@ -38,7 +38,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from modeling_rae import RAEConfig, RAEModel
 from rae_suite.cli import AT_LEAST_0, change_texts, parse, read_yaml, setting
 from rae_suite.errors import ConfigError, error_names_setting, scrub
-from rae_suite.files import write_folder
+from rae_suite.files import check_links, write_folder
 from rae_suite.frechet import FID_MODES
 from rae_suite.hub import check_access, check_encoder_left_out, check_target, hub_id, open_repository, upload
 from rae_suite.launch import quiet_transformers, run_main
@@ -362,7 +362,9 @@ def files_to_upload(settings: PushConfig, model: Path, weights_from: Path) -> di
     files: dict[str, Any] = {name: weights_from / name for name in (CONFIG_NAME, MODELING_FILE, *weights)}
     files[IMAGE_PROCESSOR_NAME] = image_processor_json(config.image_size).encode()
     files[CARD] = model_card(settings, config, figures, trained_on, run_settings).encode()
+    check_links(weights_from, [path for path in files.values() if isinstance(path, Path)], "model")
     if figures and figures.picture.is_file():
+        check_links(figures.picture.parent, [figures.picture], "results")
         files[PICTURE] = figures.picture
     return files
 

@@ -760,6 +760,35 @@ def changed_weights(change: Any) -> dict:
     return model_files() | {"model.safetensors": safetensors.torch.save(tensors, {"format": "pt"})}
 
 
+def absurd_values() -> list:
+    """(key, value, words of the error) of values in a config.json that no network has: numbers, and attention that is
+    code on the Hub. `e_*` is of the encoder."""
+    inf, nan, kernel = float("inf"), float("nan"), "some/kernel"
+    numbers = [
+        (key, 10**9, f"{key.removeprefix('e_')} is 1000000000, expected at most 1000000")
+        for key in ("num_labels", "e_num_labels", "e_vocab_size", "e_intermediate_size", "e_hidden_size",
+                    "e_patch_size", "e_num_channels", "e_image_size", "e_num_attention_heads", "e_mlp_ratio",
+                    "e_num_register_tokens", "e_max_position_embeddings", "decoder_intermediate_size")
+    ]  # fmt: skip
+    numbers += [(key, 10**9, "expected at most 1000") for key in ("e_num_hidden_layers", "decoder_num_hidden_layers")]
+    numbers += [
+        (key, value, "expected a finite number")
+        for key in ("noise_tau", "scaling_factor", "decoder_layer_norm_eps", "e_layer_norm_eps", "e_layerscale_value")
+        for value in (inf, nan)
+    ]
+    numbers += [
+        (key, [0.5, value, 0.5], f"{key} is ") for key in ("image_mean", "image_std") for value in (inf, -inf, nan)
+    ]
+    numbers.append(("e_text_config", {"num_labels": 10**9}, "num_labels is 1000000000"))
+    attention = [
+        (f"{part}{key}", value, f"{key} is '{kernel}', expected one of eager,")
+        for part in ("", "e_")
+        for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+        for value in (kernel, {"": kernel}, {"": "sdpa", "encoder_config": kernel})
+    ]
+    return [*numbers, *attention, ("attn_implementation", f"{kernel}:function", f"'{kernel}:function'")]
+
+
 def model_cases() -> list:
     """Folders of RAEs. All are errors but those that hold more than is needed."""
     good = model_files()
@@ -913,6 +942,8 @@ def model_cases() -> list:
     ):
         given = "missing" if wrong is ... else re.sub(r"[^\w-]+", "_", str(wrong))
         cases[f"{key}_is_{given}"] = (f"{key} is {given}", changed_config(**{key: wrong}), "")
+    for key, wrong, words in absurd_values():
+        cases[f"{key}_is_absurd_{len(cases)}"] = (f"{key} is {wrong!r}", changed_config(**{key: wrong}), words)
     tensor = weights.index(safetensors.torch.load(weights)[name].numpy().tobytes())
     flipped = bytearray(weights)
     flipped[tensor] ^= 1  # the last bit of a number
@@ -1064,6 +1095,7 @@ def encoder_cases() -> list:
     def as_json(held: dict) -> bytes:
         return json.dumps(held).encode()
 
+    said = {}  # words of errors beside the folder's name
     wrong = {
         "unknown_type": good | code | {"config.json": as_json(settings | auto_map | {"model_type": "hostile"})},
         "no_type": good | code | {"config.json": as_json(auto_map)},
@@ -1072,13 +1104,21 @@ def encoder_cases() -> list:
         "safetensors_trap": good | {"model.safetensors": pickle.dumps(Trap())},
         "no_weights": no_weights,
     }
+    for key, value, words in absurd_values():
+        if key.startswith("e_"):  # of a network that transformers has
+            changed = good | {"config.json": as_json(settings | {key.removeprefix("e_"): value})}
+            name = f"absurd_{len(wrong)}"
+            wrong[name] = changed
+            said[name] = words
+    wrong["std"] = good | {"preprocessor_config.json": as_json(processor | {"image_std": [0.5, float("inf"), 0.5]})}
+    said["std"] = "image_std: expected three positive numbers"
     read = {
         "known_type": good | code | {"config.json": as_json(settings | auto_map)},
         "processor": good | code | {"preprocessor_config.json": as_json(hostile_processor)},
         "bin_beside": good | {"pytorch_model.bin": torch_file({"x": Trap()})},
     }
     return [
-        *(Case(f"encoders/{name}", f"encoder: {name}", "error", files, (name,)) for name, files in wrong.items()),
+        *(Case(f"encoders/{n}", f"encoder: {n}", "error", files, (n, said.get(n, ""))) for n, files in wrong.items()),
         *(Case(f"encoders/{name}", f"encoder: {name}", "read", files) for name, files in read.items()),
     ]
 

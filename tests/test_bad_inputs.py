@@ -413,8 +413,10 @@ def test_models_that_are_no_folder(folder, capsys, monkeypatch, tmp_path):
             assert outcome_of(read, str(source)) != "read"
 
 
-def test_encoders(corpus, folder):
-    """model.encoder and gan.backbone: neither code nor pickles in their folders run."""
+def test_encoders(corpus, folder, monkeypatch):
+    """model.encoder and gan.backbone: neither code nor pickles in their folders run, and nobody is asked whether they
+    may; numbers and attention that no network has are named."""
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
 
     def encoder(source: str) -> None:
         with error_names_setting("model.encoder", source):
@@ -427,10 +429,25 @@ def test_encoders(corpus, folder):
 
     for case in corpus["encoders"]:
         check(case, outcome_of(encoder, str(folder / case.file)))
-        if (
-            case.file != "encoders/unknown_type" and case.file != "encoders/no_type"
-        ):  # the backbone is a ViT in any case
+        if case.file != "encoders/std":  # no network has the processor's numbers
             check(case, outcome_of(backbone, str(folder / case.file)))
+
+
+def test_code_of_an_encoder_in_a_model_folder(tmp_path, monkeypatch):
+    """Of a type that AutoModel does not build: refused, without a question, in every command that takes a model."""
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    settings = json.loads(bad_inputs.model_files()["config.json"])
+    encoder = {"model_type": "blip_vision_model", "hidden_size": 16, "patch_size": 8, "image_size": 32}
+    encoder |= {"auto_map": {"AutoModel": f"{tmp_path}/code--hostile.Model"}, "num_hidden_layers": 1}
+    settings |= {"encoder_config": encoder, "encoder_prefix_tokens": 1, "encoder_final_norm": "post_layernorm"}
+    files = bad_inputs.model_files() | {"config.json": json.dumps(settings).encode()}
+    code = {"hostile.py": bad_inputs.HOSTILE_CODE, "config.json": json.dumps(encoder).encode()}
+    bad_inputs.write(
+        [bad_inputs.Case(name, "", "", held) for name, held in (("model", files), ("code", code))], tmp_path
+    )
+    for read in (load_autoencoder, RAEModel.from_pretrained):
+        with error_names_setting("model", "x"), pytest.raises(ValueError, match="trust_remote_code"):
+            read(str(tmp_path / "model"))
 
 
 def test_references(corpus, folder):
