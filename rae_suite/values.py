@@ -201,7 +201,9 @@ def node_of(kind: Any, words: list, key: str) -> yaml.Node:
         try:
             return compose(word) or word_node("null")
         except ValueError as error:
-            raise ConfigError(f"{key}: expected {in_words(kind)} as YAML text, got {shorten(word)}: {error}") from None
+            raise ConfigError(
+                f"--{key}: expected {in_words(kind)} as YAML text, got {shorten(word)}: {error}"
+            ) from None
     return word_node(word)
 
 

@@ -581,6 +581,18 @@ def test_the_home_folder_is_expanded_wherever_a_path_is_taken(tmp_path, monkeypa
         assert config.data.mixture == {f"{tmp_path}/x": 1.0, f"{tmp_path}/y/{{0..3}}.tar": 2.0}
 
 
+def test_a_run_folder_with_the_home_folder_in_a_path(tmp_path, monkeypatch):
+    """As earlier versions wrote it down: the same run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse_config(["--data.path", "~/data", "--model.encoder", "~/encoder"])
+    text = config_yaml(config)
+    assert f"path: {tmp_path}/data" in text
+    saved = Path(write(tmp_path / "config.yaml", text.replace(str(tmp_path), "~")))
+    check_same_config(config, saved)
+    with pytest.raises(ConfigError, match="data.path is .*/data' there and '/data' now"):
+        check_same_config(parse_config(["--data.path", "/data", "--model.encoder", "~/encoder"]), saved)
+
+
 def test_paths_of_the_other_commands(tmp_path, monkeypatch):
     """No setting with the name of a path is a mere text. A path may have a comma."""
     monkeypatch.setenv("HOME", str(tmp_path))
