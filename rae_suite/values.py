@@ -11,7 +11,7 @@ from typing import Any, Literal, NewType, Optional, get_args, get_origin
 
 import yaml
 
-from rae_suite.errors import ConfigError
+from rae_suite.errors import ConfigError, scrub
 
 PathText = NewType("PathText", str)  # type of settings that hold a path, or a URL or Hub id: ~ is the home folder
 
@@ -263,4 +263,5 @@ def scalar_shown(node: yaml.Node) -> str:
 
 
 def shorten(text: str) -> str:
-    return text if len(text) <= 100 else f"{text[:60]}... ({len(text)} characters)"
+    """Text for a message. Half a password could not be found there any more."""
+    return text if len(text) <= 100 else f"{scrub(text)[:60]}... ({len(text)} characters)"

@@ -368,6 +368,22 @@ def test_folders_of_models(corpus, folder):
                 torch.testing.assert_close(model.decode(model.encode(pixels)), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_absurd_numbers_in_diffusers_folders(tmp_path):
+    """Of its two autoencoders, wherever they are read."""
+    for kind in ("AutoencoderRAE", "AutoencoderKL"):
+        for name, value, words in (
+            ("encoder_hidden_size", 10**9, "is 1000000000, expected at most 1000000"),
+            ("block_out_channels", [32, 10**9], "is 1000000000, expected at most 1000000"),
+            ("scaling_factor", float("inf"), "is inf, expected a finite number"),
+        ):
+            (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind, name: value}))
+            line = outcome_of(load_autoencoder, str(tmp_path))
+            assert line == f"model: {tmp_path}/config.json: {name} {words}"
+            if kind == "AutoencoderRAE":
+                argv = ["--from", "diffusers", "--to", "rae", "--input", str(tmp_path), "--output", f"{tmp_path}/out"]
+                assert outcome_of(convert_checkpoint.main, argv) == f"--input: {tmp_path}: {name} {words}"
+
+
 def test_models_to_start_from(corpus, folder):
     """model.init_from: the config before, the weights when the networks are built."""
     expected = RAEConfig.from_dict(json.loads(bad_inputs.model_files()["config.json"]))

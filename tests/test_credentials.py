@@ -239,6 +239,15 @@ def test_run_folders_of_earlier_versions(tmp_path):
     assert "https://<secret>@host/t-{0..3}.tar?<secret>" in card and "Trained on `t-{0..3}.tar`" in card
 
 
+@pytest.mark.parametrize("key", ["data.eval_path", "train.max_steps", "data.mixture"])
+def test_values_that_are_cut_short(key, capsys):
+    """A long one is cut in the message, and not in the middle of a password."""
+    for length in range(0, 120, 5):
+        with pytest.raises(SystemExit):
+            parse_config([f"--{key}", f"https://robin:{'x' * length}{PASSWORD}{'y' * 100}@host/a.tar"])
+        assert f"{key}: expected" in without_secrets(capsys.readouterr().err)
+
+
 @pytest.mark.parametrize("main", [eval_rfid.main, linear_probe.main])
 def test_commands_that_take_no_address(main, monkeypatch, capsys):
     url = f"https://robin:{PASSWORD}@host/a.tar?X-Amz-Signature={SIGNATURE}"
