@@ -53,6 +53,7 @@ from rae_suite.results import save_results
 from rae_suite.settings import ImagesConfig
 from rae_suite.sources import ImageSource
 from rae_suite.splits import load_eval_images
+from rae_suite.values import PathText
 
 GRID_IMAGES = 12  # in comparison.png
 WORST_IMAGES = 10  # named in the results
@@ -66,7 +67,7 @@ NOT_EMPTY = Limit(lambda values: len(values) > 0, "a model folder or Hub id")
 class EvalRFIDConfig:
     """Settings of eval_rfid.py."""
 
-    model: tuple[str, ...] = setting((), NOT_EMPTY)
+    model: tuple[PathText, ...] = setting((), NOT_EMPTY)
     """Folders or Hub ids of the autoencoders."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
     """The images. Class folders without split folders are taken whole."""
@@ -83,26 +84,26 @@ class EvalRFIDConfig:
     """Feature spaces of the Frechet distance; encoder: the frozen encoder of the first model, reported as rfdd."""
     fid_mode: tuple[Literal["legacy_tensorflow", "clean"], ...] = setting(("legacy_tensorflow",), DISTINCT)
     """Resize before Inception: legacy_tensorflow as published, reported as rfid; clean is reported as rfid_clean."""
-    inception_path: Optional[str] = None
+    inception_path: Optional[PathText] = None
     """Local copy of inception-2015-12-05.pt; none: torch.hub's folder (TORCH_HOME), else downloaded."""
     vgg_weights: Literal["pretrained", "random"] = "pretrained"
     """"random" gives LPIPS an untrained VGG16: only for tests and demonstrations."""
-    vgg_path: Optional[str] = None
+    vgg_path: Optional[PathText] = None
     """Local copy of torchvision's vgg16-397923af.pth; none: torch.hub's folder (TORCH_HOME), else downloaded."""
     quantize: Literal["round", "truncate"] = "round"
     """How reconstructions become 8-bit; the published evaluation truncates."""
     latent_noise: tuple[float, ...] = setting((0.0,), DISTINCT, ALL_AT_LEAST_0)
     """Standard deviations of Gaussian noise that is added to the latents as a diffusion model sees them."""
-    reference: Optional[str] = None
+    reference: Optional[PathText] = None
     """.npz file to compare with instead of the images: mu and sigma of features, or images arr_0."""
-    reference_cache: Optional[str] = None
+    reference_cache: Optional[PathText] = None
     """Folder in which the references' features are kept; none: rae_references in HF_HOME."""
     save_images: int = setting(0, AT_LEAST_0)
     """Pairs that are written as PNG, spread evenly over the images, for each row of the results."""
     save_npz: bool = False
     """Write all reconstructions as arr_0 (N, H, W, 3), for each row of the results. All processes write into one file:
     several nodes need a common file system."""
-    output_dir: Optional[str] = None
+    output_dir: Optional[PathText] = None
     """Folder of the results; none: evaluations/<run>-<folder> of the first model."""
     mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = None
     """Autocast precision of the autoencoder; none: what `accelerate launch` was told."""

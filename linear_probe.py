@@ -50,6 +50,7 @@ from rae_suite.results import save_results
 from rae_suite.settings import ImagesConfig
 from rae_suite.sources import ImageSource
 from rae_suite.splits import load_eval_images, load_splits
+from rae_suite.values import PathText
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "linear_probe.yaml"  # when no --config is given
 
@@ -63,7 +64,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "linear_probe.yaml"  # when
 class LinearProbeConfig:
     """Settings of linear_probe.py."""
 
-    model: Optional[str] = None
+    model: Optional[PathText] = None
     """Folder or Hub id of the autoencoder; with eval_only none: the one that the head was trained on."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
     """The images. With eval_only, class folders without split folders are taken whole."""
@@ -71,11 +72,11 @@ class LinearProbeConfig:
     train: HeadTrainingConfig = field(default_factory=HeadTrainingConfig)
     eval_only: bool = False
     """Evaluate a saved head instead of training one."""
-    head: Optional[str] = None
+    head: Optional[PathText] = None
     """Folder of the head that eval_only evaluates."""
     allow_absent_classes: bool = False
     """Whether the evaluation images may lack some classes of the training images."""
-    output_dir: Optional[str] = None
+    output_dir: Optional[PathText] = None
     """Folder of the results, which replace earlier ones; none: runs/linear_probe, or with eval_only
     runs/linear_probe_eval."""
 

@@ -44,7 +44,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 LATENT_VAR_EPS = 1e-5  # added to the variance, as the published code does
 # of a config.json; a damaged one asks for a billion blocks, which would be built for hours
 MAX_BLOCKS = 1000
-MAX_WIDTH = 1_000_000  # of hidden sizes, and pixels of images and patches
+MAX_WIDTH = 1_000_000  # of hidden sizes, pixels of images and patches, and every other number of a network
 HUB_ARGUMENTS = ("token", "cache_dir", "local_files_only", "force_download")  # of from_pretrained: for the encoder too
 BLOCK_OUTPUTS_LOCK = threading.Lock()  # of the module: a model with a lock of its own cannot be copied or pickled
 
@@ -128,6 +128,55 @@ def encoder_family(
     return family
 
 
+def _leaves(name: str, value: object) -> Iterator[tuple]:
+    """(name, value) of all values in nested settings. Items of a list, and attention of parts of a model, have the name
+    of the whole."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _leaves(name if "attn_implementation" in name else str(key), item)
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from _leaves(name, item)
+    else:
+        yield name, value
+
+
+def check_config_dict(settings: dict) -> None:
+    """Check what a config.json holds, before transformers makes something of it.
+
+    Raises:
+        ValueError: a number that is not finite, or that asks for a million of something; attention that is not among
+            transformers' own: it would be code that is fetched from the Hub and run.
+    """
+    known = ("eager", *ALL_ATTENTION_FUNCTIONS)
+    for name, value in _leaves("", settings):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} is {value}, expected a finite number")
+        if "attn_implementation" in name and isinstance(value, str) and value not in known:
+            raise ValueError(f"{name} is '{value}', expected one of {', '.join(sorted(known))}")
+    labels = [("num_labels", value) for name, value in _leaves("", settings) if name == "num_labels"]
+    vision = settings.get("vision_config") or settings  # a text part has millions of positions, and is not built
+    for name, value in (*labels, *_leaves("", vision)):
+        most = MAX_BLOCKS if name == "num_hidden_layers" else MAX_WIDTH
+        if isinstance(value, int) and value > most:
+            raise ValueError(f"{name} is {value}, expected at most {most}")
+
+
+def read_config(source: str, **arguments) -> PreTrainedConfig:
+    """The config of a network that transformers has, from a folder or the Hub; code beside it is never run.
+
+    Args:
+        source: Hub id or folder.
+        arguments: further ones of from_pretrained: revision, HUB_ARGUMENTS, values that replace those of the file.
+
+    Raises:
+        OSError: there is no config.json.
+        ValueError: a model type that transformers lacks, and what check_config_dict refuses.
+    """
+    check_config_dict(PreTrainedConfig.get_config_dict(source, **arguments)[0])
+    return AutoConfig.from_pretrained(source, trust_remote_code=False, **arguments)
+
+
 def vision_config(config: Union[PreTrainedConfig, dict]) -> PreTrainedConfig:
     """The vision part of an encoder's config (CLIP's and SigLIP's have a text part too), set up as the RAE uses it."""
     if not isinstance(config, PreTrainedConfig):
@@ -138,11 +187,7 @@ def vision_config(config: Union[PreTrainedConfig, dict]) -> PreTrainedConfig:
         kind = settings.pop("model_type")
         if not isinstance(kind, str) or kind not in CONFIG_MAPPING:
             raise ValueError(f"encoder model_type {kind!r} is none that transformers {transformers.__version__} knows")
-        for part in (settings, settings.get("vision_config")):  # before transformers names every block
-            for name, most in (("hidden_size", MAX_WIDTH), ("num_hidden_layers", MAX_BLOCKS)):
-                value = part.get(name) if isinstance(part, dict) else None
-                if isinstance(value, int) and value > most:
-                    raise ValueError(f"encoder_config: {name} is {value}, expected at most {most}")
+        check_config_dict(settings)
         config = AutoConfig.for_model(kind, **settings)
     config = getattr(config, "vision_config", config)
     family = ENCODER_FAMILIES.get(config.model_type)
@@ -304,9 +349,10 @@ class RAEConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict, **kwargs) -> "RAEConfig":
-        """As in transformers, but raises ValueError when the config is another model's."""
+        """As in transformers, but raises ValueError when the config is another model's, and as check_config_dict."""
         if config_dict.get("model_type") != cls.model_type:
             raise ValueError(f"expected a config of model_type {cls.model_type}, got {config_dict.get('model_type')}")
+        check_config_dict(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
@@ -322,7 +368,7 @@ class RAEConfig(PreTrainedConfig):
             OSError: a file cannot be had.
             ValueError: unknown family, sizes that do not fit, or a processor without mean and std.
         """
-        encoder_config = AutoConfig.from_pretrained(encoder_id, revision=revision, trust_remote_code=False)
+        encoder_config = read_config(encoder_id, revision=revision)
         processor, _ = ImageProcessingMixin.get_image_processor_dict(encoder_id, revision=revision)
         if not {"image_mean", "image_std"} <= processor.keys():
             raise ValueError(f"{encoder_id}: its preprocessor_config.json has no image_mean and image_std")
@@ -340,7 +386,8 @@ class RAEConfig(PreTrainedConfig):
 
         def numbers(values: Union[list, tuple], count: int, least: float) -> bool:
             given = isinstance(values, (list, tuple)) and len(values) == count
-            return given and all(isinstance(v, (int, float)) and not isinstance(v, bool) and v > least for v in values)
+            real = given and all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values)
+            return real and all(v > least and math.isfinite(v) for v in values)
 
         for names, condition, expected in (
             (
@@ -658,6 +705,7 @@ class RAEModel(RAEPreTrainedModel):
         self.encoder = AutoModel.from_config(
             config.encoder_config,
             dtype=torch.get_default_dtype(),  # not the one that the encoder was published in: the decoder's
+            trust_remote_code=False,
             **_encoder_options(config.encoder_config),
         )
         # Hooks of the model's own, set once: what output_hidden_states gives differs between transformers releases and
@@ -720,8 +768,7 @@ class RAEModel(RAEPreTrainedModel):
         source = {"revision": config.encoder_revision, **hub}
         try:
             with _damaged_files_named(config.encoder_id, source):
-                encoder_config = AutoConfig.from_pretrained(config.encoder_id, trust_remote_code=False, **source)
-                encoder_config = vision_config(encoder_config)
+                encoder_config = vision_config(read_config(config.encoder_id, **source))
                 encoder, info = AutoModel.from_pretrained(
                     config.encoder_id,
                     config=encoder_config,

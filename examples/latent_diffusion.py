@@ -1,13 +1,14 @@
 """Train a small diffusion transformer on the latents of an RAE, and draw images with it.
 
     make demo  # an RAE of handwritten digits, runs/digits_tiny/final
-    python examples/latent_diffusion.py
+    python examples/latent_diffusion.py --trust_remote_code
         the digits, 2,000 steps: about 4 minutes on 2 CPU cores; loss from 1.2 to 0.13, and columns of readable digits
 
     python examples/latent_diffusion.py --model user/my-rae --data /data/flowers/train --output runs/flowers \\
-            --depth 12 --batch_size 128 --steps 50000 --lr 2e-4
-        any RAE, a folder or a Hub id (its modeling_rae.py is run), and any images <data>/<class>/*.png; images without
-        labels are one class, a folder in a folder. A GPU is used when there is one, in float32.
+            --depth 12 --batch_size 128 --steps 50000 --lr 2e-4 --trust_remote_code
+        any RAE, a folder or a Hub id, whose modeling_rae.py is run (--trust_remote_code allows it), and any images
+        <data>/<class>/*.png; images without labels are one class, a folder in a folder. A GPU is used when there is
+        one, in float32.
 
 Written in --output: samples.png, a column for each of the first ten classes; transformer/ and scheduler/, for the
 `from_pretrained` of diffusers; latent_stats.safetensors, `mean` and `std` (1, C, 1, 1): the RAE decodes z * std + mean.
@@ -21,6 +22,7 @@ Method: flow matching with RAE's time shift (arXiv 2510.11690), a DiT (arXiv 221
 
 import argparse
 import math
+import os
 import sys
 import time
 from pathlib import Path
@@ -43,9 +45,11 @@ GRID_CLASSES, GRID_ROWS = 10, 6
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--model", default="runs/digits_tiny/final", help="folder or Hub id of an RAE")
-    parser.add_argument("--data", default="data/digits/train", help="folder of images, <data>/<class>/*.png")
-    parser.add_argument("--output", type=Path, default=Path("runs/latent_diffusion"), help="folder for the results")
+    path = os.path.expanduser
+    parser.add_argument("--model", type=path, default="runs/digits_tiny/final", help="folder or Hub id of an RAE")
+    parser.add_argument("--trust_remote_code", action="store_true", help="run the modeling_rae.py of --model")
+    parser.add_argument("--data", type=path, default="data/digits/train", help="folder of images, <data>/<class>/*.png")
+    parser.add_argument("--output", type=path, default="runs/latent_diffusion", help="folder for the results")
     parser.add_argument("--steps", type=int, default=2000, help="training steps")
     parser.add_argument("--batch_size", type=int, default=32, help="images of a batch")
     parser.add_argument("--width", type=int, help="the transformer's channels; none: at least the latents'")
@@ -56,6 +60,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--num_workers", type=int, default=2, help="processes that read images")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, noise and samples")
     args = parser.parse_args()
+    args.output = Path(args.output)
     least = {"steps": 1, "batch_size": 1, "depth": 1, "lr": 0, "num_sampling_steps": 1, "num_workers": 0}
     for name, value in least.items():
         if getattr(args, name) < value:
@@ -78,10 +83,12 @@ def load_images(folder: str) -> datasets.ImageFolder:
     return images
 
 
-def load_rae(name: str, device: torch.device):
+def load_rae(name: str, trust_remote_code: bool, device: torch.device):
     try:
-        rae = AutoModel.from_pretrained(name, trust_remote_code=True, dtype=torch.float32)
+        rae = AutoModel.from_pretrained(name, trust_remote_code=trust_remote_code, dtype=torch.float32)
     except (OSError, ValueError) as error:
+        if "trust_remote_code" in str(error):
+            fail(f"--model: {name} has code of its own, modeling_rae.py, which is run with --trust_remote_code only")
         fail(f"--model: expected the folder or Hub id of an RAE, got {name} ({error})")
     if rae.config.model_type != "rae":
         fail(f"--model: expected an RAE, got {name}, a model of type {rae.config.model_type}")
@@ -188,7 +195,7 @@ def main() -> None:
     args, start = parse_args(), time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     images = load_images(args.data)
-    rae = load_rae(args.model, device)
+    rae = load_rae(args.model, args.trust_remote_code, device)
     width = choose_width(args.width, rae.config.latent_channels)
     try:
         args.output.mkdir(parents=True, exist_ok=True)

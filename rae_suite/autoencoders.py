@@ -8,7 +8,7 @@ from typing import Optional
 import torch
 from torch import nn
 
-from modeling_rae import RAEModel
+from modeling_rae import RAEModel, check_config_dict
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.hub import fetch_file
 
@@ -93,7 +93,6 @@ def load_autoencoder(source: str, key: str = "model") -> Autoencoder:
 
     Raises ConfigError, about the setting `key`, when there is none, it is of another kind, or its weights do not fit.
     """
-    source = str(Path(source).expanduser()) if source.startswith("~") else source
     kind = _kind(source, key)
     with error_names_setting(key, source):
         if kind == "rae":
@@ -127,4 +126,6 @@ def _kind(source: str, key: str) -> str:
         raise ConfigError(
             f"{key}: {source} is a {kind}, expected an RAE, or diffusers' AutoencoderRAE or AutoencoderKL"
         )
+    with error_names_setting(key, str(file)):
+        check_config_dict(config)
     return kind

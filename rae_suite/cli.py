@@ -1,22 +1,21 @@
 """YAML files and flags to a dataclass, which is the schema of both. Bad input ends in one line that names the key."""
 
-import functools
-import json
-import math
-import os
-import re
+import argparse
+import ast
+import difflib
+import inspect
+import itertools
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, replace
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any, Optional, get_args, get_origin
+from typing import Any, Optional, get_origin
 
 import yaml
-from jsonargparse import ArgumentError, ArgumentParser, Namespace, set_parsing_settings
 
-from rae_suite.errors import ConfigError, fail
-
-set_parsing_settings(docstring_parse_attribute_docstrings=True)
+from rae_suite.errors import ConfigError, fail, scrub
+from rae_suite.values import compose, convert, dump, in_words, inner_type, metavar, node_of, plain_data, shorten, shown
 
 
 def parse(
@@ -27,152 +26,215 @@ def parse(
     default_config: Optional[Path] = None,
     check: Optional[Callable] = None,
 ) -> Any:
-    """Read a command line into the dataclass `schema`. Bad input exits with code 2 and one line that names the key.
+    """Read a command line into the dataclass `schema`: its files first, so that flags win wherever they stand. Bad
+    input exits with code 2 and one line that names the key, and the file where the value is from one.
 
     Args:
         argv: the command line; none: sys.argv.
         default_config: YAML file that is read when the command line names none.
         check: called with the result; raises ConfigError for values that cannot be used.
     """
-    parser = build_parser(schema, prog, description, default_config)
+    argv = sys.argv[1:] if argv is None else argv
+    if not {"-h", "--help"}.isdisjoint(argv):
+        print(help_text(schema, prog, description, default_config))
+        sys.exit(0)
+    settings, values, origins = all_settings(schema), {}, {}
     try:
-        argv = join_lists(schema, sys.argv[1:] if argv is None else argv)
-        argv = files_first(argv, default_config)
-        check_digits(named_values(argv))
-        for file in config_files(argv):
-            if os.path.isfile(file):  # the parser says what else it may be: a pipe, nothing
-                check_digits(flat(read_yaml(Path(file))).items())
-        parsed = parser.parse_args(argv)
-        check_groups(schema, parsed)
-        parsed = parser.instantiate_classes(parsed)
-        config = schema(**{item.name: getattr(parsed, item.name) for item in fields(schema)})
+        for key, node, file in given_nodes(argv, settings, default_config):
+            origins[key] = file
+            values[key] = convert(settings[key].type, node, key)
+        config = build(schema, values)
         check_limits(config)
         if check is not None:
             check(config)
-    except ArgumentError as error:
-        fail(in_plain_words(str(error)))
-    except (ValueError, OSError) as error:
-        fail(error)
+    except ConfigError as error:
+        file = origins.get(str(error).partition(":")[0])
+        fail(error if file is None else f"{error} (in {file})")
     return config
 
 
-TYPES_IN_WORDS = {"int": "an integer", "float": "a number", "bool": "true or false", "dict": "a mapping"}
+# --------------------------------------------------------------------------------------------------------------------
+# Files and flags
+# --------------------------------------------------------------------------------------------------------------------
 
 
-def in_plain_words(message: str) -> str:
-    """What the parser says of a value, said as by the other errors: key, what is expected, what was found."""
-    text = " ".join(message.split())
-    none = "<class 'NoneType'>"  # every union of the schemas is of something and nothing
-    union = rf"Does not validate against .*? Subtypes: \[(.+?), {none}\] Errors: .* Given value: "
-    text = re.sub(union, r"Expected a \1 or nothing. Got value: ", text)
-    text = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", text)
-    text = re.sub(r"a <class '(\w+)'>", lambda found: TYPES_IN_WORDS.get(found[1], found[0]), text)
-    group = r"\1: expected a YAML file of these settings, got \2; a single one is given as --\1.NAME"
-    text = re.sub(r'^Parser key "(\w+)": Unable to load config .* "(.*)"$', group, text)
-    text = re.sub(r'^Parser key "([\w.]+)": Expected (.*?)\. Got value: ', r"\1: expected \2, got ", text)
-    return re.sub(r'^Parser key "([\w.]+)": ', r"\1: ", text)
+def all_settings(schema: type, prefix: str = "") -> dict[str, Field]:
+    """{"group.name": field} of every setting, and of every group, {"group": field}."""
+    found = {}
+    for item in fields(schema):
+        found[f"{prefix}{item.name}"] = item
+        if is_group(item):
+            found |= all_settings(item.default_factory, f"{prefix}{item.name}.")
+    return found
 
 
-@functools.cache  # a tenth of a second, for those who read many configs
-def build_parser(schema: type, prog: str, description: str, default_config: Optional[Path]) -> ArgumentParser:
-    """The parser of YAML files and flags for the dataclass `schema`."""
-    # a flag is written out: `--conf` for `--config` would be read by the parser and by nobody else
-    parser = ArgumentParser(prog=prog, exit_on_error=False, description=description, allow_abbrev=False)
-    default = "" if default_config is None else f"; none: configs/{default_config.name}, over the defaults below"
-    parser.add_argument("--config", action="config", help=f"YAML file; repeatable, later ones win{default}")
-    parser.add_class_arguments(schema, nested_key=None, as_group=False)
-    return parser
+def is_group(item: Field) -> bool:
+    return is_dataclass(item.default_factory)
 
 
-def files_first(argv: list, default_config: Optional[Path] = None) -> list:
-    """The command line with its --config options in front, so that flags win wherever they stand; without any, the
-    default file."""
-    files, flags, i = [], [], 0
-    while i < len(argv):
-        length = 2 if argv[i] == "--config" else 1
-        (files if argv[i].split("=")[0] == "--config" else flags).extend(argv[i : i + length])
-        i += length
-    if not files and default_config is not None and not {"--help", "-h"} & set(flags):
-        files = ["--config", str(default_config)]
-    return [*files, *flags]
+def given_nodes(argv: list, settings: dict, default_config: Optional[Path]) -> Iterator[tuple]:
+    """(key, YAML node, file or None) of every value that files and then flags give."""
+    flags = read_flags(argv, settings)
+    files = [one_file(words) for key, words in flags if key == "config"]
+    for file in files or ([] if default_config is None else [default_config]):
+        for key, node in file_nodes(read_node(file), settings, file).items():
+            yield key, node, file
+    for key, words in flags:
+        if key != "config":
+            yield key, node_of(settings[key].type, words, key), None
 
 
-def named_values(argv: list) -> list:
-    """Every value in a command line, with its flag."""
-    name, pairs = "", []
+def names_config(argv: list) -> bool:
+    """Whether a command line has a --config."""
+    return any(word.partition("=")[0] == "--config" for word in argv)
+
+
+def one_file(words: list) -> Path:
+    if len(words) != 1:
+        raise ConfigError(f"--config: expected one YAML file, got {' '.join(words) or 'nothing'}; it may be repeated")
+    return Path(words[0]).expanduser()
+
+
+def read_flags(argv: list, settings: dict) -> list:
+    """[(key, words)] of a command line of --KEY WORDS or --KEY=WORD, in its order. Raises ConfigError."""
+    flags = []
     for word in argv:
         if word.startswith("--"):
-            name, _, word = word.partition("=")
-        pairs.append((name, word))
-    return pairs
-
-
-def config_files(argv: list) -> list:
-    """The values of --config in a command line."""
-    return [value for name, value in named_values(argv) if name == "--config" and value]
-
-
-def check_digits(values: Iterable) -> None:
-    """Raise ConfigError for an integer, in pairs of key and value, that no float can hold: the parser would try."""
-    for key, value in values:
-        found = re.search(r"\d[\da-fA-FxX_:]{200,}", str(value))  # YAML's integers: decimal, 0xf, 0b1, 1_000, 1:30
-        require(found is None, key, AT_MOST_LARGEST, found and f"{found[0][:9]}... of {len(found[0])} digits")
-
-
-def keys_where(schema: type, wanted: Callable[[Any], bool], prefix: str = "") -> set:
-    """The flags of `schema` whose type is `wanted`."""
-    keys = set()
-    for item in fields(schema):
-        if wanted(item.type):
-            keys.add(f"--{prefix}{item.name}")
-        if is_dataclass(item.default_factory):
-            keys |= keys_where(item.default_factory, wanted, f"{prefix}{item.name}.")
-    return keys
-
-
-def takes_several(kind: Any) -> bool:
-    """Whether a type, or what an Optional holds, is a list or tuple."""
-    return any(get_origin(part) in (list, tuple) for part in (kind, *get_args(kind)))
-
-
-def join_lists(schema: type, argv: list) -> list:
-    """The command line with `--key a b c` as `--key [a,b,c]` for keys that take several values, and with `--key` as
-    `--key true` for keys that are true or false."""
-    keys, switches = keys_where(schema, takes_several), keys_where(schema, lambda kind: kind is bool)
-    texts = keys_where(schema, lambda kind: takes_several(kind) and str in get_args(kind))  # a file may be called 3
-    argv = [part for word in argv for part in (word.split("=", 1) if word.split("=")[0] in keys else [word])]
-    for key in keys:
-        require(argv.count(key) < 2, key, "it once, with all its values", f"it {argv.count(key)} times")
-    joined, i = [], 0
-    while i < len(argv):
-        end = i + 1
-        while argv[i] in keys and end < len(argv) and not argv[end].startswith("--"):
-            end += 1
-        values = argv[i + 1 : end]
-        joined.append(argv[i])
-        if values:
-            quoted = [argv[i] in texts or not re.fullmatch(r"[\w./+-]+", v) for v in values]
-            plain = [json.dumps(v, ensure_ascii=False) if q else v for v, q in zip(values, quoted, strict=True)]
-            whole = len(values) == 1 and values[0].startswith("[") and values[0].endswith("]")
-            joined.append(values[0] if whole else f"[{','.join(plain)}]")
-        elif argv[i] in switches and (end == len(argv) or argv[end].startswith("--")):
-            joined.append("true")
-        i = end
-    return joined
-
-
-def check_groups(schema: type, values: Any, prefix: str = "") -> None:
-    """Raise ConfigError where a YAML file gives something else than a mapping for a group of settings, or nothing for a
-    setting that needs a value: the parser takes null for any type."""
-    for item in fields(schema):
-        group, value = item.default_factory, values.get(item.name)
-        if is_dataclass(group):
-            if not isinstance(value, Namespace):
-                raise ConfigError(f"{prefix}{item.name}: expected a mapping of settings, got {value!r}")
-            check_groups(group, value, f"{prefix}{item.name}.")
+            key, has_word, first = word[2:].partition("=")
+            if key != "config":
+                check_known(f"--{key}", key, settings)
+                if is_group(settings[key]):
+                    raise ConfigError(f"--{key}: expected one of its settings, as --{key}.NAME VALUE")
+            flags.append((key, [first] if has_word else []))
+        elif flags:
+            flags[-1][1].append(word)
         else:
-            require(value is not None or type(None) in get_args(item.type), f"{prefix}{item.name}", "a value", value)
+            raise ConfigError(f"{word}: expected settings as --NAME VALUE; --help lists them")
+    for key in {key for key, _ in flags if key != "config" and get_origin(inner_type(settings[key].type)) is tuple}:
+        times = sum(name == key for name, _ in flags)
+        require(times < 2, f"--{key}", "it once, with all its values", f"it {times} times")
+    return flags
 
+
+def check_known(shown_key: str, key: str, settings: dict, where: str = "") -> None:
+    """Raise ConfigError, which names the nearest key, unless there is a setting `key`."""
+    if key in settings:
+        return
+    last = key.rpartition(".")[2]
+    near = [known for known in settings if known.rpartition(".")[2] == last and not is_group(settings[known])]
+    near = near or difflib.get_close_matches(key, [*settings, "config"], n=1)
+    hint = f"; did you mean {' or '.join(near[:3])}?" if near else "; --help lists all"
+    raise ConfigError(f"{shown_key}: there is no such setting{where}{hint}")
+
+
+def read_node(file: Path) -> yaml.Node:
+    """The mapping in a YAML file. Raises ConfigError, about the file, for anything else."""
+    try:
+        node = compose(file.read_bytes().decode("utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{file}: expected settings in YAML, {error}") from error
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{file}: expected a mapping of settings, found {'nothing' if node is None else shown(node)}")
+    return node
+
+
+def read_yaml(file: Path) -> dict:
+    """The settings in a YAML file as plain data. Raises ConfigError, about the file, for anything else."""
+    try:
+        return plain_data(read_node(file))
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(f"{file}: expected settings in YAML, {error}") from error
+
+
+def file_nodes(node: yaml.Node, settings: dict, file: Path, prefix: str = "") -> dict:
+    """{key: node} of the settings in a mapping below the group `prefix`. Raises ConfigError for an unknown key, for one
+    that is given twice, and for a group that is no mapping."""
+    found = {}
+    for name, value in node.value:
+        key = f"{prefix}{name.value}"
+        check_known(key, key, settings, f" (in {file})")
+        inner = {key: value}
+        if is_group(settings[key]):
+            if not isinstance(value, yaml.MappingNode):
+                raise ConfigError(f"{key}: expected a mapping of settings, got {shown(value)} (in {file})")
+            inner = file_nodes(value, settings, file, f"{key}.")
+        for twice in found.keys() & inner.keys():
+            raise ConfigError(f"{twice}: given twice (in {file})")
+        found |= inner
+    return found
+
+
+def build(schema: type, values: dict, prefix: str = "") -> Any:
+    """The dataclass with the `values`, {"group.name": value}. Raises ConfigError for one that is missing and needed."""
+    made = {}
+    for item in fields(schema):
+        key = f"{prefix}{item.name}"
+        if is_group(item):
+            made[item.name] = build(item.default_factory, values, f"{key}.")
+        elif key in values:
+            made[item.name] = values[key]
+        elif item.default is MISSING and item.default_factory is MISSING:
+            raise ConfigError(f"{key}: expected {in_words(item.type)}, got nothing")
+    return schema(**made)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Help
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def help_text(schema: type, prog: str, description: str, default_config: Optional[Path]) -> str:
+    """All settings in their groups, with type, docstring and default."""
+    usage = "%(prog)s [--config FILE ...] [--SETTING VALUE ...]"
+    parser = argparse.ArgumentParser(prog=prog, usage=usage, description=description, add_help=False)
+    default = "" if default_config is None else f"; none: configs/{default_config.name}, over the defaults below"
+    parser.add_argument("--config", metavar="FILE", help=f"YAML file; repeatable, later ones win{default}")
+    parser.add_argument("--help", action="store_true", help="show this")
+    add_help(parser, schema)
+    return parser.format_help()
+
+
+def add_help(parser: argparse.ArgumentParser, schema: type, prefix: str = "", about: str = "") -> None:
+    """Add the settings below `prefix`, which are `about` something, and those of the groups in it."""
+    docs, single = field_docs(schema), [item for item in fields(schema) if not is_group(item)]
+    if single:
+        group = parser.add_argument_group(prefix.rstrip(".") or "settings", about)
+        for item in single:
+            text = f"{docs.get(item.name, '')} ({default_in_words(item)})".strip().replace("%", "%%")
+            group.add_argument(f"--{prefix}{item.name}", metavar=metavar(item.type), help=text)
+    for item in fields(schema):
+        if is_group(item):
+            doc = docs.get(item.name) or inspect.getdoc(item.default_factory)
+            add_help(parser, item.default_factory, f"{prefix}{item.name}.", doc)
+
+
+def default_in_words(item: Field) -> str:
+    default = item.default if item.default_factory is MISSING else item.default_factory()
+    if default is MISSING:
+        return "needed"
+    if isinstance(default, tuple):
+        default = " ".join(map(str, default))
+    words = {"": "empty", "None": "none", "{}": "empty", "True": "true", "False": "false"}
+    return f"default: {words.get(str(default), default)}"
+
+
+def field_docs(schema: type) -> dict:
+    """{field: the text below it in the source} of a dataclass and those that it extends."""
+    docs = {}
+    for parent in reversed(schema.__mro__[:-1]):
+        body = ast.parse(textwrap.dedent(inspect.getsource(parent))).body[0].body
+        for statement, after in itertools.pairwise(body):
+            text = after.value if isinstance(after, ast.Expr) else None
+            if isinstance(statement, ast.AnnAssign) and isinstance(text, ast.Constant):
+                docs[statement.target.id] = inspect.cleandoc(text.value)
+    return docs
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Limits
+# --------------------------------------------------------------------------------------------------------------------
 
 # No number is larger, of either sign: times the steps of an epoch it still counts something, and float32 holds it.
 LARGEST = 10**12
@@ -183,7 +245,7 @@ AT_MOST_LARGEST = f"a number of at most {LARGEST:.0e}"
 def require(condition: bool, key: str, expected: str, value: Any) -> None:
     """Raise ConfigError, about the setting `key`, unless the condition holds."""
     if not condition:
-        raise ConfigError(f"{key}: expected {expected}, got {value!r}")
+        raise ConfigError(f"{key}: expected {expected}, got {shorten(repr(value))}")
 
 
 @dataclass(frozen=True)
@@ -213,15 +275,19 @@ def check_limits(config: Any, prefix: str = "") -> None:
         if is_dataclass(value):
             check_limits(value, f"{key}.")
             continue
-        for part in value if isinstance(value, (list, tuple)) else [value]:
+        found = list(value) if isinstance(value, tuple) else value
+        for part in found if isinstance(found, list) else [found]:
             if isinstance(part, str):
                 require("\0" not in part, key, "text without zero bytes", part)
             elif isinstance(part, (int, float)):
-                require(math.isfinite(part), key, "a finite number", value)
-                require(abs(part) <= LARGEST, key, AT_MOST_LARGEST, value)
-        shown = list(value) if isinstance(value, tuple) else value
+                require(abs(part) <= LARGEST, key, AT_MOST_LARGEST, found)  # inf and nan are not
         for limit in item.metadata.get("limits", ()):
-            require(value is None or limit.holds(value), key, limit.words, shown)
+            require(value is None or limit.holds(value), key, limit.words, found)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The result as plain data
+# --------------------------------------------------------------------------------------------------------------------
 
 
 def flat(tree: dict, prefix: str = "") -> dict:
@@ -233,15 +299,18 @@ def flat(tree: dict, prefix: str = "") -> dict:
     return leaves
 
 
+def change_texts(tree: Any, change: Callable[[str], str]) -> Any:
+    """Nested settings with every text, keys of mappings too, changed; tuples become lists."""
+    if isinstance(tree, dict):
+        return {change_texts(key, change): change_texts(value, change) for key, value in tree.items()}
+    if isinstance(tree, (list, tuple)):
+        return [change_texts(value, change) for value in tree]
+    return change(tree) if isinstance(tree, str) else tree
+
+
 def config_dict(config: Any) -> dict:
-    """The config as plain YAML types."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        return [plain(item) for item in value] if isinstance(value, (list, tuple)) else value
-
-    return plain(asdict(config))
+    """The config as plain YAML types, and without credentials: it is written, shown and published."""
+    return change_texts(asdict(config), scrub)
 
 
 def with_settings(config: Any, values: dict) -> Any:
@@ -255,83 +324,4 @@ def with_settings(config: Any, values: dict) -> Any:
 
 def config_yaml(config: Any) -> str:
     """The resolved config as YAML text, itself a valid `--config`."""
-    return yaml.dump(config_dict(config), Dumper=ConfigDumper, sort_keys=False)
-
-
-class ConfigDumper(yaml.SafeDumper):
-    """Quotes text that reads as a number: jsonargparse takes 1e3 for one, PyYAML alone would leave it bare."""
-
-
-def _quote_numbers(dumper: ConfigDumper, text: str) -> yaml.Node:
-    try:
-        float(text)
-        style = "'"
-    except ValueError:
-        style = None
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
-
-
-ConfigDumper.add_representer(str, _quote_numbers)
-
-MAX_DEPTH, MAX_VALUES = 50, 100_000
-
-
-def read_yaml(file: Path) -> dict:
-    """The mapping in a YAML file. Raises ConfigError, about the file, for anything else, and as `check_yaml` says."""
-    try:
-        text = file.read_bytes().decode("utf-8-sig")
-        check_yaml(text)
-        settings = yaml.safe_load(text)
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise ConfigError(f"{file}: expected settings in YAML, {error}") from error
-    if not isinstance(settings, dict):
-        found = "nothing" if settings is None else f"a {type(settings).__name__}"
-        raise ConfigError(f"{file}: expected a mapping of settings, found {found}")
-    return settings
-
-
-@dataclass
-class OpenNode:
-    """A list or mapping whose end has not come yet. `parts`: texts of its items, or of its keys and values in turn;
-    None for what is no text. `size`: number of values in it, aliases unfolded."""
-
-    anchor: Optional[str]
-    is_mapping: bool
-    size: int = 1
-    parts: list = field(default_factory=list)
-
-
-def check_yaml(text: str) -> None:
-    """Raise YAMLError for text that a parser takes otherwise than it is meant, or does not survive: a key that is given
-    twice (the last one would count), nesting of more than MAX_DEPTH, an alias within its own anchor, and aliases that
-    unfold to more than MAX_VALUES values. What is wrong beside that is left to the parser."""
-
-    def check(condition: bool, problem: str) -> None:
-        if not condition:
-            raise yaml.YAMLError(f"{problem} in line {event.start_mark.line + 1}")
-
-    sizes = {}  # by anchor
-    nodes = [OpenNode(None, False)]
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):  # step by step, and therefore at any depth
-        name = None
-        if isinstance(event, yaml.CollectionStartEvent):
-            nodes.append(OpenNode(event.anchor, isinstance(event, yaml.MappingStartEvent)))
-            check(len(nodes) <= MAX_DEPTH, f"nested more than {MAX_DEPTH} deep")
-            continue
-        if isinstance(event, yaml.CollectionEndEvent):
-            node = nodes.pop()
-            anchor, size = node.anchor, node.size
-        elif isinstance(event, yaml.ScalarEvent):
-            anchor, size, name = event.anchor, 1, event.value
-        elif isinstance(event, yaml.AliasEvent):
-            check(event.anchor not in [node.anchor for node in nodes], f"alias *{event.anchor} within its own anchor")
-            anchor, size = None, sizes.get(event.anchor, 1)
-        else:
-            continue  # the beginning or the end of a document
-        sizes[anchor] = size
-        parent = nodes[-1]
-        is_key = parent.is_mapping and len(parent.parts) % 2 == 0
-        check(not is_key or name is None or name not in parent.parts[::2], f"key '{name}' given twice")
-        parent.parts.append(name)
-        parent.size += size
-        check(parent.size <= MAX_VALUES, f"aliases unfold to more than {MAX_VALUES} values")
+    return dump(config_dict(config))

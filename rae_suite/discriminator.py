@@ -11,9 +11,9 @@ from typing import Optional
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import AutoConfig, ViTConfig, ViTModel
+from transformers import ViTConfig, ViTModel
 
-from modeling_rae import IMAGENET_MEAN, IMAGENET_STD
+from modeling_rae import IMAGENET_MEAN, IMAGENET_STD, read_config
 from rae_suite.files import read_tensors
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -142,7 +142,7 @@ def load_backbone(
         return ViTModel(ViTConfig(**{**(config or {}), **BACKBONE_SETTINGS}), add_pooling_layer=False)
     if Path(source).suffix in (".pth", ".pt", ".safetensors"):
         return _load_timm_file(Path(source), num_attention_heads)
-    config = AutoConfig.from_pretrained(source, **BACKBONE_SETTINGS)
+    config = read_config(source, **BACKBONE_SETTINGS)
     if config.model_type != "vit":
         raise ValueError(f"gan.backbone: {source} has model_type '{config.model_type}', expected 'vit'")
     return _strict_vit(source, config=config, dtype=torch.float32)

@@ -172,7 +172,7 @@ def load_pipeline_parts(
     Raises:
         ConfigError: there is nothing of that kind, or it is damaged; other things have no raw weights.
     """
-    folder = Path(source).expanduser()
+    folder = Path(source)
     if not folder.exists():
         return _from_hub(source, key, weights)
     if (folder / "state.json").is_file():

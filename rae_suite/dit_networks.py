@@ -35,13 +35,13 @@ def open_rae(model: DiTModelConfig, latents: LatentsConfig) -> RAEModel:
     if latents.stats is None and not rae.config.use_latent_stats:
         raise ConfigError(
             f"latents.stats: {model.rae} has no statistics of its latents, and training on latents that are not "
-            "normalised fails; expected compute, a file of mean and var, or none if this is meant"
+            "normalised fails; expected compute, a file of mean and var, or unnormalized if this is meant"
         )
-    if latents.stats not in (None, "compute", "none"):
+    if latents.stats not in (None, "compute", "unnormalized"):
         with error_names_setting("latents.stats"):
             set_latent_stats(rae, read_latent_stats(Path(latents.stats), rae.config, "latents.stats"))
-    if latents.stats == "none" and rae.config.use_latent_stats:
-        raise ConfigError(f"latents.stats: none, but {model.rae} has statistics and normalises with them")
+    if latents.stats == "unnormalized" and rae.config.use_latent_stats:
+        raise ConfigError(f"latents.stats: unnormalized, but {model.rae} has statistics and normalises with them")
     return rae
 
 

@@ -5,7 +5,8 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import NoReturn, Optional, Union
 
@@ -27,9 +28,8 @@ class UnreadableImage(Exception):
     """One image that cannot be decoded; `name` says which, `reason` why."""
 
     def __init__(self, name: str, reason: str):
-        super().__init__(f"{name}: {reason}")
-        self.name = name
-        self.reason = reason
+        self.name, self.reason = name, scrub(reason)
+        super().__init__(f"{name}: {self.reason}")
 
 
 class RunError(RuntimeError):
@@ -44,31 +44,63 @@ class WriteError(RunError):
     """A file cannot be written: the disk is full, or the folder is gone or read-only."""
 
 
+# Of a URL: user and password (a password may have a slash in it, a port has not), and the query, which may be a
+# signature; the query of an address without its beginning; a token of the Hub.
+URL_USER = re.compile(r"(?<=://)(?:[^\s/?#'\"]*|[^\s/:?#'\"]*:(?!\d*[/?])[^\s#'\"]*)@")
+URL_QUERY = re.compile(r"(://[^\s?'\"]*)\?[^\s'\"]+")
+PART_OF_QUERY = re.compile(r"(?<=\S)\?[\w.~%-]+=[^\s'\"]*")
+HUB_TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{16,}\b")
+SECRET = "<secret>"  # stands for a user, a password or a query
+
+
+def scrub(text: str) -> str:
+    """The text without credentials: users, passwords and queries of URLs, tokens of the Hub. Whatever is printed,
+    written or published goes through here, and what libraries say of a URL does too."""
+    from huggingface_hub import get_token  # a tenth of a second: not for --help
+
+    token = ""
+    with suppress(OSError):
+        token = get_token() or ""
+    text = text.replace(token, "<token>") if len(token) >= 8 else text  # a mirror's "none" is no secret, but a word
+    text = URL_USER.sub(f"{SECRET}@", text)
+    text = URL_QUERY.sub(rf"\1?{SECRET}", text)
+    text = PART_OF_QUERY.sub(f"?{SECRET}", text)
+    return HUB_TOKEN.sub("<token>", text)
+
+
 def one_line(error: Union[str, Exception], limit: int = 300) -> str:
-    """What an error says, in one line of at most `limit` characters."""
-    return " ".join(str(error).split())[:limit] or type(error).__name__
+    """What an error says, in one line of at most `limit` characters, without credentials."""
+    return scrub(" ".join(str(error).split()))[:limit] or type(error).__name__
 
 
 def fail(message: Union[str, Exception], code: int = 2, everywhere: bool = False) -> NoReturn:
     """End the process with one line on stderr. What every process of a machine finds alike is said by its first, unless
     `everywhere`."""
     if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
-        sys.stderr.write(f"error: {' '.join(str(message).split())}\n")
+        sys.stderr.write(f"error: {scrub(' '.join(str(message).split()))}\n")
     sys.exit(code)
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """argparse's parser, and those of its subcommands: bad input ends in one line, and flags are written out."""
+    """argparse's parser, and those of its subcommands: bad input ends in one line, flags are written out, and ~ at the
+    beginning of a value is the home folder."""
 
     def __init__(self, **options):
         super().__init__(**{**options, "allow_abbrev": False})
+
+    def parse_known_args(self, args: Optional[list] = None, namespace: Optional[argparse.Namespace] = None) -> tuple:
+        found, rest = super().parse_known_args(args, namespace)
+        for name, value in vars(found).items():
+            if isinstance(value, (str, Path)):
+                setattr(found, name, type(value)(os.path.expanduser(value)))
+        return found, rest
 
     def error(self, message: str) -> NoReturn:
         fail(message)
 
 
 # what a damaged model folder makes of building a network from it
-LOAD_ERRORS = (RuntimeError, UnpicklingError, ArithmeticError, AttributeError, LookupError, TypeError)
+LOAD_ERRORS = (RuntimeError, UnpicklingError, ArithmeticError, AttributeError, LookupError, TypeError, MemoryError)
 
 
 @contextmanager

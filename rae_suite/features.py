@@ -26,6 +26,7 @@ from rae_suite.loaders import UnreadableLog, eval_loader
 from rae_suite.run_folder import lock_run_folder
 from rae_suite.settings import ImagesConfig
 from rae_suite.sources import ImageSource
+from rae_suite.values import PathText
 
 SHARD_BYTES = 2**28  # of features in one file of the cache: what the main process gathers before it writes
 
@@ -47,7 +48,7 @@ class FeaturesConfig:
     """Images of one forward pass of each process."""
     mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = None
     """Autocast precision of the encoder; none: what `accelerate launch` was told. The heads are float32."""
-    cache_dir: Optional[str] = None
+    cache_dir: Optional[PathText] = None
     """Folder that features are kept in; none: rae_features in HF_HOME."""
 
 

@@ -10,7 +10,7 @@ import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
@@ -90,7 +90,7 @@ def writing(path: Path) -> Iterator[None]:
 def make_folder(path: str, key: str) -> Path:
     """Create a folder. Raises ConfigError, about the setting `key`, when that cannot be done."""
     with error_names_setting(key):
-        folder = Path(path).expanduser()
+        folder = Path(path)
         folder.mkdir(parents=True, exist_ok=True)
     return folder
 
@@ -101,6 +101,19 @@ def check_output_file(path: Optional[str], key: str) -> None:
         raise ConfigError(f"{key}: {path} is a folder, expected a file")
     if path is not None:
         make_folder(str(Path(path).absolute().parent), key)
+
+
+def check_links(folder: Path, paths: Iterable[Path], key: str) -> None:
+    """Raise ConfigError, about the setting `key`, for a link among the `paths` in a model folder that leads to no file
+    of the model: who made the folder must not choose what is copied or published. The Hub's cache is made of links,
+    from snapshots/<commit>/ into blobs/."""
+    home = folder.resolve()
+    places = [home, *([home.parents[1] / "blobs"] if home.parent.name == "snapshots" else [])]
+    for path in paths:
+        target = path.resolve()
+        inside = target.is_file() and any(target.is_relative_to(place) for place in places)
+        if path.is_symlink() and not inside:
+            raise ConfigError(f"{key}: {path} is a link to {target}, expected files of the model's folder itself")
 
 
 def write_folder(target: Path, write: Callable[[Path], None], main_process: bool, wait: Callable[[], None]) -> None:

@@ -6,7 +6,6 @@ says is scrubbed of it.
 
 import atexit
 import os
-import re
 import shlex
 import shutil
 import signal
@@ -32,7 +31,7 @@ from huggingface_hub.utils import validate_repo_id
 from tqdm.auto import tqdm
 
 from rae_suite.cli import require
-from rae_suite.errors import ConfigError, RunError, error_names_setting
+from rae_suite.errors import ConfigError, RunError, error_names_setting, scrub
 from rae_suite.settings import HubConfig
 
 PUSH_SCRIPT = Path(__file__).parent.parent / "scripts" / "push_to_hub.py"
@@ -54,7 +53,7 @@ class HubError(RunError):
 
 def hub_id(name: Optional[str]) -> Optional[str]:
     """`name` where it can be the id of something on the Hub, None where it is a local path or nothing."""
-    if name is None or name.count("/") != 1 or Path(name).expanduser().exists():
+    if name is None or name.count("/") != 1 or Path(name).exists():
         return None
     try:
         validate_repo_id(name)
@@ -115,13 +114,6 @@ def check_hub(hub: HubConfig, encoder_id: Optional[str]) -> None:
         check_access(hub.repo_id, "hub.push")
         if not hub.include_encoder:
             check_encoder_left_out(encoder_id, "hub.include_encoder")
-
-
-def scrub(text: str) -> str:
-    """The text without tokens."""
-    token = get_token() or ""
-    text = text.replace(token, "<token>") if len(token) >= 8 else text  # a mirror's "none" is no secret, but a word
-    return re.sub(r"\bhf_[A-Za-z0-9]{16,}\b", "<token>", text)
 
 
 def _status(error: Exception) -> Optional[int]:

@@ -8,10 +8,12 @@ import os
 import re
 import signal
 import sys
+import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
+from types import TracebackType
 from typing import Optional
 
 import torch
@@ -21,7 +23,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting, fail
+from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting, fail, scrub
 from rae_suite.settings import TrainConfig
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
@@ -42,9 +44,15 @@ def loss_of_process(error: RuntimeError) -> Optional[str]:
     return None
 
 
+def print_scrubbed(kind: type, error: BaseException, trace: Optional[TracebackType]) -> None:
+    """What Python prints of an error that nobody expects, without credentials."""
+    sys.stderr.write(scrub("".join(traceback.format_exception(kind, error, trace))))
+
+
 def run_main(function: Callable[[], None]) -> None:
     """Call `function`. Bad input ends in one line and exit code 2, what goes wrong later likewise with code 1, the loss
     of another process too."""
+    sys.excepthook = print_scrubbed
     try:
         function()
     except (ConfigError, DataError) as error:

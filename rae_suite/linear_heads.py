@@ -105,7 +105,7 @@ class LinearHead(nn.Module):
     @classmethod
     def load(cls, folder: str) -> "LinearHead":
         """Raises ConfigError, about the setting `head`, when the folder holds none."""
-        path = Path(folder).expanduser()
+        path = Path(folder)
         for name in ("config.json", "head.safetensors"):
             if not (path / name).is_file():
                 raise ConfigError(

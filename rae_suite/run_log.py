@@ -3,6 +3,7 @@
 import logging
 import math
 import shutil
+import sys
 import threading
 import time
 import uuid
@@ -17,6 +18,7 @@ from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from rae_suite.cli import config_dict
+from rae_suite.errors import scrub
 from rae_suite.files import list_steps, step_of, write_text, writing
 from rae_suite.hub import Publisher
 from rae_suite.launch import say
@@ -31,6 +33,7 @@ logger = logging.getLogger(__name__)
 def start_trackers(config: object, accelerator: Accelerator, run_dir: Path, step: int) -> None:
     """Start the trackers; a run that continues at `step` goes on in the same wandb run, and tensorboard forgets what it
     has of later steps."""
+    sys.argv = [scrub(word) for word in sys.argv]  # wandb publishes the command line
     options = {"tensorboard": {"purge_step": step + 1 if step else 0}}  # step 0 is evaluated again
     if "wandb" in config.logging.report_to and accelerator.is_main_process:
         id_file = run_dir / "wandb_run_id.txt"

@@ -7,8 +7,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from rae_suite.cli import AT_LEAST_0, POSITIVE, SHARE, Limit, config_dict, flat, read_yaml, require, setting
-from rae_suite.errors import ConfigError
+from rae_suite.cli import (
+    AT_LEAST_0,
+    POSITIVE,
+    SHARE,
+    Limit,
+    change_texts,
+    config_dict,
+    flat,
+    read_yaml,
+    require,
+    setting,
+)
+from rae_suite.errors import ConfigError, scrub
+from rae_suite.values import PathText
 
 MOST_TASKS = 16 * (os.cpu_count() or 1)  # more processes or threads would wait for each other, if they start at all
 FEW_TASKS = Limit(lambda value: value <= MOST_TASKS, f"at most {MOST_TASKS}, 16 for each of this machine's cores")
@@ -21,7 +33,7 @@ BETAS = Limit(lambda betas: all(0 <= beta < 1 for beta in betas), "two numbers i
 class ImagesConfig:
     """Where the images come from. See rae_suite/splits.py."""
 
-    path: str = ""
+    path: PathText = ""
     """Folder of images, of class folders or of split folders, a `datasets` folder, or a Hub data set id; needed."""
     config_name: Optional[str] = None
     """Configuration of a Hub data set."""
@@ -45,7 +57,7 @@ class ImagesConfig:
 class DataConfig(ImagesConfig):
     """Where the images come from, and how they are cropped for training. See rae_suite/splits.py."""
 
-    path: str = "data/digits"
+    path: PathText = "data/digits"
     """Folder of images, of class folders or of split folders, a `datasets` folder, or a Hub data set id."""
     resize_size: Optional[int] = setting(None, POSITIVE)
     """Shorter side in pixels before the random crop; none: 384 for 256 px images, else 1.5 times the image size."""
@@ -58,10 +70,10 @@ class DataConfig(ImagesConfig):
     """Whether training images are streamed from parquet files or tar shards (WebDataset) and never kept on disk. `path`
     is then a folder or Hub data set of shards, a shard, a glob, a range such as `train-{0000..0127}.tar`, each a local
     path or a URL, or a .txt file that lists such ones, one a line. See rae_suite/streams.py."""
-    mixture: dict[str, float] = field(default_factory=dict)
+    mixture: dict[PathText, float] = field(default_factory=dict)
     """Several sources to stream from, {path as above: weight}, instead of `path`: each image is of a source drawn by
     weight. Needs `steps_per_epoch` and `eval_path`."""
-    eval_path: Optional[str] = None
+    eval_path: Optional[PathText] = None
     """Where the evaluation images of a streaming run come from: a folder of images, a saved data set, or shards, whose
     first eval.num_samples images are held in memory; none: `eval_split` of `path`."""
     steps_per_epoch: Optional[int] = setting(None, POSITIVE)
@@ -83,9 +95,9 @@ class DataConfig(ImagesConfig):
 class TrainConfig:
     """The run."""
 
-    output_dir: str = "runs/rae"
+    output_dir: PathText = "runs/rae"
     """The run's folder. A run that finds its own checkpoints there goes on from the newest."""
-    fork_from: Optional[str] = None
+    fork_from: Optional[PathText] = None
     """Checkpoint of another run, <run>/checkpoints/step-*, that a new run goes on from: with its weights, averages,
     optimizers and step, under settings of its own. Those that differ are listed."""
     epochs: float = setting(16, POSITIVE)
@@ -239,6 +251,8 @@ def check_data_settings(data: DataConfig) -> None:
     for path, weight in data.mixture.items():
         require(0 < weight < math.inf, "data.mixture", f"a positive weight for {path}", weight)
     if data.mixture:
+        apart = {scrub(path) for path in data.mixture}  # credentials are not written down
+        require(len(apart) == len(data.mixture), "data.mixture", "sources of different paths", data.mixture)
         require(len(data.mixture) > 1, "data.mixture", "several sources, or data.path for one", data.mixture)
         for name in ("steps_per_epoch", "eval_path"):
             require(getattr(data, name), f"data.{name}", "a value, which a data.mixture needs", None)
@@ -287,9 +301,10 @@ REMOVED_KEYS = {}
 
 
 def read_run_settings(file: Path) -> dict:
-    """The settings {"group.name": value} in a run folder's config.yaml. Raises ConfigError for a damaged one."""
+    """The settings {"group.name": value} in a run folder's config.yaml, with credentials and ~ in paths, which earlier
+    versions wrote down, as `config_dict` has them. Raises ConfigError for a damaged one."""
     try:
-        return flat(read_yaml(file))
+        return flat(change_texts(read_yaml(file), lambda text: scrub(os.path.expanduser(text))))
     except ConfigError as error:
         raise ConfigError(f"{file} is damaged, choose another train.output_dir ({error})") from error
 

@@ -22,6 +22,7 @@ from rae_suite.settings import (
     check_hub_settings,
     check_used,
 )
+from rae_suite.values import PathText
 
 GenerationMetric = Literal[tuple(GENERATION_METRICS)]
 TIMES = Limit(
@@ -44,7 +45,7 @@ class SamplingConfig:
     """Factor of the guidance; 1 is off. With a `guide` autoguidance's, else that of classifier-free guidance."""
     guidance_interval: tuple[float, float] = setting((0.0, 1.0), TIMES)
     """Least and greatest shifted time at which guidance is on, both included; 1 is noise."""
-    guide: Optional[str] = None
+    guide: Optional[PathText] = None
     """A weaker model for autoguidance, given as the model itself is; none: the model's own guide if it is saved with
     one. "none" leaves that out: the scale is then classifier-free guidance's."""
 
@@ -67,7 +68,7 @@ def check_sampling(sampling: SamplingConfig, prefix: str = "sampling.") -> None:
 class DiTModelConfig:
     """The diffusion transformer, and the autoencoder whose latents it learns. See RAEDiTModel in modeling_dit.py."""
 
-    rae: str = ""
+    rae: PathText = ""
     """The autoencoder: a model folder, such as runs/<name>/final of train_rae.py, or a Hub id; needed."""
     hidden_size: int = setting(1152, POSITIVE)
     """Width of the backbone."""
@@ -107,7 +108,7 @@ class DiTModelConfig:
     """Share of the labels that training replaces by the null label; classifier-free guidance needs it above 0."""
     gradient_checkpointing: bool = False
     """Recompute the blocks' activations in the backward pass: less memory, about a third more compute."""
-    init_from: Optional[str] = None
+    init_from: Optional[PathText] = None
     """A model whose weights training starts from: whatever sample_dit.py takes. With other classes the label table is
     new. None: a new model."""
 
@@ -116,10 +117,10 @@ class DiTModelConfig:
 class LatentsConfig:
     """How images become the latents that are learnt."""
 
-    stats: Optional[str] = None
+    stats: Optional[PathText] = None
     """Mean and variance that normalise the latents: none for the autoencoder's own; "compute" to find them once, from
-    the training images, before the first step; a file of `mean` and `var` (.pt or .safetensors); "none" for latents as
-    they are, which ruins training unless they have about mean 0 and variance 1."""
+    the training images, before the first step; a file of `mean` and `var` (.pt or .safetensors); "unnormalized" for
+    latents as they are, which ruins training unless they have about mean 0 and variance 1."""
     encoder_precision: Literal["float32", "bf16"] = "float32"
     """Precision of the frozen encoder; published: float32."""
 
@@ -151,7 +152,7 @@ class FlowConfig:
 class DiTTrainConfig(TrainConfig):
     """The run."""
 
-    output_dir: str = "runs/dit"
+    output_dir: PathText = "runs/dit"
     """The run's folder. A run that finds its own checkpoints there goes on from the newest."""
     epochs: float = setting(80, POSITIVE)
     """Length of training in epochs."""

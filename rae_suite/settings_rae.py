@@ -18,7 +18,7 @@ from rae_suite.cli import (
     PROBABILITY,
     SHARE,
     Limit,
-    config_files,
+    names_config,
     parse,
     require,
     setting,
@@ -36,6 +36,7 @@ from rae_suite.settings import (
     check_hub_settings,
     check_used,
 )
+from rae_suite.values import PathText
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits_tiny.yaml"  # when no --config is given
 
@@ -52,7 +53,7 @@ BLOCKS = Limit(
 class ModelConfig:
     """The autoencoder. See RAEConfig in modeling_rae.py."""
 
-    encoder: str = "facebook/dinov2-with-registers-base"
+    encoder: PathText = "facebook/dinov2-with-registers-base"
     """Hub id or folder of the frozen encoder; with `encoder_weights: random` a transformers model_type."""
     encoder_revision: Optional[str] = None
     """Revision of the encoder on the Hub."""
@@ -88,7 +89,7 @@ class ModelConfig:
     """Whether the decoder's output is multiplied by the encoder's image std and its mean is added (RAEv2: not)."""
     noise_tau: float = setting(0.8, AT_LEAST_0)
     """Strength of the latent noise in training: sigma = noise_tau * U[0, 1] per sample."""
-    latent_stats: Optional[str] = None
+    latent_stats: Optional[PathText] = None
     """File with `mean` and `var` of the latents, (C, h, w) each (.pt or .safetensors); none: latents as they are."""
     train_position_embedding: bool = False
     """Whether the decoder's position table learns."""
@@ -96,7 +97,7 @@ class ModelConfig:
     """Recompute the decoder's activations in the backward pass: less memory, about a third more compute."""
     attn_implementation: str = "sdpa"
     """Attention of encoder, decoder and discriminator, as in transformers (sdpa, eager, flash_attention_2)."""
-    init_from: Optional[str] = None
+    init_from: Optional[PathText] = None
     """Folder or Hub id of an RAE whose decoder training starts from; none: a new decoder."""
 
 
@@ -112,7 +113,7 @@ class PerceptualConfig:
     """The same in steps."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """"random" uses an untrained VGG16: only for tests and demonstrations."""
-    vgg_path: Optional[str] = None
+    vgg_path: Optional[PathText] = None
     """Local copy of torchvision's vgg16-397923af.pth; none: torch.hub's folder (TORCH_HOME), else downloaded."""
 
 
@@ -139,7 +140,7 @@ class GANConfig:
     ("fresh"), or from those of the decoder's own step, of noisy latents: one decoder pass less ("reuse")."""
     max_adaptive_weight: float = setting(1e4, POSITIVE)
     """Upper bound of the adaptive weight."""
-    backbone: str = "facebook/dino-vits8"
+    backbone: PathText = "facebook/dino-vits8"
     """Frozen ViT: Hub id, folder, or a .pth/.safetensors file with timm's names (dino_vit_small_patch8_224.pth)."""
     weights: Literal["pretrained", "random"] = "pretrained"
     """"random" builds an untrained backbone from `backbone_config`: only for tests and demonstrations."""
@@ -177,7 +178,7 @@ class EvalConfig:
     """What is measured, on images rounded to 8 bit. rfid compares with published figures, rfid_clean resizes for
     Inception with antialiasing, rfdd is the Frechet distance on the frozen encoder's features, ms_ssim needs images of
     176 pixels or more."""
-    inception_path: Optional[str] = None
+    inception_path: Optional[PathText] = None
     """Local copy of inception-2015-12-05.pt for rfid; none: torch.hub's folder (TORCH_HOME), else downloaded."""
     num_samples: Optional[int] = setting(None, POSITIVE)
     """Images that are evaluated; none: the whole split."""
@@ -213,7 +214,7 @@ def parse_config(argv: Optional[list] = None) -> Config:
     config = parse(
         Config, "train_rae.py", "Train a representation autoencoder.", argv, DEFAULT_CONFIG, check=check_config
     )
-    if not config_files(sys.argv[1:] if argv is None else argv) and os.environ.get("RANK", "0") == "0":
+    if not names_config(sys.argv[1:] if argv is None else argv) and os.environ.get("RANK", "0") == "0":
         print(f"no --config: the settings are those of the demo, configs/{DEFAULT_CONFIG.name}, and of the flags")
     return config
 

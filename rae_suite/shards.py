@@ -12,7 +12,7 @@ import fsspec
 import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
-from rae_suite.errors import DataError, one_line
+from rae_suite.errors import SECRET, URL_USER, DataError, one_line
 from rae_suite.images import IMAGE_EXTENSIONS
 from rae_suite.splits import SAVED_DATASET_FILES
 
@@ -46,8 +46,46 @@ def is_saved(path):
 
 
 def shard_name(shard):
-    """The shard's path or URL without a query, which may hold a signature."""
-    return shard.split("?")[0] if "://" in shard else shard
+    """The shard's path or URL without user, password and query, which may be a signature."""
+    return URL_USER.sub("", shard).split("?")[0] if "://" in shard else shard
+
+
+def check_address(path, setting):
+    """Raise DataError for an address whose credentials were left out where it was written down, and for credentials
+    that could not be found again in an error's text."""
+    if SECRET in path:
+        raise DataError(
+            f"{setting}: {path} is without its user, password or query, which are never written down; expected the "
+            "whole address again, on the command line or in a settings file"
+        )
+    place, _, query = path.partition("?")
+    user = place.partition("://")[2].split("/")[0].rpartition("@")[0]
+    if "://" in path and re.search(r"[\s'\"]", user + query):
+        raise DataError(
+            f"{setting}: an address has a space or a quotation mark in its user, password or query; expected %20, %22 "
+            "or %27"
+        )
+
+
+def protocol(path):
+    """The kind of address: https for http too, file for a local path; of a chain, as simplecache::https://host/x, its
+    last part's."""
+    found = re.match(r"([\w+.-]+)://", path.split("::")[-1])
+    kind = found[1].lower() if found else "file"
+    return {"http": "https", "local": "file"}.get(kind, kind)
+
+
+def check_listed(path, lists, setting):
+    """Raise DataError where the innermost of `lists` is from a server and names something else than its own kind of
+    address: whoever can write there must not choose what is read here."""
+    if not lists or protocol(lists[-1]) == "file":
+        return
+    kind = protocol(lists[-1])
+    if "::" in path or protocol(path) != kind:
+        raise DataError(
+            f"{setting}: list {shard_name(lists[-1])} names {shard_name(path)}; expected addresses that begin with "
+            f"{'https:// or http://' if kind == 'https' else f'{kind}://'}: a list from a server names no others"
+        )
 
 
 def expand_braces(pattern):
@@ -69,14 +107,20 @@ def expand_braces(pattern):
 
 def names_shards(path):
     """Whether `path` says itself which shards it means, so that it has no splits: not a folder and not a Hub id."""
-    return "://" in path or is_shard(path) or path.endswith(".txt") or any(c in path for c in "*{")
+    return "://" in path or is_shard(path) or is_list(path) or any(c in path for c in "*{")
+
+
+def is_list(path):
+    return shard_name(path).endswith(".txt")
 
 
 def list_shards(path, setting, within=()):
     """The shards that a path, URL, glob, range or .txt list of such ones, itself `within` other lists, stands for.
     Raises DataError."""
+    check_address(path, setting)
+    check_listed(path, within, setting)
     shards = []
-    if path.endswith(".txt"):
+    if is_list(path):
         if path in within:
             raise DataError(f"{setting}: list {path} names itself")
         try:
@@ -88,6 +132,7 @@ def list_shards(path, setting, within=()):
             shards += list_shards(os.path.expanduser(line), setting, (*within, path))
     else:
         for text in expand_braces(path):
+            check_listed(text, within, setting)
             shards += _glob(text, setting) if "*" in text else [text]
             if len(shards) > MAX_SHARDS:
                 raise DataError(f"{setting}: {path} names more than {MAX_SHARDS} shards")
@@ -141,7 +186,6 @@ def list_splits(path, config_name, setting):
 
 def find_shards(path, split, cfg, setting="data.path"):
     """The shards of one split of `path`, or all of them where it names shards itself. Raises DataError."""
-    path = os.path.expanduser(path)
     if names_shards(path):
         if cfg.config_name is not None:
             raise DataError(f"data.config_name: '{cfg.config_name}' is for Hub data sets, but {setting} is {path}")

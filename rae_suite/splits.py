@@ -93,7 +93,7 @@ def find_splits(cfg, *more_names):
     """
     if not cfg.path:
         raise DataError(f"data.path: found {cfg.path!r}, expected an image folder, a saved data set or a Hub id")
-    path = os.path.expanduser(os.fspath(cfg.path))
+    path = os.fspath(cfg.path)
     if os.path.isdir(path):
         if cfg.config_name is not None:
             raise DataError(

@@ -386,7 +386,6 @@ def load_stream_eval_images(cfg, num_samples):
     if cfg.eval_path is not None:
         path, setting = cfg.eval_path, "data.eval_path"
         cfg = replace(cfg, config_name=None)  # that is of the training images
-    path = os.path.expanduser(path)
     saved = is_saved(path)
     if cfg.eval_path is not None and os.path.isdir(path) and (saved or not _has_shards(path)):
         column = cfg.image_column if saved else None  # image files have none

@@ -47,7 +47,7 @@ from modeling_rae import LATENT_VAR_EPS, RAEModel
 from rae_suite.autoencoders import load_autoencoder
 from rae_suite.cli import AT_LEAST_0, POSITIVE, Limit, parse, require, setting
 from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting
-from rae_suite.files import check_output_file, replacing, write_folder
+from rae_suite.files import check_links, check_output_file, replacing, write_folder
 from rae_suite.latent_stats import LatentReader
 from rae_suite.launch import (
     measuring_accelerator,
@@ -59,6 +59,7 @@ from rae_suite.settings import ImagesConfig
 from rae_suite.settings_rae import parse_config
 from rae_suite.sources import ImageSource
 from rae_suite.splits import load_splits
+from rae_suite.values import PathText
 
 CHECK_IMAGES = 256
 # An entry's mean over that many images is off by 1/16 on average.
@@ -72,15 +73,15 @@ AT_LEAST_2 = Limit(lambda value: value >= 2, "at least 2 images")
 class LatentStatsConfig:
     """Settings of compute_latent_stats.py."""
 
-    model: Optional[str] = None
+    model: Optional[PathText] = None
     """Folder or Hub id of an RAE."""
-    train_config: tuple[str, ...] = ()
+    train_config: tuple[PathText, ...] = ()
     """Instead of a model: YAML files of a training run, later ones win."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
     """The images, as in the training run; statistics are those of the training split."""
-    output: Optional[str] = None
+    output: Optional[PathText] = None
     """New folder for the model with its statistics; none: they go into the model's own folder."""
-    stats_file: Optional[str] = None
+    stats_file: Optional[PathText] = None
     """File for `mean` and `var`, .safetensors or .pt."""
     num_samples: Optional[int] = setting(None, AT_LEAST_2)
     """Images that are used, spread evenly over the split; none: all."""
@@ -90,7 +91,7 @@ class LatentStatsConfig:
     """Images of one batch in each process."""
     seed: int = setting(0, AT_LEAST_0)
     """Seed of data.holdout_fraction: the training run's."""
-    json: Optional[str] = None
+    json: Optional[PathText] = None
     """File for the printed table, for machines."""
 
 
@@ -150,13 +151,17 @@ def training_model(files: tuple, latent_stats: Optional[str]) -> RAEModel:
 
 
 def model_folder(config: LatentStatsConfig) -> Optional[Path]:
-    """The folder of the model's files, that of the cache for a Hub id; None with a training config."""
+    """The folder of the model's files, that of the cache for a Hub id; None with a training config. Raises ConfigError
+    for a link in it that leads somewhere else: what is there would be copied."""
     if config.model is None:
         return None
     if Path(config.model).is_dir():
-        return Path(config.model).resolve()
-    require(config.output is not None, "output", f"a new folder for {config.model}, which is on the Hub", None)
-    return Path(snapshot_download(config.model))
+        folder = Path(config.model).resolve()
+    else:
+        require(config.output is not None, "output", f"a new folder for {config.model}, which is on the Hub", None)
+        folder = Path(snapshot_download(config.model)).resolve()
+    check_links(folder, folder.rglob("*"), "model")
+    return folder
 
 
 def check_writable(folder: Path, key: str) -> None:

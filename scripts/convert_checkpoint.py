@@ -56,6 +56,7 @@ from modeling_rae import (
     RAEConfig,
     RAEDecoder,
     RAEModel,
+    check_config_dict,
     encoder_family,
     sincos_position_table,
 )
@@ -226,6 +227,9 @@ def open_input(args: argparse.Namespace) -> dict:
         raise ConfigError(f"--input: {path} is no checkpoint that is known here, expected {SIDES[args.source]}")
     if side != args.source:
         raise ConfigError(f"--input: {path} is {SIDES[side]}, expected {SIDES[args.source]}: use --from {side}")
+    if path.is_dir():
+        with error_names_setting("--input", str(path)):
+            check_config_dict(held)
     return held
 
 

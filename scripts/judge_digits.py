@@ -23,6 +23,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from rae_suite.cli import SHARE, parse, setting
 from rae_suite.errors import ConfigError, RunError
 from rae_suite.launch import run_main
+from rae_suite.values import PathText
 
 SIDE, LEVELS = 8, 16  # of scikit-learn's digits: pixels, and the value of white
 
@@ -31,7 +32,7 @@ SIDE, LEVELS = 8, 16  # of scikit-learn's digits: pixels, and the value of white
 class JudgeConfig:
     """Settings of judge_digits.py."""
 
-    samples: str
+    samples: PathText
     """Folder that sample_dit.py wrote: images/ and labels.csv."""
     at_least: float = setting(0.0, SHARE)
     """Share of the images that must be named as asked for."""

@@ -36,14 +36,15 @@ from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_I
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
 from modeling_rae import RAEConfig, RAEModel
-from rae_suite.cli import AT_LEAST_0, parse, read_yaml, setting
-from rae_suite.errors import ConfigError, error_names_setting
-from rae_suite.files import write_folder
-from rae_suite.hub import check_access, check_encoder_left_out, check_target, hub_id, open_repository, scrub, upload
+from rae_suite.cli import AT_LEAST_0, change_texts, parse, read_yaml, setting
+from rae_suite.errors import ConfigError, error_names_setting, scrub
+from rae_suite.files import check_links, write_folder
+from rae_suite.hub import check_access, check_encoder_left_out, check_target, hub_id, open_repository, upload
 from rae_suite.launch import quiet_transformers, run_main
 from rae_suite.metric_names import METRICS
 from rae_suite.rae_networks import image_processor_json
 from rae_suite.run_folder import MetricsFile
+from rae_suite.values import PathText, dump
 
 MODELING_FILE = "modeling_rae.py"
 # what save_pretrained writes weights to: an earlier upload's are deleted, all other files are somebody's own
@@ -56,7 +57,7 @@ PICTURE = "reconstructions.png"
 class PushConfig:
     """Settings of push_to_hub.py."""
 
-    model: str
+    model: PathText
     """Model folder of an RAE: best/ or final/ of a run, or what save_pretrained wrote."""
     repo_id: str
     """user/name of the model on the Hub; made where there is none."""
@@ -64,7 +65,7 @@ class PushConfig:
     """Whether only its owners see the model."""
     no_encoder: bool = False
     """Leave out the encoder's weights: they are then fetched from the encoder's own id on loading."""
-    results: Optional[str] = None
+    results: Optional[PathText] = None
     """results.json of eval_rfid.py with the model's figures; none: those of its run folder."""
     license: str = "apache-2.0"
     """License of the decoder, as the Hub names it."""
@@ -224,8 +225,8 @@ def figures_of_run(run_dir: Path, settings: dict, model: Path) -> Optional[Figur
 
 
 def data_name(path: str) -> str:
-    """A data set's Hub id, or the name of its folder."""
-    return hub_id(path) or Path(path).resolve().name
+    """A data set's Hub id, or the name of its folder, or of a URL without user and query."""
+    return hub_id(path) or Path(scrub(path).split("?")[0]).resolve().name
 
 
 def eval_results(figures: Figures) -> list:
@@ -342,8 +343,8 @@ def files_to_upload(settings: PushConfig, model: Path, weights_from: Path) -> di
     figures = trained_on = run_settings = None
     if run_dir:
         try:
-            run_settings = (run_dir / "config.yaml").read_text()
-            run = read_yaml(run_dir / "config.yaml")
+            run = change_texts(read_yaml(run_dir / "config.yaml"), scrub)  # earlier versions wrote credentials down
+            run_settings = dump(run)
             trained_on, figures = run["data"]["path"], figures_of_run(run_dir, run, model)
         except (ValueError, LookupError, TypeError) as error:
             raise ConfigError(f"model: config.yaml or metrics.jsonl of {run_dir} is damaged ({error!r})") from error
@@ -352,7 +353,9 @@ def files_to_upload(settings: PushConfig, model: Path, weights_from: Path) -> di
     files: dict[str, Any] = {name: weights_from / name for name in (CONFIG_NAME, MODELING_FILE, *weights)}
     files[IMAGE_PROCESSOR_NAME] = image_processor_json(config.image_size).encode()
     files[CARD] = model_card(settings, config, figures, trained_on, run_settings).encode()
+    check_links(weights_from, [path for path in files.values() if isinstance(path, Path)], "model")
     if figures and figures.picture.is_file():
+        check_links(figures.picture.parent, [figures.picture], "results")
         files[PICTURE] = figures.picture
     return files
 
@@ -397,7 +400,7 @@ def push(settings: PushConfig, model: Path, temporary: Path) -> None:
 def main() -> None:
     settings = parse(PushConfig, "push_to_hub.py", "Publish a trained model on the Hugging Face Hub.", check=check)
     quiet_transformers()
-    model = Path(settings.model).expanduser().resolve()
+    model = Path(settings.model).resolve()
     if not settings.dry_run:
         check_access(settings.repo_id, "repo_id")
     with tempfile.TemporaryDirectory(prefix="push-to-hub-") as temporary:

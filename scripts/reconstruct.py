@@ -61,6 +61,7 @@ from rae_suite.pictures import reconstruction_grid
 from rae_suite.settings import FEW_TASKS
 from rae_suite.sources import FileSource, ImageSource, join_paths
 from rae_suite.splits import scan_folder
+from rae_suite.values import PathText
 
 GREY = 128  # value of the padding
 
@@ -79,11 +80,11 @@ class LoadingConfig:
 class ReconstructConfig:
     """Settings of reconstruct.py."""
 
-    model: str
+    model: PathText
     """Folder or Hub id of the autoencoder."""
-    input: tuple[str, ...]
+    input: tuple[PathText, ...]
     """Image files and folders of them (with their sub-folders)."""
-    output: str
+    output: PathText
     """Folder of the results; holds no input and lies in none."""
     save_latents: bool = False
     """Whether the latents are written too, a file for each image."""
@@ -97,7 +98,7 @@ class ReconstructConfig:
     """Images in grid.png, at most 32."""
     data: LoadingConfig = field(default_factory=LoadingConfig)
     """How images are read."""
-    json: Optional[str] = None
+    json: Optional[PathText] = None
     """File for the printed table, for machines."""
 
 

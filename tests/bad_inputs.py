@@ -45,6 +45,7 @@ from transformers.utils.logging import disable_progress_bar
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root
 from rae_suite.settings_rae import Config  # noqa: E402
+from rae_suite.values import PathText, inner_type  # noqa: E402
 
 WIDTH, HEIGHT = 40, 30  # of the picture
 LOSSY = 4.0  # largest mean difference, in levels of 255, that a compressed picture may have
@@ -515,25 +516,26 @@ def settings_of(schema: type, prefix: str = "") -> dict:
 
 
 def wrong_values(kind: Any) -> dict:
-    """{name: value} of what no setting of a type takes."""
-    plain = {part for part in (kind, *typing.get_args(kind)) if part in (int, float, bool, str)}
-    several = any(typing.get_origin(part) in (tuple, dict) for part in (kind, *typing.get_args(kind)))
-    wrong = {"list": [[]]} if several else {}
-    if several or str not in plain:
-        wrong["word"] = "words"
-    if several or not plain & {int, float}:
-        wrong["number"] = 5
-    if plain & {int, bool} and not several:
-        wrong["fraction"] = 1.5
-    if several or bool not in plain:
-        wrong["switch"] = True
-    if typing.get_origin(kind) is not dict:
+    """{name: value} of what no setting of a type takes. A text takes every word, and a list a single one."""
+    inner = inner_type(kind)
+    origin, parts = typing.get_origin(inner), typing.get_args(inner)
+    word = parts[0] if origin is tuple else inner
+    wrong = {"list": [[]]}
+    if origin is not dict:
         wrong["mapping"] = {"a": 1}
-    if float in plain and not several:
+    if word not in (str, PathText):
+        wrong["word"] = "words"
+    if word not in (str, PathText, bool):
+        wrong["switch"] = True
+    if word is bool or origin is dict or typing.get_origin(word) is typing.Literal:
+        wrong["number"] = 5
+    if word in (int, bool):
+        wrong["fraction"] = 1.5
+    if word is float:
         wrong |= {"nan": float("nan"), "huge": 1e308}
-    if plain & {int, float} and not several:
+    if word in (int, float):
         wrong["digits"] = 10**400
-    if type(None) not in typing.get_args(kind):
+    if kind is inner:
         wrong["null"] = None
     return wrong
 
@@ -543,13 +545,6 @@ def nested(key: str, value: Any) -> str:
     for name in reversed(key.split(".")):
         value = {name: value}
     return yaml.safe_dump(value)
-
-
-def laughs(depth: int) -> str:
-    """Aliases of aliases, which unfold to 9 ** depth values."""
-    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
-    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, depth)]
-    return "\n".join(lines)
 
 
 def config_cases() -> list:
@@ -566,17 +561,17 @@ def config_cases() -> list:
     good = "train: {seed: 4}\n"
     texts = {
         "no_such_group": ("an unknown group", "no_such_group: {weight: 1}", "no_such_group"),
-        "no_such_setting": ("an unknown setting beside the groups", "seed: 1", "seed"),
-        "setting_of_another_group": ("a setting in the wrong group", "train: {lr: 1}", "'lr'"),
+        "no_such_setting": ("an unknown setting beside the groups", "seed: 1", "did you mean train.seed"),
+        "setting_of_another_group": ("a setting in the wrong group", "train: {lr: 1}", "did you mean optimizer.lr"),
         "empty": ("nothing", "", "found nothing"),
         "blank": ("blank lines", " \n\n", "found nothing"),
         "comment": ("a comment alone", "# train: {seed: 1}\n", "found nothing"),
         "null": ("null", "null", "found nothing"),
-        "list": ("a list", "- train\n", "found a list"),
-        "number": ("a number", "5", "found a int"),
-        "words": ("words", "just words", "found a str"),
+        "list": ("a list", "- train\n", "found [train]"),
+        "number": ("a number", "5", "found 5"),
+        "words": ("words", "just words", "found just words"),
         "page": ("a web page", "<!DOCTYPE html>\n<html><body>404: not found</body></html>", "YAML"),
-        "python": ("Python", "seed = 1\nepochs = 3\n", "found a str"),
+        "python": ("Python", "seed = 1\nepochs = 3\n", "found seed = 1"),
         "toml": ("TOML", "[train]\nseed = 1\n", "line 2"),
         "latin1": ("text in Latin-1", "train: {output_dir: r\xe9sum\xe9}".encode("latin-1"), "utf-8"),
         "utf16": ("text in UTF-16", good.encode("utf-16"), "utf-8"),
@@ -594,20 +589,18 @@ def config_cases() -> list:
         "anchor_unknown": ("an anchor under an unknown key", "x: &o {lr: 0.5}\noptimizer: *o\n", "x"),
         "anchor_empty": ("an anchor without a name", "train: &\n  seed: 1\n", "line 1"),
         "anchor_alone": ("an anchor of nothing", "train: &t\n", "train"),
-        "loop": ("an alias within its own anchor", "model: &m {encoder_config: {x: *m}}", "*m within its own anchor"),
-        "loop_of_all": ("a file that contains itself", "&all {train: *all}", "*all within its own anchor"),
+        "loop": ("an alias within its own anchor", "model: &m {encoder_config: {x: *m}}", "model.encoder_config"),
+        "loop_of_all": ("a file that contains itself", "&all {train: *all}", "train.train"),
         "merge_number": ("a merge of a number", "train: {<<: 5}", "line 1"),
         "merge_list": ("a merge of numbers", "train: {<<: [1, 2]}", "line 1"),
         "merge_nothing": ("a merge without an anchor", "gan: {optimizer: {<<: *o}}", "undefined alias"),
-        "merge_unknown": ("a merge of unknown keys", "data: &d {path: x}\ntrain: {<<: *d}", "'path'"),
-        "laughs": ("aliases that unfold to a billion values", laughs(10), "more than 100000"),
-        "laughs_within": (
-            "the same in a setting",
-            f"model: {{encoder_config: {{{', '.join(laughs(10).splitlines())}}}}}",
-            "more than 100000",
+        "merge_unknown": ("a merge of unknown keys", "data: &d {path: x}\ntrain: {<<: *d}", "train.path"),
+        "deep_lists": ("100,000 lists in each other", "[" * 100_000, "nested too deeply"),
+        "deep_mappings": (
+            "1000 mappings in each other",
+            "gan: " + "{a: " * 1000 + "1" + "}" * 1000,
+            "nested too deeply",
         ),
-        "deep_lists": ("100,000 lists in each other", "[" * 100_000, "50 deep"),
-        "deep_mappings": ("1000 mappings in each other", "gan: " + "{a: " * 1000 + "1" + "}" * 1000, "50 deep"),
         "setting_twice": ("a setting given twice", "train: {seed: 1, seed: 2}", "'seed' given twice"),
         "group_twice": (
             "a group given twice",
@@ -623,18 +616,22 @@ def config_cases() -> list:
         ),
         "name_code": ("the name of a function", "train: {output_dir: !!python/name:os.mkdir }", "os.mkdir"),
         "tag": ("an unknown tag", "train: {seed: !seed 1}", "!seed"),
-        "class_path": ("the path of a class", "gan: {class_path: os.mkdir, init_args: {path: SPRUNG}}", "os.mkdir"),
-        "binary": ("bytes for a text", "train: {output_dir: !!binary aGVsbG8=}", "train.output_dir"),
+        "class_path": (
+            "the path of a class",
+            "gan: {class_path: os.mkdir, init_args: {path: SPRUNG}}",
+            "gan.class_path",
+        ),
+        "binary": ("bytes for a text", "train: {output_dir: !!binary aGVsbG8=}", "binary is not for settings"),
         "number_key": ("a number for a key", "train: {1: 2}", "1"),
-        "no_key": ("null for a key", "null: 2", "None"),
-        "list_key": ("a list for a key", "? [a, b]\n: 1\n", "unhashable key"),
-        "huge_number": ("a number of 5000 digits", f"train: {{seed: {'9' * 5000}}}", "4300 digits"),
+        "no_key": ("null for a key", "null: 2", "null"),
+        "list_key": ("a list for a key", "? [a, b]\n: 1\n", "no text in line 1"),
+        "huge_number": ("a number of 5000 digits", f"train: {{seed: {'9' * 5000}}}", "(5000 characters)"),
         "infinite": ("a number too large for a float", "optimizer: {lr: 1.0e999}", "optimizer.lr"),
         "huge_in_list": ("a huge number in a list", "optimizer: {betas: [0.9, 1.0e+308]}", "optimizer.betas"),
         "digits_in_list": (
             "one of 400 digits in a list",
             f"optimizer: {{betas: [0.9, {'9' * 400}]}}",
-            "optimizer.betas: expected a number of at most 1e+12, got '999999999... of 400 digits'",
+            "optimizer.betas: expected a number of at most 1e+12, got [0.9, inf]",
         ),
         "hexadecimal": ("300 hexadecimal digits", f"optimizer: {{lr: 0x{'f' * 300}}}", "optimizer.lr"),
         "threads": ("more threads than start", "train: {cpu_threads: 20000}", "train.cpu_threads: expected at most"),
@@ -761,6 +758,35 @@ def changed_weights(change: Any) -> dict:
     tensors = safetensors.torch.load(model_files()["model.safetensors"])
     change(tensors)
     return model_files() | {"model.safetensors": safetensors.torch.save(tensors, {"format": "pt"})}
+
+
+def absurd_values() -> list:
+    """(key, value, words of the error) of values in a config.json that no network has: numbers, and attention that is
+    code on the Hub. `e_*` is of the encoder."""
+    inf, nan, kernel = float("inf"), float("nan"), "some/kernel"
+    numbers = [
+        (key, 10**9, f"{key.removeprefix('e_')} is 1000000000, expected at most 1000000")
+        for key in ("num_labels", "e_num_labels", "e_vocab_size", "e_intermediate_size", "e_hidden_size",
+                    "e_patch_size", "e_num_channels", "e_image_size", "e_num_attention_heads", "e_mlp_ratio",
+                    "e_num_register_tokens", "e_max_position_embeddings", "decoder_intermediate_size")
+    ]  # fmt: skip
+    numbers += [(key, 10**9, "expected at most 1000") for key in ("e_num_hidden_layers", "decoder_num_hidden_layers")]
+    numbers += [
+        (key, value, "expected a finite number")
+        for key in ("noise_tau", "scaling_factor", "decoder_layer_norm_eps", "e_layer_norm_eps", "e_layerscale_value")
+        for value in (inf, nan)
+    ]
+    numbers += [
+        (key, [0.5, value, 0.5], f"{key} is ") for key in ("image_mean", "image_std") for value in (inf, -inf, nan)
+    ]
+    numbers.append(("e_text_config", {"num_labels": 10**9}, "num_labels is 1000000000"))
+    attention = [
+        (f"{part}{key}", value, f"{key} is '{kernel}', expected one of eager,")
+        for part in ("", "e_")
+        for key in ("attn_implementation", "_attn_implementation", "_attn_implementation_internal")
+        for value in (kernel, {"": kernel}, {"": "sdpa", "encoder_config": kernel})
+    ]
+    return [*numbers, *attention, ("attn_implementation", f"{kernel}:function", f"'{kernel}:function'")]
 
 
 def model_cases() -> list:
@@ -916,6 +942,8 @@ def model_cases() -> list:
     ):
         given = "missing" if wrong is ... else re.sub(r"[^\w-]+", "_", str(wrong))
         cases[f"{key}_is_{given}"] = (f"{key} is {given}", changed_config(**{key: wrong}), "")
+    for key, wrong, words in absurd_values():
+        cases[f"{key}_is_absurd_{len(cases)}"] = (f"{key} is {wrong!r}", changed_config(**{key: wrong}), words)
     tensor = weights.index(safetensors.torch.load(weights)[name].numpy().tobytes())
     flipped = bytearray(weights)
     flipped[tensor] ^= 1  # the last bit of a number
@@ -1067,6 +1095,7 @@ def encoder_cases() -> list:
     def as_json(held: dict) -> bytes:
         return json.dumps(held).encode()
 
+    said = {}  # words of errors beside the folder's name
     wrong = {
         "unknown_type": good | code | {"config.json": as_json(settings | auto_map | {"model_type": "hostile"})},
         "no_type": good | code | {"config.json": as_json(auto_map)},
@@ -1075,13 +1104,21 @@ def encoder_cases() -> list:
         "safetensors_trap": good | {"model.safetensors": pickle.dumps(Trap())},
         "no_weights": no_weights,
     }
+    for key, value, words in absurd_values():
+        if key.startswith("e_"):  # of a network that transformers has
+            changed = good | {"config.json": as_json(settings | {key.removeprefix("e_"): value})}
+            name = f"absurd_{len(wrong)}"
+            wrong[name] = changed
+            said[name] = words
+    wrong["std"] = good | {"preprocessor_config.json": as_json(processor | {"image_std": [0.5, float("inf"), 0.5]})}
+    said["std"] = "image_std: expected three positive numbers"
     read = {
         "known_type": good | code | {"config.json": as_json(settings | auto_map)},
         "processor": good | code | {"preprocessor_config.json": as_json(hostile_processor)},
         "bin_beside": good | {"pytorch_model.bin": torch_file({"x": Trap()})},
     }
     return [
-        *(Case(f"encoders/{name}", f"encoder: {name}", "error", files, (name,)) for name, files in wrong.items()),
+        *(Case(f"encoders/{n}", f"encoder: {n}", "error", files, (n, said.get(n, ""))) for n, files in wrong.items()),
         *(Case(f"encoders/{name}", f"encoder: {name}", "read", files) for name, files in read.items()),
     ]
 

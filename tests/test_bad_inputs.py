@@ -238,12 +238,13 @@ def test_config_on_the_command_line(folder, tmp_path):
 
 
 def test_numbers_in_flags(capsys):
-    """As in files: what is too large for the parser or for any run, also written as `--key=value`."""
+    """As in files: what is too large for a float or for any run, also written as `--key=value`."""
     flag = f"--optimizer.lr={'9' * 400}"
     for argv, word in (
-        ([flag], "--optimizer.lr"),
-        (flag.split("="), "--optimizer.lr"),
-        (["--optimizer.betas", "0.9", "9" * 400], "--optimizer.betas"),
+        ([flag], "optimizer.lr"),
+        (flag.split("="), "optimizer.lr"),
+        (["--train.seed", "9" * 400], "train.seed"),
+        (["--optimizer.betas", "0.9", "9" * 400], "optimizer.betas"),
         (["--optimizer.betas", "0.9", "1e308"], "optimizer.betas"),
         (["--train.epochs=-1e308"], "train.epochs"),
     ):
@@ -263,7 +264,7 @@ def test_numbers_in_flags(capsys):
         (linear_probe.main, {"model": "x", "output_dir": "a\0b"}, "output_dir"),
         (compute_latent_stats.main, {"model": "x", "data.num_workers": 3000}, "data.num_workers"),
         (reconstruct.main, {"model": "x", "input": "x", "output": "y", "data.num_workers": 3000}, "data.num_workers"),
-        (push_to_hub.main, {"model": "x", "repo_id": "a/b", "retries": 10**400}, "--retries"),
+        (push_to_hub.main, {"model": "x", "repo_id": "a/b", "retries": 10**400}, "retries"),
     ],
 )
 def test_numbers_of_other_commands(main, settings, key, capsys, monkeypatch):
@@ -367,6 +368,22 @@ def test_folders_of_models(corpus, folder):
                 torch.testing.assert_close(model.decode(model.encode(pixels)), expected, rtol=1e-3, atol=1e-3)
 
 
+def test_absurd_numbers_in_diffusers_folders(tmp_path):
+    """Of its two autoencoders, wherever they are read."""
+    for kind in ("AutoencoderRAE", "AutoencoderKL"):
+        for name, value, words in (
+            ("encoder_hidden_size", 10**9, "is 1000000000, expected at most 1000000"),
+            ("block_out_channels", [32, 10**9], "is 1000000000, expected at most 1000000"),
+            ("scaling_factor", float("inf"), "is inf, expected a finite number"),
+        ):
+            (tmp_path / "config.json").write_text(json.dumps({"_class_name": kind, name: value}))
+            line = outcome_of(load_autoencoder, str(tmp_path))
+            assert line == f"model: {tmp_path}/config.json: {name} {words}"
+            if kind == "AutoencoderRAE":
+                argv = ["--from", "diffusers", "--to", "rae", "--input", str(tmp_path), "--output", f"{tmp_path}/out"]
+                assert outcome_of(convert_checkpoint.main, argv) == f"--input: {tmp_path}: {name} {words}"
+
+
 def test_models_to_start_from(corpus, folder):
     """model.init_from: the config before, the weights when the networks are built."""
     expected = RAEConfig.from_dict(json.loads(bad_inputs.model_files()["config.json"]))
@@ -412,8 +429,10 @@ def test_models_that_are_no_folder(folder, capsys, monkeypatch, tmp_path):
             assert outcome_of(read, str(source)) != "read"
 
 
-def test_encoders(corpus, folder):
-    """model.encoder and gan.backbone: neither code nor pickles in their folders run."""
+def test_encoders(corpus, folder, monkeypatch):
+    """model.encoder and gan.backbone: neither code nor pickles in their folders run, and nobody is asked whether they
+    may; numbers and attention that no network has are named."""
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
 
     def encoder(source: str) -> None:
         with error_names_setting("model.encoder", source):
@@ -426,10 +445,28 @@ def test_encoders(corpus, folder):
 
     for case in corpus["encoders"]:
         check(case, outcome_of(encoder, str(folder / case.file)))
-        if (
-            case.file != "encoders/unknown_type" and case.file != "encoders/no_type"
-        ):  # the backbone is a ViT in any case
+        if case.file != "encoders/std":  # no network has the processor's numbers
             check(case, outcome_of(backbone, str(folder / case.file)))
+
+
+def test_code_of_an_encoder_in_a_model_folder(tmp_path, monkeypatch):
+    """Of a type that AutoModel does not build: refused, without a question, in every command that takes a model."""
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    settings = json.loads(bad_inputs.model_files()["config.json"])
+    encoder = {"model_type": "blip_vision_model", "hidden_size": 16, "patch_size": 8, "image_size": 32}
+    encoder |= {"auto_map": {"AutoModel": f"{tmp_path}/code--hostile.Model"}, "num_hidden_layers": 1}
+    settings |= {"encoder_config": encoder, "encoder_prefix_tokens": 1, "encoder_final_norm": "post_layernorm"}
+    files = bad_inputs.model_files() | {"config.json": json.dumps(settings).encode()}
+    code = {"hostile.py": bad_inputs.HOSTILE_CODE, "config.json": json.dumps(encoder).encode()}
+    bad_inputs.write(
+        [bad_inputs.Case(name, "", "", held) for name, held in (("model", files), ("code", code))], tmp_path
+    )
+    for read in (load_autoencoder, RAEModel.from_pretrained):
+        with (
+            error_names_setting("model", "x"),
+            pytest.raises(ValueError, match="trust_remote_code|none that transformers"),
+        ):
+            read(str(tmp_path / "model"))
 
 
 def test_references(corpus, folder):

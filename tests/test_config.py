@@ -2,22 +2,32 @@
 
 import ast
 import dataclasses
+import json
+import re
 import subprocess
 import sys
+import typing
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import yaml
-from conftest import ROOT
+from conftest import ROOT, run_command
 
+from eval_rfid import EvalRFIDConfig
+from linear_probe import LinearProbeConfig
 from rae_suite import settings, settings_rae
-from rae_suite.cli import config_dict, config_yaml, join_lists
+from rae_suite.cli import all_settings, config_dict, config_yaml, parse
 from rae_suite.errors import ConfigError
+from rae_suite.metric_names import METRICS
 from rae_suite.run_folder import resolve_config
 from rae_suite.settings import check_same_config
 from rae_suite.settings_rae import Config, parse_config
+from scripts.compute_latent_stats import LatentStatsConfig
+from scripts.push_to_hub import PushConfig
+from scripts.reconstruct import ReconstructConfig
 
+NAMES_OF_METRICS = ", ".join(map(repr, METRICS))
 DIGITS = str(ROOT / "configs" / "digits_tiny.yaml")
 # presets of train_rae.py: the header's launch command says whose it is
 PRESETS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "train_rae.py" in path.read_text()]
@@ -85,8 +95,8 @@ def test_every_setting_survives_the_run_folder(tmp_path):
                 setattr(settings, field.name, 7)
             elif value is None and "float" in str(field.type):
                 setattr(settings, field.name, 1e-5)
-            elif value is None and "[str]" in str(field.type) and field.name not in ("vgg_path", "inception_path"):
-                setattr(settings, field.name, "no: # a")
+            elif value is None and field.name in ("label_column", "repo_id", "init_from", "eval_path"):
+                setattr(settings, field.name, {"label_column": "null", "repo_id": "~"}.get(field.name, "no: # a"))
 
     change(changed)
     changed.data.path, changed.model.encoder_config = "no", {"a": [1, {"b": None}], "c": 1e-6, "d": "gelu"}
@@ -182,17 +192,55 @@ def test_a_group_that_is_no_mapping_is_an_error(tmp_path, error, text):
         ),
         (("--gan.weight", "x"), "gan.weight: expected a number, got x"),
         (("--train.compile", "maybe"), "train.compile: expected true or false, got maybe"),
-        (("--data.mixture", "a"), "data.mixture: expected a mapping, got a"),
+        (("--data.mixture", "a"), "data.mixture: expected a mapping to numbers, got a"),
+        (("--data.mixture", "{a: b}"), "data.mixture: expected a mapping to numbers, got {a: b}"),
         (("--gan.loss", "x"), "gan.loss: expected one of 'hinge', 'vanilla', got x"),
-        (("--optimizer.betas", "3"), "optimizer.betas: expected a tuple with 2 elements, got [3]"),
+        (("--optimizer.betas", "3"), "optimizer.betas: expected 2 numbers, got 3"),
         (
-            ("--data", "data/none"),
-            "data: expected a YAML file of these settings, got data/none; a single one is given as --data.NAME",
+            ("--optimizer.betas", "0.9", "0.95", "0.99"),
+            "optimizer.betas: expected 2 numbers, got [0.9, 0.95, 0.99]",
         ),
+        (("--gan.key_depths", "one"), "gan.key_depths: expected a list of integers, got one"),
+        (("--eval.metrics", "psnr", "fid"), f"eval.metrics: expected values among {NAMES_OF_METRICS}, got [psnr, fid]"),
+        (("--eval.metrics", "psnr,fid"), f"eval.metrics: expected values among {NAMES_OF_METRICS}, got psnr,fid"),
+        (("--eval.metrics",), f"--eval.metrics: expected values among {NAMES_OF_METRICS}, got nothing"),
+        (("--gan.weight", "1", "2"), "--gan.weight: expected a number, got several words: 1 2"),
+        (("--data.path", "null"), "data.path: expected a path, got nothing"),
+        (("--data", "data/none"), "--data: expected one of its settings, as --data.NAME VALUE"),
+        (("--config", "a", "b"), "--config: expected one YAML file, got a b; it may be repeated"),
+        (("x",), "x: expected settings as --NAME VALUE; --help lists them"),
+        (("--train.max_step", "3"), "--train.max_step: there is no such setting; did you mean train.max_steps?"),
+        (("--seed", "3"), "--seed: there is no such setting; did you mean train.seed?"),
+        (("--lr", "3"), "--lr: there is no such setting; did you mean optimizer.lr or gan.optimizer.lr?"),
+        (("--conf", "x"), "--conf: there is no such setting; did you mean config?"),
+        (("--qqq", "x"), "--qqq: there is no such setting; --help lists all"),
     ],
 )
 def test_bad_values_are_said_in_plain_words(error, arguments, line):
     assert error(*arguments).strip().removeprefix("error: ") == line
+
+
+@pytest.mark.parametrize(
+    "text, line",
+    [
+        ("train: {max_steps: six}", "train.max_steps: expected an integer or nothing, got six (in {file})"),
+        ("optimizer: {lr: 0}", "optimizer.lr: expected a positive number, got 0.0 (in {file})"),
+        ("gan: {weights: pretrained}", "gan.backbone_config: expected nothing unless gan.weights is random, got"),
+        ("eval: {best_metric: rfid}", "eval.best_metric: expected one of eval.metrics ['psnr'"),
+        ("gan: {wieght: 1}", "gan.wieght: there is no such setting (in {file}); did you mean gan.weight?"),
+        ("train: {lr: 1}", "train.lr: there is no such setting (in {file}); did you mean optimizer.lr or"),
+        ("gan: [1]", "gan: expected a mapping of settings, got [1] (in {file})"),
+        ("gan: {weight: 1}\ngan.weight: 2", "gan.weight: given twice (in {file})"),
+        ("gan: {weight: 1, weight: 2}", "{file}: expected settings in YAML, key 'weight' given twice in line 1"),
+        ("data:\n  path: 'https://u:PW@h/a?b", "{file}: expected settings in YAML, while scanning a quoted scalar, "),
+    ],
+)
+def test_bad_values_of_a_file_are_said_with_its_name(tmp_path, error, text, line):
+    """Also where another setting contradicts it; the file itself, which may hold a password, is not shown."""
+    file = write(tmp_path / "bad.yaml", text)
+    message = error("--config", DIGITS, "--config", file).strip().removeprefix("error: ")
+    assert message.startswith(line.format(file=file)) and "PW" not in message
+    assert file in message or text == "gan: {weights: pretrained}"  # what is wrong there is digits_tiny's
 
 
 def test_bad_flags_are_one_line_that_names_the_key(tmp_path, error):
@@ -432,14 +480,142 @@ def test_a_run_folder_of_another_version(tmp_path, monkeypatch):
 
 
 def test_lists_on_the_command_line():
-    """Several words, one with `=`, text that looks like something else; a list given twice is a mistake."""
+    """Several words, one with `=`, commas, text that looks like something else; a list given twice is a mistake."""
     assert parse_config(["--eval.metrics", "psnr", "ssim"]).eval.metrics == ("psnr", "ssim")
     assert parse_config(["--eval.metrics=psnr"]).eval.metrics == ("psnr",)
+    assert parse_config(["--eval.metrics=psnr,ssim", "--optimizer.betas", "0.5,0.6"]).optimizer.betas == (0.5, 0.6)
     assert parse_config(["--eval.metrics=[psnr,lpips]"]).eval.metrics == ("psnr", "lpips")
-    argv = ["--logging.report_to", "[1].png", "3", "--gan.weight", "0.5"]
-    assert join_lists(Config, argv) == ["--logging.report_to", '["[1].png","3"]', "--gan.weight", "0.5"]
-    with pytest.raises(ConfigError, match="--eval.metrics: expected it once"):
-        join_lists(Config, ["--eval.metrics", "psnr", "--eval.metrics", "ssim"])
+    config = parse_config(["--logging.report_to", "[1].png", "3", "--gan.weight", "0.5"])
+    assert config.logging.report_to == ("[1].png", "3") and config.gan.weight == 0.5
+    assert parse_config(["--logging.report_to", "[]"]).logging.report_to == ()
+
+
+def test_a_list_given_twice_is_an_error(error):
+    message = error("--eval.metrics", "psnr", "--eval.metrics", "ssim")
+    assert "--eval.metrics: expected it once, with all its values, got 'it 2 times'" in message
+
+
+def test_values_are_taken_where_the_meaning_is_plain(tmp_path):
+    """The words for yes and no, one word for a list, numbers for text, exponents with and without a point, nothing."""
+    text = """
+train: {mixed_precision: no, output_dir: 2024, compile: yes, max_steps: 1e3, cpu_threads: none}
+logging: {report_to: wandb, project: 0123, progress_bar: off}
+data: {train_split: on, eval_split: 1_000, config_name: null, label_column: 2024-01-01}
+model: {encoder_final_norm: none, encoder_config: {layer_norm_eps: 1e-4, x: 1.0e-4, y: [1, no, "2"]}, init_from: None}
+eval: {metrics: "psnr"}
+optimizer: {lr: 1e-4, eps: 1.0e-4}
+gan.key_depths: 1,3
+"""
+    config = parse_config(["--config", DIGITS, "--config", write(tmp_path / "plain.yaml", text)])
+    train, data, model = config.train, config.data, config.model
+    assert (train.mixed_precision, train.output_dir, train.compile) == ("no", "2024", True)
+    assert (train.max_steps, train.cpu_threads) == (1000, None) and isinstance(train.max_steps, int)
+    assert (config.logging.report_to, config.logging.project) == (("wandb",), "0123")
+    assert config.logging.progress_bar is False
+    assert (data.train_split, data.eval_split) == ("on", "1_000")
+    assert (data.config_name, data.label_column) == (None, "2024-01-01")
+    assert (model.encoder_final_norm, model.init_from) == ("none", None)
+    assert model.encoder_config == {"layer_norm_eps": 1e-4, "x": 1e-4, "y": [1, False, "2"]}
+    assert config.eval.metrics == ("psnr",) and config.gan.key_depths == (1, 3)
+    assert config.optimizer.lr == config.optimizer.eps == 1e-4
+    again = ["--config", write(tmp_path / "config.yaml", config_yaml(config))]
+    assert parse_config(again) == config
+    flag = parse_config(["--train.compile", "--optimizer.lr", "1e-4", "--train.max_steps", "none", "--data.path", "3"])
+    assert (flag.train.compile, flag.optimizer.lr, flag.train.max_steps, flag.data.path) == (True, 1e-4, None, "3")
+
+
+# Code -----------------------------------------------------------------------------------------------------------------
+
+PLACES = {
+    "gan.backbone_config": "gan: {{weights: random, backbone_config: {}}}",
+    "model.encoder_config": "model: {{encoder_weights: random, encoder_config: {}}}",
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("how", ["file", "flag", "train_config"])
+def test_no_value_is_code(tmp_path, monkeypatch, images, place, how):
+    """What asks a parser for an object of a class stays data; nothing of it is imported or run, in a file, in a flag,
+    and in another command's --train_config."""
+    (tmp_path / "hostile.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    owned = tmp_path / "owned"
+    shell = {"class_path": "subprocess.Popen", "init_args": {"args": f"touch {owned}", "shell": True}}
+    value = {"hidden_size": 64, "x": shell, "y": {"class_path": "hostile.Thing"}, "z": [shell]}
+    text = PLACES[place].format(json.dumps(value))
+    group, name = place.split(".")
+    file = write(tmp_path / "run.yaml", text)
+    argv = [f"--{place}", json.dumps(value)] if how == "flag" else ["--config", DIGITS, "--config", file]
+    assert getattr(getattr(parse_config(argv), group), name) == value
+    small = ["--train.global_batch_size", "8"]
+    done = run_command(
+        *(("scripts/compute_latent_stats.py", "--train_config", DIGITS, file, "--stats_file", tmp_path / "s.pt")
+          if how == "train_config" else ("train_rae.py", *argv, "--train.output_dir", tmp_path / "run", *small)),
+        "--data.path", images, check=False,
+    )  # fmt: skip
+    if how != "train_config" or group == "model":  # statistics need no discriminator
+        assert done.returncode == 2 and f"error: {place}: " in done.stderr and "no setting 'x'" in done.stderr
+    assert "Traceback" not in done.stderr and not owned.exists() and "hostile" not in sys.modules
+
+
+@pytest.mark.parametrize("tag", ["!!python/object/apply:os.mkdir [SPRUNG]", "!!python/name:os.mkdir", "!seed 1"])
+def test_tags_of_programs_are_refused_in_flags(tmp_path, monkeypatch, error, tag):
+    monkeypatch.chdir(tmp_path)
+    assert "is not for settings" in error("--model.encoder_config", f"{{a: {tag} }}")
+    assert not (tmp_path / "SPRUNG").exists()
+
+
+# Paths ----------------------------------------------------------------------------------------------------------------
+
+
+def test_the_home_folder_is_expanded_wherever_a_path_is_taken(tmp_path, monkeypatch):
+    """Every setting that holds a path, in a file and as a flag; in lists and as keys of the mixture; and --config."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    names = {"path", "eval_path", "output_dir", "encoder", "latent_stats", "init_from", "vgg_path", "inception_path",
+             "backbone", "fork_from"}  # fmt: skip
+    found = {key: item for key, item in all_settings(Config).items() if "PathText" in str(item.type)}
+    assert {key.rpartition(".")[2] for key in found} == names | {"mixture"}
+    plain = {key: f"~/a/{key}" for key in found if key != "data.mixture"}
+    tree = {}
+    for key, value in plain.items():
+        group, name = key.split(".")
+        tree.setdefault(group, {})[name] = value
+    tree["data"] |= {"streaming": True, "steps_per_epoch": 3, "mixture": {"~/x": 1, "~/y/{0..3}.tar": 2.0}}
+    tree["perceptual"]["weights"], tree["eval"]["metrics"] = "pretrained", ["psnr", "rfid"]
+    write(tmp_path / "mine.yaml", yaml.safe_dump(tree))
+    flags = [part for key, value in plain.items() for part in (f"--{key}", value)]
+    other = ["--data.streaming", "--data.steps_per_epoch", "3", "--perceptual.weights", "pretrained", "--eval.metrics",
+             "psnr", "rfid", "--data.mixture", "{~/x: 1, '~/y/{0..3}.tar': 2}"]  # fmt: skip
+    for argv in (["--config", "~/mine.yaml"], [*flags, *other]):
+        config = parse_config(argv)
+        for key, value in plain.items():
+            group, name = key.split(".")
+            assert getattr(getattr(config, group), name) == value.replace("~", str(tmp_path)), key
+        assert config.data.mixture == {f"{tmp_path}/x": 1.0, f"{tmp_path}/y/{{0..3}}.tar": 2.0}
+
+
+def test_a_run_folder_with_the_home_folder_in_a_path(tmp_path, monkeypatch):
+    """As earlier versions wrote it down: the same run."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    config = parse_config(["--data.path", "~/data", "--model.init_from", "~/model"])
+    text = config_yaml(config)
+    assert f"path: {tmp_path}/data" in text
+    saved = Path(write(tmp_path / "config.yaml", text.replace(str(tmp_path), "~")))
+    check_same_config(config, saved)
+    with pytest.raises(ConfigError, match="model.init_from is .*/model' there and '/model' now"):
+        check_same_config(parse_config(["--data.path", "~/data", "--model.init_from", "/model"]), saved)
+
+
+def test_paths_of_the_other_commands(tmp_path, monkeypatch):
+    """No setting with the name of a path is a mere text. A path may have a comma."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    schemas = (EvalRFIDConfig, LinearProbeConfig, LatentStatsConfig, ReconstructConfig, PushConfig)
+    for schema in (*schemas, Config):
+        for key, item in all_settings(schema).items():
+            if re.search(r"(path|dir|file|folder|cache|output|input|model|json|results|head|reference)$", key):
+                assert str not in (item.type, *typing.get_args(item.type)), (schema.__name__, key)
+    config = parse(EvalRFIDConfig, "eval_rfid.py", "", ["--model", "~/a", "user/b,c", "--data.path", "~/d"])
+    assert config.model == (f"{tmp_path}/a", "user/b,c") and config.data.path == f"{tmp_path}/d"
 
 
 def test_help_does_without_the_slow_imports():

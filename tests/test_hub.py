@@ -311,6 +311,28 @@ def test_dry_run(server, model, push, monkeypatch):
     assert server.requests == []
 
 
+def test_links_out_of_the_folder_are_not_published(server, model, push, tmp_path):
+    """Neither for the code, nor for the weights; from the Hub's cache, which is made of links, it is."""
+    (tmp_path / "secret").write_text("a key")
+    for name in ("modeling_rae.py", "model.safetensors"):
+        (model / name).rename(tmp_path / name)
+        for target in (tmp_path / "secret", tmp_path / name):
+            (model / name).symlink_to(target)
+            for option in ([], ["--dry_run"]):
+                line = error_line(push(model, *option))
+                assert f"{model / name} is a link to {target}" in line or "cannot be read" in line
+            (model / name).unlink()
+        (tmp_path / name).rename(model / name)
+    assert not server.repositories and not model.with_name("model-upload").exists()
+    snapshot = tmp_path / "models--user--rae/snapshots/0"
+    shutil.copytree(model, snapshot.parents[1] / "blobs")
+    snapshot.mkdir(parents=True)
+    for file in (snapshot.parents[1] / "blobs").iterdir():
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert push(snapshot)[0] == 0
+    assert server.repositories["user/rae"].files.keys() == {*FILES, ".gitattributes"}
+
+
 def test_tokens_are_scrubbed(monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "not-of-the-usual-form")
     assert scrub("a not-of-the-usual-form b hf_AbcAbcAbcAbcAbc0, hf_hub") == "a <token> b <token>, hf_hub"
@@ -472,6 +494,10 @@ def test_card_with_results_of_eval_rfid(push, run_dir, images, monkeypatch, tmp_
     other = run_dir / "hub" / "step-00000006"
     message = error_line(push(other, "--results", results / "results.json", "--dry_run"))
     assert "error: results: " in message and str(final) in message
+    (results / "comparison-3.png").rename(tmp_path / "elsewhere.png")
+    (results / "comparison-3.png").symlink_to(tmp_path / "elsewhere.png")
+    message = error_line(push(final, "--results", results / "results.json", "--dry_run"))
+    assert f"results: {results}/comparison-3.png is a link to {tmp_path}/elsewhere.png" in message
     for text in ("{}", "[1]", "{", '{"rows": [{"model": 3}]}'):
         (tmp_path / "bad.json").write_text(text)
         message = error_line(push(final, "--results", tmp_path / "bad.json", "--dry_run"))

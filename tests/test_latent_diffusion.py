@@ -32,7 +32,7 @@ def test_a_copy_of_the_file_trains_draws_and_saves(model, images, tmp_path):
     copy = shutil.copy(latent_diffusion.__file__, tmp_path)  # from there it finds no module of this repository
     arguments = {"model": model, "data": images / "train", "output": tmp_path / "out", "steps": 4, "batch_size": 8}
     arguments |= {"width": 64, "depth": 1, "num_sampling_steps": 3, "num_workers": 0, "seed": 5}
-    lines = run_command(copy, *flags(arguments)).stdout.splitlines()
+    lines = run_command(copy, *flags(arguments), "--trust_remote_code").stdout.splitlines()
 
     grid = tmp_path / "out" / "samples.png"
     assert "24 images of 4 classes, latents (16, 4, 4)" in lines
@@ -120,6 +120,28 @@ def test_width_follows_from_the_latents():
     assert choose_width(1152, 768) == 1152
 
 
+def test_code_of_a_model_folder_runs_when_it_is_asked_for(model, images, tmp_path, monkeypatch, capsys):
+    """Else it is not run, nobody is asked whether it may, and one line says so. Paths in the home folder are found."""
+    shutil.copytree(model, tmp_path / "hostile")
+    (tmp_path / "hostile/modeling_rae.py").write_text(f"import os\n\nos.mkdir('{tmp_path}/SPRUNG')\n")
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    settings = {"model": "~/hostile", "data": images / "train", "output": "~/out"}
+    monkeypatch.setattr("sys.argv", ["latent_diffusion.py", *flags(settings)])
+    with pytest.raises(SystemExit) as exit_:
+        latent_diffusion.main()
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert exit_.value.code == 2 and not (tmp_path / "SPRUNG").exists()
+    assert error == (
+        f"error: --model: {tmp_path}/hostile has code of its own, modeling_rae.py, which is run with "
+        "--trust_remote_code only"
+    )
+    monkeypatch.setattr("sys.argv", ["latent_diffusion.py", "--trust_remote_code", *flags(settings)])
+    with pytest.raises(Exception):  # noqa: B017  whatever comes of such a module
+        latent_diffusion.main()
+    assert (tmp_path / "SPRUNG").exists()
+
+
 def test_bad_input_ends_in_one_line(model, images, tmp_path, monkeypatch, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").touch()
@@ -142,7 +164,7 @@ def test_bad_input_ends_in_one_line(model, images, tmp_path, monkeypatch, capsys
         ({"num_workers": -1}, "--num_workers: expected a number of at least 0, got -1"),
     )
     for change, message in cases:
-        monkeypatch.setattr("sys.argv", ["latent_diffusion.py", *flags({**good, **change})])
+        monkeypatch.setattr("sys.argv", ["latent_diffusion.py", "--trust_remote_code", *flags({**good, **change})])
         with pytest.raises(SystemExit) as exit_:
             latent_diffusion.main()
         output = capsys.readouterr()

@@ -235,6 +235,54 @@ def test_hub_model(run, encoder, tmp_path, capsys):
     assert not RAEModel.from_pretrained(snapshot).config.use_latent_stats
 
 
+def test_hub_cache_of_links(run, encoder, tmp_path):
+    """As the Hub's cache is: snapshots/<commit>/ has links into blobs/. By its id and as a folder; files come out."""
+    repository = Path(HF_HUB_CACHE) / "models--user--linked-rae"
+    snapshot = repository / "snapshots" / ("1" * 40)
+    small_rae(encoder).save_pretrained(snapshot)
+    (snapshot / "README.md").write_text("a card")
+    for folder in ("refs", "blobs"):
+        (repository / folder).mkdir()
+    (repository / "refs" / "main").write_text("1" * 40)
+    for i, file in enumerate(sorted(snapshot.iterdir())):
+        file.rename(repository / "blobs" / str(i))
+        file.symlink_to(f"../../blobs/{i}")
+    for number, model in enumerate(("user/linked-rae", snapshot)):
+        output = tmp_path / f"out-{number}"
+        run(model=model, output=output)
+        assert (output / "README.md").read_text() == "a card"
+        assert not any(path.is_symlink() for path in output.iterdir())
+        assert RAEModel.from_pretrained(output).config.use_latent_stats
+
+
+def test_links_out_of_the_folder_are_refused(run, model, tmp_path, capsys):
+    """Whatever is behind them: it would be copied. Nothing is written; a link within the folder becomes a file."""
+    secret, disguise = tmp_path / "home/secret", tmp_path / "cache/snapshots/x"
+    secret.parent.mkdir()
+    secret.write_text("a key")
+    (model / "inner.md").symlink_to("config.json")
+    shutil.copytree(model, disguise, symlinks=True)
+    (disguise.parents[1] / "blobs").symlink_to(secret.parent)  # looks like the Hub's cache
+    (disguise / "key").symlink_to("../../blobs/secret")
+    cases = {"absolute": secret, "relative": "../../home/secret", "folder": secret.parent, "nothing": tmp_path / "none",
+             "up": ".."}  # fmt: skip
+    for name, target in cases.items():
+        (model / "deeper").mkdir(exist_ok=True)
+        for link in (model / name, model / "deeper" / name):
+            link.symlink_to(target)
+            for output in (None, tmp_path / "out"):
+                line = refused(run, capsys, 2, model=model, output=output)
+                assert line.startswith(f"error: model: {link} is a link to /") and line.endswith(
+                    "model's folder itself"
+                )
+            link.unlink()
+    line = refused(run, capsys, 2, model=disguise, output=tmp_path / "out")
+    assert f"model: {disguise}/key is a link to {secret}" in line
+    assert not (tmp_path / "out").exists() and not RAEModel.from_pretrained(model).config.use_latent_stats
+    run(model=model, output=tmp_path / "out")
+    assert (tmp_path / "out/inner.md").is_file() and not (tmp_path / "out/inner.md").is_symlink()
+
+
 def test_interrupted_run_leaves_the_old_folder(run, model, monkeypatch):
     before = folder_bytes(model)
 

@@ -783,7 +783,7 @@ def test_an_encoder_that_cannot_be_had(encoders, tmp_path, monkeypatch):
     def gated(*args, **options):
         raise OSError("You are trying to access a gated repo.\nMore.")
 
-    monkeypatch.setattr(modeling_rae.AutoConfig, "from_pretrained", gated)
+    monkeypatch.setattr(modeling_rae, "read_config", gated)
     with pytest.raises(
         OSError, match=r"\(You are .* gated repo.\); ask for access on its page and run `hf auth login`, or"
     ):

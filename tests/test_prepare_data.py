@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 
 from rae_suite import splits
+from scripts import convert_checkpoint, prepare_data
 
 SCRIPT = pathlib.Path(__file__).resolve().parents[1] / "scripts" / "prepare_data.py"
 
@@ -168,6 +169,17 @@ def test_convert_splits_class_folders_and_bounds_unreadable_files(dummy, tmp_pat
     code, _, message = run("convert", "--input", images, "--output", tmp_path / "x", "--max_unreadable", 1)
     assert code == 2 and "error: --max_unreadable: 2 images" in message
     assert not list(tmp_path.glob("x*"))
+
+
+def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
+    """In every script whose command line is argparse's."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    paths = ["--output", "~/a", "--json", "~/b"]
+    args = prepare_data.parse_arguments(["convert", "--input", "~/c/~", *paths])
+    assert (args.output, args.json, args.input) == (f"{tmp_path}/a", f"{tmp_path}/b", f"{tmp_path}/c/~")
+    arguments = ["--from", "published", "--to", "rae", "--input", "~/c", *paths, "--stats", "~/d", "--encoder", "~/e"]
+    args = convert_checkpoint.parse_arguments(arguments)
+    assert args.output == tmp_path / "a" and args.stats == tmp_path / "d" and args.encoder == f"{tmp_path}/e"
 
 
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, fail):

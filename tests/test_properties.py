@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 import torchvision
-import yaml
 from conftest import tiny_rae
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
@@ -24,6 +23,7 @@ from rae_suite.metrics import quantize, to_8bit
 from rae_suite.moments import Moments
 from rae_suite.settings import LRScheduleConfig, check_same_config
 from rae_suite.settings_rae import Config, check_config, parse_config
+from rae_suite.values import PathText
 from train_rae import learning_rate
 
 settings.register_profile("repeatable", derandomize=True, deadline=None, max_examples=50, print_blob=False)
@@ -233,18 +233,10 @@ def values_of(key: str, kind: typing.Any) -> st.SearchStrategy:
         return st.dictionaries(words, nested, max_size=3)
     if kind is float:
         return st.floats(0, 1, exclude_min=True, exclude_max=True)
-    return {bool: st.booleans(), int: st.integers(1, 10**6), str: texts}[kind]
+    return {bool: st.booleans(), int: st.integers(1, 10**6), str: texts, PathText: paths}[kind]
 
 
-def is_something(text: str) -> bool:
-    """Not what YAML takes for nothing, as ~ or a comment: the parser does so even with text in quotes."""
-    try:
-        return text == "" or yaml.safe_load(text) is not None
-    except yaml.YAMLError:
-        return True
-
-
-texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(is_something) | st.sampled_from(
+texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8) | st.sampled_from(
     [
         "1e3",
         "12e4567",
@@ -261,9 +253,13 @@ texts = st.text(st.characters(exclude_categories=["Cs"]), max_size=8).filter(is_
         "- a",
         ".nan",
         "'",
+        "~",
+        "null",
+        "None",
     ]
 )
-words = st.text("abcXYZ_\u00e9", min_size=1, max_size=5)  # in free-form settings the parser reads text as YAML
+paths = texts.filter(lambda text: not text.startswith("~"))  # the home folder
+words = st.text("abcXYZ_\u00e9", min_size=1, max_size=5)
 plain_values = st.booleans() | st.integers(-(10**9), 10**9) | words
 
 

@@ -15,6 +15,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 
 import datasets
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -407,13 +408,51 @@ def test_shards_of_a_web_server(tmp_path, write):
     suffix = "parquet" if write is write_parquet else "tar"
     local = settings(f"{tmp_path}/*.{suffix}", steps_per_epoch=4)
     whole, _ = steps(local, 8)
-    (tmp_path / "list.txt").write_text("".join(f"{tmp_path}/train-00{i}.{suffix}\n" for i in range(4)))
     with Server(tmp_path) as server:
+        (tmp_path / "list.txt").write_text("".join(f"{server.url}/train-00{i}.{suffix}\n" for i in range(4)))
         url = f"{server.url}/train-{{000..003}}.{suffix}?signature=1"
         assert same_steps(whole, steps(replace(local, path=url, num_workers=2), 8, world_size=2)[0])
         assert same_steps(whole, steps(replace(local, path=f"{server.url}/list.txt"), 8)[0])
+        assert same_steps(whole, steps(replace(local, path=f"{server.url}/list.txt?signature=1"), 8)[0])
         if write is write_parquet:
             assert open_(replace(local, path=url, steps_per_epoch=None)).num_images == 46
+
+
+LINES = (
+    "{folder}/a.tar", "a.tar", "~/a.tar", "file://{folder}/a.tar", "local://{folder}/a.tar", "{folder}/*.tar",
+    "simplecache::{url}/a.tar", "simplecache::file://{folder}/a.tar", "zip://a.tar::{url}/x.zip", "s3://bucket/a.tar",
+    "{url}/a{{::,.tar::}}file://{folder}/a.tar", "{url}/b{{:}}:file://{folder}/a.tar", "{{file,http}}://{folder}/a.tar",
+    "{folder}/list.txt", "file://{folder}/list.txt",
+)  # fmt: skip
+
+
+def test_a_list_from_a_server_names_its_own_kind_of_address_only(tmp_path):
+    """No local file, no chain of protocols, no other kind, in whatever way it is written; a local list names what it
+    wants, and so does a list that it names only what is its own."""
+    (tmp_path / "list.txt").write_text(f"{tmp_path}/a.tar\n")
+    (tmp_path / "a.tar").touch()
+    with Server(tmp_path) as server:
+        url, lists = server.url, tmp_path / "server.txt"
+        assert list_shards(str(tmp_path / "list.txt"), "data.path") == [f"{tmp_path}/a.tar"]
+        for line in LINES:
+            line = line.format(folder=tmp_path, url=url)
+            lists.write_text(f"{url}/0.tar\n{line}\n")
+            for path in (f"{url}/server.txt", f"{url}/server.txt?signature=1", f"simplecache::{url}/server.txt"):
+                words = "data.path: list .*server.txt names .*; expected addresses that begin with https:// or http://"
+                with pytest.raises(DataError, match=words):
+                    list_shards(path, "data.path")
+        (tmp_path / "mine.txt").write_text(f"{url}/server.txt\nfile://{tmp_path}/x.tar\nsimplecache::{url}/y.tar\n")
+        with pytest.raises(DataError, match="list http.*server.txt names"):
+            list_shards(str(tmp_path / "mine.txt"), "data.path")
+        lists.write_text(f"{url}/{{0..1}}.tar\nhttps://elsewhere/2.tar\n{url}/inner.txt\n")
+        (tmp_path / "inner.txt").write_text(f"{url}/3.tar\n")
+        names = [f"{url}/0.tar", f"{url}/1.tar", "https://elsewhere/2.tar", f"{url}/3.tar"]
+        assert list_shards(f"{url}/server.txt", "data.path") == names
+        names += [f"file://{tmp_path}/x.tar", f"simplecache::{url}/y.tar"]
+        assert list_shards(str(tmp_path / "mine.txt"), "data.path") == names
+    fsspec.filesystem("memory").pipe_file("/list.txt", b"memory://0.tar\nfile:///etc/1.tar\n")
+    with pytest.raises(DataError, match="names file:///etc/1.tar; expected addresses that begin with memory://"):
+        list_shards("memory://list.txt", "data.path")
 
 
 @pytest.mark.parametrize("write", [write_parquet, write_tar])

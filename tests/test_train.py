@@ -218,7 +218,10 @@ def test_fork(images, whole_run, tmp_path):
     assert min(line["step"] for line in read_metrics(tmp_path / "same")) == step_of(older) + 1
     done = train(images, tmp_path / "other", {**fork, "optimizer.lr": "5e-4", "optimizer.weight_decay": "0.5"})
     lines = [line.strip() for line in done.stdout.splitlines()]
-    assert f"a new run from {older}, 2 settings differ" in lines and "optimizer.weight_decay is 0.0 there and 0.5 now" in lines
+    assert (
+        f"a new run from {older}, 2 settings differ" in lines
+        and "optimizer.weight_decay is 0.0 there and 0.5 now" in lines
+    )
     again = train(images, tmp_path / "other", {**fork, "optimizer.lr": "5e-4", "optimizer.weight_decay": "0.5"})
     assert "is finished" in again.stdout
     for changed, words in (

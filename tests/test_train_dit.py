@@ -192,7 +192,7 @@ def test_resume_is_exact(processes, streaming, rae, images, tmp_path):
         for i, ids in enumerate((range(9), range(9, 12), range(12, 26))):
             write_parquet(tmp_path / f"shards/{i}.parquet", ids, side=40, labels=4)
         settings |= {"data.streaming": "true", "data.shuffle_buffer": 5, "data.stream_lanes": 2, "model.num_classes": 4}
-        settings |= {"eval.num_samples": 8, "data.eval_path": images / "validation", "latents.stats": "none"}
+        settings |= {"eval.num_samples": 8, "data.eval_path": images / "validation", "latents.stats": "unnormalized"}
     data = f"{tmp_path}/shards/*" if streaming else images
     whole = Training(tmp_path / "whole", data, "train_dit.py", **settings)
     assert whole.go(processes) == [0] * processes, whole.output()
