@@ -252,7 +252,7 @@ def write_model(source: Path, target: Path, stats: dict, check: Callable, accele
     def write(folder: Path) -> None:
         if accelerator.is_main_process:
             model = RAEModel.from_pretrained(source, dtype="auto")
-            model.config.use_latent_stats = True
+            model.config.use_latent_stats = model.config.latent_stats_have_mean = True
             for name, value in stats.items():
                 model.register_buffer(f"latent_{name}", value)  # float32, whatever the weights are
             shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model*.safetensors*"))
