@@ -475,11 +475,12 @@ def test_no_gradient_reaches_the_encoder():
     assert model._block_outputs == []
 
 
-@pytest.mark.parametrize("how", ["copied", "whole model", "encoder", "blocks"])
-def test_several_blocks_when_copied_or_compiled(how):
+@pytest.mark.parametrize("how, keep", [(how, False) for how in ("copied", "whole model", "encoder", "blocks")]
+                         + [("whole model", True), ("encoder", True)])  # fmt: skip
+def test_several_blocks_when_copied_or_compiled(how, keep):
     """A deep copy uses its own blocks' outputs, also without the original; compiled whole (one graph), in part or block
     by block, every call gives what it gives uncompiled."""
-    model = from_architecture("dinov3_vit", encoder_layers=[0, 2, 3])
+    model = from_architecture("dinov3_vit", encoder_layers=[0, 2, 3], encoder_keep_final_affine=keep)
     batches = [images(seed=seed) for seed in range(3)]
     expected = [model.encode(pixels).latent for pixels in batches]
     other = copy.deepcopy(model)
@@ -496,10 +497,13 @@ def test_several_blocks_when_copied_or_compiled(how):
             torch.testing.assert_close(encode(pixels).latent, latent, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("how", ["DDP", "FSDP2"])
-def test_several_blocks_when_distributed(how):
-    """The chosen blocks' outputs arrive also through DistributedDataParallel's and FSDP2's own hooks."""
-    model = from_architecture("siglip_vision_model", encoder_layers=[0, 2, 3], encoder_add_spatial_mean=True)
+def test_several_blocks_when_distributed(how, keep):
+    """The chosen blocks' outputs arrive also through DistributedDataParallel's and FSDP2's own hooks, and the final
+    LayerNorm's weight and bias, where they are kept, are there after the encoder's own call."""
+    changes = {"encoder_layers": [0, 2, 3], "encoder_add_spatial_mean": True, "encoder_keep_final_affine": keep}
+    model = from_architecture("siglip_vision_model", **changes)
     expected = model(images()).sample
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:
