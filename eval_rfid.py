@@ -32,7 +32,6 @@ from rae_suite.errors import ConfigError, RunError, error_names_setting
 from rae_suite.files import make_folder, writing
 from rae_suite.frechet import (
     DEFAULT_CACHE,
-    FID_MODES,
     cached_references,
     encoder_metric,
     inception_metrics,
@@ -46,7 +45,8 @@ from rae_suite.launch import (
 )
 from rae_suite.loaders import EvalImages, UnreadableLog, chosen_images, eval_loader, evenly_spread
 from rae_suite.lpips_vgg16 import build_lpips
-from rae_suite.metrics import HIGHER_IS_BETTER, IMAGE_METRICS, Evaluation, Evaluator, quantize
+from rae_suite.metric_names import FID_MODES, IMAGE_METRICS, METRICS, too_small_for
+from rae_suite.metrics import Evaluation, Evaluator, quantize
 from rae_suite.pictures import comparison_grid, save_pairs, spread_with_last
 from rae_suite.randomness import seeded_generator
 from rae_suite.results import save_results
@@ -76,8 +76,9 @@ class EvalRFIDConfig:
     """Images of one batch in each process."""
     image_size: Optional[int] = setting(None, POSITIVE)
     """Side in pixels, for models that take any size; none: that of the other models, or 256."""
-    metrics: tuple[Literal["rfid", "psnr", "ssim", "lpips"], ...] = setting(("rfid", "psnr", "ssim", "lpips"), DISTINCT)
-    """What is measured, PSNR in any case. rfid is the Frechet distance in each of `features`."""
+    metrics: tuple[Literal[("rfid", *IMAGE_METRICS)], ...] = setting(("rfid", "psnr", "ssim", "lpips"), DISTINCT)
+    """What is measured, PSNR in any case. rfid is the Frechet distance in each of `features`; ms_ssim needs images of
+    176 pixels or more."""
     features: tuple[Literal["inception", "encoder"], ...] = setting(("inception",), DISTINCT)
     """Feature spaces of the Frechet distance; encoder: the frozen encoder of the first model, reported as rfdd."""
     fid_mode: tuple[Literal["legacy_tensorflow", "clean"], ...] = setting(("legacy_tensorflow",), DISTINCT)
@@ -154,6 +155,8 @@ def load_models(config: EvalRFIDConfig) -> tuple:
     size = next(iter(sizes), DEFAULT_IMAGE_SIZE)
     for model in models:
         model.check_size(size, "image_size")
+    small = too_small_for(config.metrics, size)
+    require(not small, "metrics", f"metrics for images of {size} pixels", small)
     return models, size
 
 
@@ -306,7 +309,7 @@ def measure(m: Measurement, model: Autoencoder, noise: float, picture: str) -> d
 def report(m: Measurement, rows: list) -> None:
     """Print the table and write results.json."""
     config = m.config
-    names = [name for name in HIGHER_IS_BETTER if name in rows[0]]
+    names = [name for name in METRICS if name in rows[0]]
     results = {
         **{name: rows[0][name] for name in ("num_samples", *names)},  # of the first model and noise
         "rows": rows,
@@ -336,12 +339,12 @@ def main() -> None:
     source = load_eval_images(config.data, config.seed)
     output_dir = make_folder(config.output_dir or f"evaluations/{row_name(config.model[0], 0)}", "output_dir")
     cache = make_folder(config.reference_cache, "reference_cache") if config.reference_cache else DEFAULT_CACHE
+    models, size = load_models(config)
     distances = inception_distances(config, accelerator)
     with error_names_setting("vgg_path"):
         perceptual = None
         if "lpips" in config.metrics:
             perceptual = build_lpips(config.vgg_weights, config.vgg_path, "vgg_path").to(accelerator.device)
-    models, size = load_models(config)
     distances += encoder_distances(config, models[0].to(accelerator.device), accelerator)
     if config.reference is not None:
         references = read_references(config.reference, distances, accelerator, config.batch_size, "reference")

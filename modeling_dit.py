@@ -3,7 +3,12 @@
 The file that downstream code needs beside modeling_rae.py; it imports torch and diffusers alone and travels with the
 weights:
 
-    model = RAEDiTModel.from_pretrained("runs/ditdh_xl/final", torch_dtype=torch.bfloat16)
+    pipe = DiffusionPipeline.from_pretrained("user/my-dit", trust_remote_code=True)
+    images = pipe(class_labels=[207, 360]).images
+
+or, without the pipeline:
+
+    model = RAEDiTModel.from_pretrained("runs/ditdh_xl/final/transformer", torch_dtype=torch.bfloat16)
     times = sampling_times(50, shift=48**0.5)  # 50 points: 49 steps
     latent = sample_ode(lambda x, t: predict_velocity(model, x, t, labels), noise, times)  # (B, C, h, w)
 
@@ -14,14 +19,22 @@ same parameter names as the models here (their classes: DiTwDDTHead and Lightnin
 per token comes from DDT (arXiv 2504.05741), the block from LightningDiT (arXiv 2501.01423) and DiT (arXiv 2212.09748).
 """
 
+import difflib
+import json
+import logging
 import math
-from collections.abc import Callable
-from typing import Optional, Union
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Optional, Union
 
 import torch
+from diffusers import DiffusionPipeline
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
+from diffusers.pipelines.pipeline_utils import ImagePipelineOutput
+from diffusers.utils.torch_utils import randn_tensor
 from torch import nn
 from torch.nn import functional as F
 
@@ -190,7 +203,23 @@ def rotate(x: torch.Tensor, rotary: tuple) -> torch.Tensor:
     return x * cos + turned * sin
 
 
-class RotaryEmbedding(nn.Module):
+class Float32Constants(nn.Module):
+    """A module whose own parameters and buffers, not those of its children, stay in float32 when a model is cast to 16
+    bits with `.to(dtype)`, `.half()` or `.bfloat16()`: in bfloat16 the angles of embeddings would be off for good."""
+
+    def _apply(self, fn: Callable, recurse: bool = True) -> nn.Module:
+        def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            kept = not moved.is_floating_point() or torch.finfo(moved.dtype).bits >= 32
+            return moved if kept else tensor.to(moved.device, torch.float32)
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(at_least_float32, recurse=False)
+
+
+class RotaryEmbedding(Float32Constants):
     """A rotary table as buffers. They can be computed, but published files hold them: persistent buffers under the
     published names let such a file load strictly, and let a file of ours load strictly into the published classes."""
 
@@ -257,7 +286,7 @@ class PatchEmbed(nn.Module):
         return x.flatten(2).transpose(1, 2).contiguous()
 
 
-class TimeEmbedding(nn.Module):
+class TimeEmbedding(Float32Constants):
     """Times (B,) in [0, 1] to (B, W): random Fourier features (arXiv 2006.10739) and a two-layer MLP."""
 
     def __init__(self, width: int):
@@ -376,18 +405,17 @@ def unpatchify(patches: torch.Tensor, patch_size: int, channels: int) -> torch.T
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class RAEDiTModel(ModelMixin, ConfigMixin):
+class RAEDiTModel(Float32Constants, ModelMixin, ConfigMixin):
     """DiT-DH (arXiv 2510.11690), or a plain DiT where there is no head. It predicts the velocity of RAE latents.
 
     DiT-DH's backbone is deep and narrow. It reads the noisy latent under one condition per image, time plus label, and
     its output, with the time added again, is one condition per token. Under these the head, shallow and wide, reads the
     noisy latent a second time and predicts the velocity. A plain DiT is the backbone with the final layer.
 
-    In 16 bits: load with `from_pretrained(..., torch_dtype=torch.bfloat16)`, which keeps the Fourier frequencies, the
-    position table and the rotary tables in float32, or use autocast around a float32 model. Both compute the Fourier
-    product, the rotation and (with a position table) the backbone's residual stream in float32, and the head's residual
-    stream in 16 bits, as the published code does under autocast. `.to(torch.bfloat16)` computes the first two in
-    float32 as well, but like all of diffusers it rounds the three constants before, for good.
+    In 16 bits: load with `from_pretrained(..., torch_dtype=torch.bfloat16)`, cast with `.to(torch.bfloat16)`, or use
+    autocast around a float32 model. All three keep the Fourier frequencies, the position table and the rotary tables in
+    float32. They compute the Fourier product, the rotation and (with a position table) the backbone's residual stream
+    in float32, and the head's residual stream in 16 bits, as the published code does under autocast.
 
     Args:
         sample_size: side h = w of the latents; only this one.
@@ -489,6 +517,20 @@ class RAEDiTModel(ModelMixin, ConfigMixin):
         self.t_embedder.W.requires_grad_(self.config.train_constants)
         if self.pos_embed is not None:
             self.pos_embed.requires_grad_(self.config.train_constants)
+
+    def to(self, *args, **kwargs) -> "RAEDiTModel":
+        """As in diffusers, except that the constants stay in float32 (see Float32Constants). diffusers warns at every
+        cast that they would not: that message is left out."""
+        logger = logging.getLogger(ModelMixin.__module__)
+
+        def is_true(record: logging.LogRecord) -> bool:
+            return "should be kept in float32" not in record.getMessage()
+
+        logger.addFilter(is_true)
+        try:
+            return super().to(*args, **kwargs)
+        finally:
+            logger.removeFilter(is_true)
 
     @property
     def null_label(self) -> int:
@@ -610,14 +652,19 @@ def sampling_times(num_steps: int, shift: float = 1.0, end: str = "published") -
     Raises:
         ValueError: another `end`, or too few steps.
     """
+    return shift_times(unshifted_times(num_steps, end), shift)
+
+
+def unshifted_times(num_steps: int, end: str) -> torch.Tensor:
+    """`sampling_times` before the shift."""
     if end not in ("published", "zero"):
         raise ValueError(f"end: expected published or zero, got {end!r}")
     least = 2 if end == "published" else 1
     if num_steps < least:
         raise ValueError(f"num_steps: expected at least {least} with end={end!r}, got {num_steps}")
     if end == "published":
-        return shift_times(1 - torch.linspace(0, 0.999, num_steps, device="cpu"), shift)
-    return shift_times(torch.linspace(1, 0, num_steps + 1, device="cpu"), shift)
+        return 1 - torch.linspace(0, 0.999, num_steps, device="cpu")
+    return torch.linspace(1, 0, num_steps + 1, device="cpu")
 
 
 def predict_velocity(model: Callable, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
@@ -711,3 +758,280 @@ def sample_ode(
         if callback is not None:
             callback(i, t_next, x)
     return x
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The pipeline
+# --------------------------------------------------------------------------------------------------------------------
+
+CODE = Path(__file__)
+CODE_TEXT = CODE.read_text()  # now: until a pipeline is saved, diffusers may have put another model's file in its place
+OUTPUT_TYPES = ("pil", "np", "pt", "latent")
+
+
+def find_class(label: Union[int, str], class_names: dict, num_classes: int) -> int:
+    """Index of the class that `label` is: an index, or a name among `class_names` {index: name}, or one of the parts
+    that commas separate in a name ("tench" of "tench, Tinca tinca"), in which upper and lower case are the same. Text
+    that is no name may be an index too. Raises ValueError, with the nearest names, for anything else."""
+    if isinstance(label, str):
+        parts = {index: [part.strip() for part in name.split(",")] for index, name in class_names.items()}
+        wanted = label.strip().casefold()
+        found = [index for index, name in class_names.items() if name == label]
+        found = found or [index for index, words in parts.items() if wanted in (word.casefold() for word in words)]
+        if len(found) > 1:
+            raise ValueError(f"class {label!r}: expected the name of one class, got that of the classes {found}")
+        if found:
+            return found[0]
+        if not wanted.isdecimal():
+            names = {word.casefold(): word for words in parts.values() for word in words}
+            nearest = ", ".join(names[word] for word in difflib.get_close_matches(wanted, names, n=3, cutoff=0))
+            hint = f"the nearest names are {nearest}" if nearest else "this model's classes have no names"
+            raise ValueError(f"class {label!r}: expected a name or an index from 0 to {num_classes - 1}; {hint}")
+        label = wanted
+    index = int(label) if isinstance(label, str) else operator.index(label)
+    if not 0 <= index < num_classes:
+        raise ValueError(f"class {index}: expected an index from 0 to {num_classes - 1}")
+    return index
+
+
+class RAEDiTPipeline(DiffusionPipeline):
+    """Images of classes: the transformer carries noise to a latent, which the RAE decodes.
+
+    Args:
+        transformer: an RAEDiTModel.
+        rae: an RAEModel with latents of the transformer's shape.
+        scheduler: diffusers' FlowMatchEulerDiscreteScheduler. Its `shift` is the factor of `shift_times`.
+        guide: a weaker RAEDiTModel of the same latents and classes; a guidance scale other than 1 is then
+            autoguidance's. None: it is that of classifier-free guidance.
+        num_inference_steps, end, guidance_scale, guidance_start, guidance_end: defaults of a call, see `__call__`;
+            guidance is on at times from `guidance_start` to `guidance_end`.
+        class_names: {index: name}.
+        rae_id: where the RAE comes from when it is not saved with the pipeline.
+
+    Raises:
+        ValueError: parts that do not fit each other, or no RAE; the message has the line that loads it.
+    """
+
+    model_cpu_offload_seq = "transformer->rae"  # a guide takes turns with the transformer: it is offloaded at the end
+    _optional_components = ["rae", "guide"]  # files may lack them
+    _callback_tensor_inputs = ["latents"]
+
+    def __init__(
+        self,
+        transformer,  # no types: a loaded part's class is of another execution of its file than the pipeline's
+        rae,
+        scheduler,
+        guide=None,
+        num_inference_steps: int = 50,
+        end: str = "published",
+        guidance_scale: float = 1.0,
+        guidance_start: float = 0.0,
+        guidance_end: float = 1.0,
+        class_names: Optional[dict] = None,
+        rae_id: Optional[str] = None,
+    ):
+        super().__init__()
+        if rae is None:
+            raise ValueError(
+                f"this pipeline was saved without its RAE; load it with from_pretrained(..., "
+                f'rae=AutoModel.from_pretrained("{rae_id}", trust_remote_code=True)), AutoModel from transformers'
+            )
+        check_parts_fit(transformer, rae, guide)
+        _check_guidance(guidance_scale, (guidance_start, guidance_end))
+        unshifted_times(num_inference_steps, end)  # raises
+        self.register_modules(transformer=transformer, rae=rae, scheduler=scheduler, guide=guide)
+        self.register_to_config(
+            num_inference_steps=num_inference_steps,
+            end=end,
+            guidance_scale=float(guidance_scale),
+            guidance_start=float(guidance_start),
+            guidance_end=float(guidance_end),
+            # a dictionary, because diffusers takes lists for parts of the pipeline; JSON's keys are text
+            class_names=None if class_names is None else {str(index): name for index, name in class_names.items()},
+            rae_id=rae_id,
+        )
+
+    @property
+    def class_names(self) -> dict:
+        """{index: name}, empty where the classes have no names."""
+        return {int(index): name for index, name in (self.config.class_names or {}).items()}
+
+    def get_label_ids(self, label: Union[str, int, Sequence]) -> list:
+        """Indices of classes from their names or indices, see `find_class`."""
+        labels = [label] if isinstance(label, (str, int)) else list(label)
+        return [find_class(item, self.class_names, self.transformer.config.num_classes) for item in labels]
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        class_labels: Union[int, str, Sequence, torch.Tensor],
+        guidance_scale: Optional[float] = None,
+        num_inference_steps: Optional[int] = None,
+        generator: Union[torch.Generator, list, None] = None,
+        latents: Optional[torch.Tensor] = None,
+        output_type: str = "pil",
+        return_dict: bool = True,
+        callback_on_step_end: Optional[Callable] = None,
+        callback_on_step_end_tensor_inputs: Sequence = ("latents",),
+        guidance_interval: Optional[tuple] = None,
+        end: Optional[str] = None,
+    ) -> Union[ImagePipelineOutput, tuple]:
+        """Draw images.
+
+        Args:
+            class_labels: names or indices of classes, one for each of B images; one alone is one image.
+            guidance_scale: 1 is off. With a guide the factor of autoguidance, else that of classifier-free guidance.
+            num_inference_steps: points in time as published: with the `end` "published" there is one step fewer.
+            generator: source of the noise, or a list with one for each image.
+            latents: (B, C, h, w), the noise itself in place of a generator.
+            output_type: "pil" (rounded to 8 bit), "np" (B, H, W, 3) or "pt" (B, 3, H, W) in [0, 1], or "latent"
+                (B, C, h, w), normalised as the RAE's `decode` takes it; float32.
+            return_dict: whether the result is an ImagePipelineOutput with `.images` or a tuple.
+            callback_on_step_end: called after each step with the pipeline, the step's index, its time times 1,000 and
+                {"latents": ...}; "latents" in the dictionary that it returns replace the state.
+            callback_on_step_end_tensor_inputs: names of the tensors that it is given, of which there is "latents".
+            guidance_interval: (least, greatest) time at which guidance is on, both included; 1 is noise.
+            end: see `sampling_times`.
+            None for any of guidance_scale, num_inference_steps, guidance_interval and end: as in the pipeline's config.
+
+        Raises:
+            ValueError: arguments that cannot be used, before anything is computed.
+        """
+        config = self.config
+        scale = config.guidance_scale if guidance_scale is None else guidance_scale
+        interval = (config.guidance_start, config.guidance_end) if guidance_interval is None else guidance_interval
+        _check_guidance(scale, interval)
+        if output_type not in OUTPUT_TYPES:
+            raise ValueError(f"output_type: expected one of {', '.join(OUTPUT_TYPES)}, got {output_type!r}")
+        if not set(callback_on_step_end_tensor_inputs) <= set(self._callback_tensor_inputs):
+            known, found = self._callback_tensor_inputs, list(callback_on_step_end_tensor_inputs)
+            raise ValueError(f"callback_on_step_end_tensor_inputs: expected some of {known}, got {found}")
+        device, self._interrupt = self._execution_device, False
+        if isinstance(class_labels, torch.Tensor):
+            class_labels = class_labels.reshape(-1).tolist()
+        labels = torch.tensor(self.get_label_ids(class_labels), device=device)
+        velocity = self._velocity(labels, scale, interval)
+        points = config.num_inference_steps if num_inference_steps is None else num_inference_steps
+        timesteps = self._set_times(points, config.end if end is None else end)
+        latents = self._prepare_latents(len(labels), generator, latents, device)
+        with self.progress_bar(total=len(timesteps)) as bar:
+            for i, timestep in enumerate(timesteps):
+                if self.interrupt:
+                    break
+                v = velocity(latents, self.scheduler.sigmas[i])
+                latents = self.scheduler.step(v, timestep, latents, return_dict=False)[0]
+                if callback_on_step_end is not None:
+                    given = {"latents": latents} if "latents" in callback_on_step_end_tensor_inputs else {}
+                    latents = (callback_on_step_end(self, i, timestep, given) or {}).pop("latents", latents)
+                bar.update()
+        images = latents if output_type == "latent" else self._decode(latents, output_type)
+        self.maybe_free_model_hooks()
+        return ImagePipelineOutput(images=images) if return_dict else (images,)
+
+    @property
+    def interrupt(self) -> bool:
+        """Whether sampling is to stop after the present step; a callback sets `pipeline._interrupt`."""
+        return self._interrupt
+
+    @property
+    def num_timesteps(self) -> int:
+        """Steps of the last call."""
+        return self._num_timesteps
+
+    def _velocity(self, labels: torch.Tensor, scale: float, interval: tuple) -> Callable:
+        """The velocity of a state (B, C, h, w) at a time. Raises ValueError where guidance cannot be had."""
+        if self.guide is not None:
+            return lambda x, t: autoguidance_velocity(self.transformer, self.guide, x, t, labels, scale, interval)
+        null_label = None if scale == 1 else self.transformer.null_label
+        return lambda x, t: cfg_velocity(self.transformer, x, t, labels, null_label, scale, interval)
+
+    def _set_times(self, num_steps: int, end: str) -> torch.Tensor:
+        """Give the scheduler the times of `sampling_times`, bit for bit, and return its timesteps (times 1,000) of the
+        steps that are to be taken. Its own choice of times is not used: it shifts the last one twice."""
+        times = unshifted_times(num_steps, end)
+        points = times if end == "published" else times[:-1]
+        self.scheduler.set_timesteps(sigmas=points.tolist(), device="cpu")
+        self.scheduler.set_begin_index(0)
+        timesteps = self.scheduler.timesteps
+        timesteps = timesteps[:-1] if end == "published" else timesteps  # the scheduler ends with a step to 0
+        self._num_timesteps = len(timesteps)
+        return timesteps
+
+    def _prepare_latents(
+        self, count: int, generator: Any, latents: Optional[torch.Tensor], device: torch.device
+    ) -> torch.Tensor:
+        """Noise (B, C, h, w), in float32 whatever the models are: steps are smaller than what bfloat16 resolves."""
+        config = self.transformer.config
+        shape = (count, config.in_channels, config.sample_size, config.sample_size)
+        if isinstance(generator, list) and len(generator) != count:
+            raise ValueError(f"generator: expected one for each of the {count} images, got {len(generator)}")
+        if latents is None:
+            return randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
+        if tuple(latents.shape) != shape:
+            raise ValueError(f"latents: expected shape {shape}, got {tuple(latents.shape)}")
+        return latents.to(device, torch.float32)
+
+    def _decode(self, latents: torch.Tensor, output_type: str) -> Any:
+        # forward, not decode: offloading loads the weights before forward
+        pixels = self.rae(latent=latents).sample.float().clamp(0, 1)  # (B, 3, H, W)
+        if output_type == "pt":
+            return pixels
+        array = pixels.permute(0, 2, 3, 1).cpu().numpy()  # (B, H, W, 3)
+        return self.numpy_to_pil(array) if output_type == "pil" else array
+
+    def save_pretrained(self, save_directory: Union[str, Path], *args, include_rae: bool = True, **kwargs) -> None:
+        """As in diffusers. `include_rae=False` leaves the RAE out: the folder then says that it comes from
+        `config.rae_id`, and whoever loads it passes it. Raises ValueError when there is no such id."""
+        if not include_rae and self.config.rae_id is None:
+            raise ValueError("include_rae=False needs a place to load the RAE from: register_to_config(rae_id=...)")
+        registered = self.config.rae
+        self.register_to_config(rae=registered if include_rae else (None, None))
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self.register_to_config(rae=registered)
+
+    def to_json_string(self) -> str:
+        """Text of model_index.json. The code's names are those of files in the folder, not of the modules that this
+        process has made of them, so that a pipeline that was loaded can be saved and loaded again."""
+        index = json.loads(super().to_json_string())
+        index["_class_name"] = [CODE.stem, type(self).__name__]
+        index.pop("_name_or_path", None)  # a path of this machine
+        for name in ("transformer", "rae", "guide"):
+            if index[name][0] is not None:
+                kind = type(getattr(self, name))
+                index[name] = [kind.__module__.rpartition(".")[2], kind.__name__]
+        return json.dumps(index, indent=2, sort_keys=True) + "\n"
+
+    def save_config(self, save_directory: Union[str, Path], *args, **kwargs) -> None:
+        """Write model_index.json, and this file beside everything that is loaded with it: the last step of
+        `save_pretrained`, and before an upload. The RAE writes its own file."""
+        folder = Path(save_directory)
+        for place in ("", "transformer", *(["guide"] if self.guide is not None else [])):
+            (folder / place).mkdir(parents=True, exist_ok=True)
+            (folder / place / CODE.name).write_text(CODE_TEXT)
+        super().save_config(save_directory, *args, **kwargs)
+
+
+def check_parts_fit(transformer: RAEDiTModel, rae: Any, guide: Optional[RAEDiTModel]) -> None:
+    """Raise ValueError, with both values, for parts that are of different latents or classes."""
+    size = {name: transformer.config[name] for name in ("in_channels", "sample_size", "num_classes")}
+    if guide is not None:
+        other = {name: guide.config[name] for name in size}
+        if other != size:
+            raise ValueError(f"guide: expected a model of the transformer's latents and classes {size}, got {other}")
+    latent = (rae.config.latent_channels, rae.config.latent_size)
+    if latent != (size["in_channels"], size["sample_size"]):
+        raise ValueError(
+            f"rae: expected latents of {size['in_channels']} channels and side {size['sample_size']}, as the "
+            f"transformer's, got {latent[0]} channels and side {latent[1]}"
+        )
+
+
+def _check_guidance(scale: float, interval: tuple) -> None:
+    if not math.isfinite(scale):
+        raise ValueError(f"guidance_scale: expected a finite number, got {scale}")
+    if not (len(interval) == 2 and 0 <= interval[0] <= interval[1] <= 1):
+        raise ValueError(
+            f"guidance_interval: expected two times in [0, 1], the least and the greatest, got {tuple(interval)}"
+        )

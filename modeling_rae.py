@@ -668,6 +668,7 @@ class RAEPreTrainedModel(PreTrainedModel):
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_attention_backend = True
+    _keep_in_fp32_modules_strict = {"latent_mean", "latent_var"}  # by from_pretrained, in 16 bits; see RAEModel._apply
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -692,7 +693,8 @@ class RAEPreTrainedModel(PreTrainedModel):
 
 class RAEModel(RAEPreTrainedModel):
     """Frozen encoder and trainable decoder (arXiv 2510.11690). In training mode the encoder stays in eval mode, and
-    `encode` adds noise of up to `config.noise_tau` to the latents."""
+    `encode` adds noise of up to `config.noise_tau` to the latents. In 16 bits, whether loaded or cast so, the latent
+    statistics stay in float32."""
 
     def __init__(self, config: RAEConfig):
         super().__init__(config)
@@ -848,6 +850,20 @@ class RAEModel(RAEPreTrainedModel):
         finally:
             self.config.encoder_bundled = bundled
 
+    def _apply(self, fn: Callable, recurse: bool = True) -> "RAEModel":
+        """What casts and moves the model, `.to()` among others. Its own tensors, which are the statistics and not those
+        of encoder and decoder, are moved alone: rounded to 16 bits they would be off for good."""
+
+        def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+            moved = fn(tensor)
+            kept = not moved.is_floating_point() or torch.finfo(moved.dtype).bits >= 32
+            return moved if kept else tensor.to(moved.device, torch.float32)
+
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return super()._apply(at_least_float32, recurse=False)
+
     def train(self, mode: bool = True) -> "RAEModel":
         super().train(mode)
         self.encoder.eval()
@@ -965,8 +981,9 @@ class RAEModel(RAEPreTrainedModel):
 
     def decode(self, latent: torch.Tensor, return_last_layer: bool = False) -> RAEDecoderOutput:
         """Latents (B, C, h, w) to pixels (B, 3, H, W), about [0, 1], not clamped. A grid of another size than the
-        model's is resized bilinearly after the first Linear. Raises ValueError on another number of channels, and on
-        another grid when the model has statistics (they are per position)."""
+        model's is resized bilinearly after the first Linear. With float32 latents a 16-bit decoder gives float32
+        pixels, whose range is not rounded. Raises ValueError on another number of channels, and on another grid when
+        the model has statistics (they are per position)."""
         config = self.config
         if latent.ndim != 4 or latent.shape[1] != config.latent_channels:
             raise ValueError(f"latent must be (B, {config.latent_channels}, h, w), got {tuple(latent.shape)}")
@@ -978,9 +995,10 @@ class RAEModel(RAEPreTrainedModel):
                 )
             mean, std = self._latent_mean_and_std(latent.device)
             latent = (latent.float() * std + mean).to(latent.dtype)
-        hidden = self.decoder(latent)  # (B, 1 + N, D)
-        patches = self.decoder.decoder_pred(hidden)  # (B, 1 + N, p*p*3)
-        sample = self.patches_to_pixels(patches)
+        weight, precise = self.decoder.decoder_embed.weight, latent.dtype == torch.float32
+        hidden = self.decoder(latent.to(weight.dtype) if precise and weight.dtype.itemsize == 2 else latent)
+        patches = self.decoder.decoder_pred(hidden)  # (B, 1 + N, D) -> (B, 1 + N, p*p*3)
+        sample = self.patches_to_pixels(patches.float() if precise else patches)
         return RAEDecoderOutput(sample, hidden, patches) if return_last_layer else RAEDecoderOutput(sample)
 
     def patches_to_pixels(self, patches: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,9 @@ about three minutes on two CPU cores and ends at 30 dB PSNR on held-out digits; 
 # ruff: noqa: E402
 import sys
 
+from rae_suite.loaders import images_to_show
+from rae_suite.losses import l1, perceptual_loss
+from rae_suite.pictures import RECONSTRUCTIONS
 from rae_suite.settings_rae import parse_config
 
 if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv):
@@ -33,10 +36,10 @@ from modeling_rae import RAEConfig, RAEModel
 from rae_suite.digests import weights_digest
 from rae_suite.discriminator import DiffAug
 from rae_suite.ema import EMA
-from rae_suite.errors import DataError, error_names_setting
+from rae_suite.errors import error_names_setting
 from rae_suite.files import is_whole_model, write_folder
-from rae_suite.frechet import FID_MODES, FrechetMetric, cached_references, encoder_metric, inception_metrics
-from rae_suite.hub import Publisher, check_hub, push_command, upload_is_running
+from rae_suite.frechet import FrechetMetric, cached_references, encoder_metric, inception_metrics
+from rae_suite.hub import Publisher, check_hub, push_command
 from rae_suite.images import training_resize_size
 from rae_suite.launch import (
     build_accelerator,
@@ -48,10 +51,11 @@ from rae_suite.launch import (
     run_main,
     say,
 )
-from rae_suite.loaders import EvalImages, UnreadableLog, chosen_images, eval_loader, evenly_spread
+from rae_suite.loaders import UnreadableLog, chosen_images, eval_loader, evenly_spread
 from rae_suite.losses import DISCRIMINATOR_LOSSES, generator_gradient, to_discriminator_range
 from rae_suite.lpips_vgg16 import build_lpips
-from rae_suite.metrics import HIGHER_IS_BETTER, IMAGE_METRICS, Evaluator, quantize
+from rae_suite.metric_names import FID_MODES, IMAGE_METRICS, METRICS
+from rae_suite.metrics import Evaluator, quantize
 from rae_suite.pictures import reconstruction_grid, save_pairs
 from rae_suite.rae_networks import (
     backbone_source,
@@ -73,7 +77,7 @@ from rae_suite.run_folder import (
     save_run,
     take_run_folder,
 )
-from rae_suite.run_log import RunLog, start_trackers
+from rae_suite.run_log import RunLog, start_trackers, upload
 from rae_suite.settings_rae import Config
 from rae_suite.sharding import gather_to_cpu, shard
 from rae_suite.sources import ImageSource
@@ -239,13 +243,23 @@ def train_step(run: Run, batches: list, step: int, stop: bool = False) -> StepRe
     return StepRecord(step + 1, updates, absent=DISC_NAMES)
 
 
+def pixel_losses(run: Run, step: int) -> dict:
+    """The loss terms that compare reconstructions with images, see generator_gradient. A new term is one entry here."""
+    perceptual = run.config.perceptual
+    lpips_is_on = perceptual.weight > 0 and step >= run.lpips_start
+    return {
+        "recon": (1.0, l1),
+        "lpips": (perceptual.weight, perceptual_loss(run.perceptual) if lpips_is_on else None),
+    }
+
+
 def decoder_step(run: Run, batches: list, latents: list, generators: list, step: int, stop: bool) -> tuple:
     """Update the decoder. Arguments as in `train_step`; latents are clean. Returns the Update and, where the
     discriminator takes them, the reconstructions of each micro-batch, from noisy latents and before the update."""
     config, accelerator, model = run.config, run.accelerator, run.model
     lr = learning_rate(step, config.optimizer.lr, config.lr_schedule, run.steps_per_epoch)
     set_learning_rate(run.optimizer, lr)
-    perceptual = run.perceptual if config.perceptual.weight > 0 and step >= run.lpips_start else None
+    losses = pixel_losses(run, step)
     use_gan = run.discriminator is not None and step >= run.gan_start
     if use_gan:
         discriminator = accelerator.unwrap_model(run.discriminator).eval()
@@ -266,8 +280,7 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
                     out.last_hidden_state,
                     model.patches_to_pixels,
                     pixels,
-                    perceptual,
-                    config.perceptual.weight,
+                    losses,
                     partial(judge, generator=generator) if use_gan else None,
                     config.gan.weight,
                     config.gan.max_adaptive_weight,
@@ -276,7 +289,7 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
             out.patches.backward(gradient / len(batches))
             if config.gan.disc_input == "reuse":
                 reconstructions.append(out.sample.detach())
-            terms.append(vars(values))
+            terms.append(values)
     accelerator.unscale_gradients(run.optimizer)
     parameters = [p for p in model.decoder.parameters() if p.requires_grad]
     grad_norm = gradient_norm(parameters)
@@ -285,7 +298,10 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
     asked = torch.full((), float(stop), device=accelerator.device)
     values = {**mean_over_micro_batches(terms), "stop": asked, "grad_norm": grad_norm}
     values = mean_over_processes(accelerator, values)
-    watched = ("recon", "lpips", "gan") if accelerator.scaler else ("recon", "lpips", "gan", "adaptive_weight")
+    # the loss is a sum of other terms, of which one is named; gradients that overflow in fp16 show in the weight
+    watched = [name for name in values if name not in ("loss", "stop", "grad_norm")]
+    if accelerator.scaler is not None:
+        watched.remove("adaptive_weight")
     update = apply_update(accelerator, run.optimizer, values, watched, "grad_norm", {"lr": lr})
     return update, reconstructions
 
@@ -375,20 +391,6 @@ def build_evaluation(run: Run, images: ImageSource, unreadable: UnreadableLog, d
     return Evaluation(evaluator, pairs, images_to_show(images, size, config.logging.num_samples, unreadable))
 
 
-def images_to_show(images: ImageSource, size: int, count: int, unreadable: UnreadableLog) -> torch.Tensor:
-    """Up to `count` evaluation images, spread over all of them because files are sorted by class: (N, 3, S, S) in
-    [0, 1]. Raises DataError where none of them can be read."""
-    cropped = EvalImages(images, size)
-    stride = max(1, len(cropped) // count)
-    items = [cropped[i] for i in range(0, len(cropped), stride)][:count]
-    for item in items:
-        unreadable.add(item["unreadable"])
-    readable = [item["pixels"] for item in items if item["pixels"] is not None]
-    if not readable:
-        raise DataError(f"data.eval_split: none of {len(items)} evaluation images can be read")
-    return torch.stack(readable).float() / 255
-
-
 def encoder_distance(run: Run) -> FrechetMetric:
     """rfdd of the run's own encoder, in float32 as eval_rfid.py measures it (in TF32 with train.tf32)."""
 
@@ -414,7 +416,7 @@ def evaluate(run: Run, evaluation: Evaluation, log: RunLog) -> None:
     shown = ", ".join(f"{name} {values[name]:.4f}" for name in run.config.eval.metrics)
     say(run.accelerator, f"step {log.state.step}: {shown} (EMA, {values['num_samples']} images)")
     best = run.config.eval.best_metric
-    if log.is_best(best, values[best], HIGHER_IS_BETTER[best], values["num_samples"]):
+    if log.is_best(best, values[best], METRICS[best].higher_is_better, values["num_samples"]):
         export(run, log.run_dir / "best")
 
 
@@ -436,7 +438,8 @@ def draw_samples(run: Run, evaluation: Evaluation, log: RunLog) -> None:
     with run.ema.applied():
         reconstructions = reconstruct(run, images)  # on all processes: a sharded model takes them all
     if run.accelerator.is_main_process:
-        log.picture("reconstructions", reconstruction_grid(images, quantize(reconstructions)).numpy())
+        grid = reconstruction_grid(images, quantize(reconstructions)).numpy()
+        log.picture("reconstructions", grid, RECONSTRUCTIONS)
 
 
 def export(run: Run, folder: Path) -> None:
@@ -452,19 +455,6 @@ def export(run: Run, folder: Path) -> None:
     write_folder(folder, write, main, run.accelerator.wait_for_everyone)
 
 
-def push(run: Run, publisher: Optional[Publisher], log: RunLog) -> None:
-    """Start to upload the averaged model as it is now, unless an upload is on its way. `publisher`: of the main
-    process."""
-    step = log.state.step
-    if upload_is_running(publisher):
-        say(run.accelerator, f"step {step}: not uploaded, the upload before is still on its way")
-        return
-    folder = log.run_dir / "hub" / f"step-{step:08d}"
-    export(run, folder)
-    if publisher is not None:
-        publisher.push(folder)
-
-
 # --------------------------------------------------------------------------------------------------------------------
 # The run
 # --------------------------------------------------------------------------------------------------------------------
@@ -478,34 +468,27 @@ def train(
     if state.step == 0:
         evaluate(run, evaluation, log)
         draw_samples(run, evaluation, log)
-    progress_bar = config.logging.progress_bar
-    steps = Steps(config.train, accelerator, state, total_steps, run.steps_per_epoch, log.run_dir, progress_bar)
+    steps = Steps(config, accelerator, state, total_steps, run.steps_per_epoch, log.run_dir)
     accumulation = config.train.gradient_accumulation_steps
     batches = step_batches(loader, accumulation, accelerator.device, log.unreadable.add)
     while state.step < total_steps:
-        steps.add(train_step(run, next(batches), state.step, steps.stop_asked))
+        pixels = [images for images, _ in next(batches)]  # labels play no part here
+        steps.add(train_step(run, pixels, state.step, steps.stop_asked))
 
-        logging = state.step == 1 or steps.due(config.logging.every_steps)
-        evaluating = steps.due(config.eval.every_steps, config.eval.every_epochs)
-        every = config.logging.samples_every_steps
-        drawing = evaluating if every is None else steps.due(every)
-        pushing = bool(config.hub.every_steps) and steps.due(config.hub.every_steps)
-        saving = steps.due(config.train.save_every_steps, config.train.save_every_epochs)
-        # what is written down is of steps that are known to be good
-        record = steps.read(everything=logging or evaluating or drawing or pushing or saving)
-
-        if logging:
+        due = steps.due()
+        record = steps.read(everything=any(due))  # what is written down is of steps that are known to be good
+        if due.logging:
             log.train(record, steps.images_per_second(record["loss"]))
         with steps.paused():
-            if evaluating:
+            if due.evaluation:
                 evaluate(run, evaluation, log)
-            if drawing:
+            if due.samples:
                 draw_samples(run, evaluation, log)
             if state.step == total_steps:
                 export(run, log.run_dir / "final")  # before the checkpoint that says the run is finished
-            elif pushing:
-                push(run, publisher, log)
-            if saving or steps.stopping:
+            elif due.upload:
+                upload(accelerator, publisher, log, partial(export, run))
+            if due.checkpoint or steps.stopping:
                 save_run(accelerator, log.run_dir, state, run.parts(), loader, config.train.keep_last)
         if steps.stopped_early():
             break

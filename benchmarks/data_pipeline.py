@@ -27,6 +27,8 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, InterpolationMode, PILToTensor, RandomCrop, Resize, ToTensor
 
+from rae_suite.images import TrainingView
+
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
@@ -58,7 +60,7 @@ def baseline(folder: Path, interpolation: InterpolationMode, to_tensor: Callable
 
 def single_process(folder: Path, rounds: int) -> dict:
     """{pipeline: images per second of one core, of each round}, in this process with one thread."""
-    images = TrainImages(scan_folder(str(folder), ["photographs"]), IMAGE_SIZE, RESIZE_SIZE)
+    images = TrainImages(scan_folder(str(folder), ["photographs"]), TrainingView(IMAGE_SIZE, RESIZE_SIZE))
     bilinear, bicubic = InterpolationMode.BILINEAR, InterpolationMode.BICUBIC
     folders = {
         "ImageFolder, bilinear, ToTensor": baseline(folder, bilinear, ToTensor()),
@@ -93,7 +95,7 @@ def loaders(folder: Path, rounds: int, workers: int) -> dict:
 
     def training() -> DataLoader:
         batches = TrainBatches(len(source), BATCH_SIZE, BATCH_SIZE, 0, 1, seed=0, start_step=0, total_steps=steps)
-        return train_loader(source, batches, IMAGE_SIZE, RESIZE_SIZE, num_workers=workers)
+        return train_loader(source, batches, TrainingView(IMAGE_SIZE, RESIZE_SIZE), num_workers=workers)
 
     builds = {
         f"ImageFolder, bilinear, ToTensor, {workers} workers": image_folder,

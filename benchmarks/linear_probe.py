@@ -24,15 +24,8 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # before this folder, which has a file of the same name
 
-from linear_probe import (  # noqa: E402
-    Features,
-    FeatureWriter,
-    HeadTrainingConfig,
-    LinearHead,
-    evaluate_head,
-    fit,
-    training_set,
-)
+from rae_suite.features import Features, FeatureWriter  # noqa: E402
+from rae_suite.linear_heads import HeadTrainingConfig, LinearHead, evaluate_head, fit, training_set  # noqa: E402
 
 BLOCK = 8192  # features that are made at a time
 MAX_RSS_GB = 8.0

@@ -42,7 +42,7 @@ from rae_suite.losses import (  # noqa: E402
 )
 from rae_suite.rae_networks import build_rae_config  # noqa: E402
 from rae_suite.settings_rae import Config, parse_config  # noqa: E402
-from train_rae import Run, build_run, learning_rate, set_learning_rate, step_generator, train_step  # noqa: E402
+from train_rae import Run, build_run, learning_rate, pixel_losses, set_learning_rate, step_generator, train_step  # noqa: E402
 
 # sizes of the presets' encoders, which are built with random weights
 DINOV2 = {"model_type": "dinov2_with_registers", "patch_size": 14, "image_size": 518}
@@ -299,11 +299,11 @@ class PublishedStep:
             out = model.decode(model.add_noise(latent, generator), return_last_layer=True)
             if "one_pass" in levers:
                 gradient, terms = generator_gradient(
-                    out.patches, out.last_hidden_state, model.patches_to_pixels, pixels, run.perceptual,
-                    perceptual_weight, lambda images: discriminator(run.augment(images, generator)), gan_weight,
+                    out.patches, out.last_hidden_state, model.patches_to_pixels, pixels, pixel_losses(run, step),
+                    lambda images: discriminator(run.augment(images, generator)), gan_weight,
                     config.gan.max_adaptive_weight,
                 )  # fmt: skip
-                recon, lpips, gan, weight = terms.recon, terms.lpips, terms.gan, terms.adaptive_weight
+                recon, lpips, gan, weight = (terms[name] for name in ("recon", "lpips", "gan", "adaptive_weight"))
             else:
                 sample = out.sample.float()
                 recon = (sample - pixels).abs().mean()

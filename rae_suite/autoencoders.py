@@ -6,12 +6,11 @@ from pathlib import Path
 from typing import Optional
 
 import torch
-from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 from torch import nn
 
 from modeling_rae import RAEModel
 from rae_suite.errors import ConfigError, error_names_setting
+from rae_suite.hub import fetch_file
 from rae_suite.state_dicts import check_loading_info
 
 DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
@@ -117,14 +116,7 @@ def _kind(source: str, key: str) -> str:
     if os.path.exists(source) and not file.is_file():
         raise ConfigError(f"{key}: {source} has no config.json, expected a model folder such as runs/<name>/final")
     if not os.path.exists(source):
-        with error_names_setting(key, source):
-            try:
-                file = Path(hf_hub_download(source, "config.json"))
-            except HFValidationError as error:  # more than one slash, say: a path
-                raise ConfigError(f"{key}: {source} does not exist, expected a model folder or a Hub id") from error
-            except HfHubHTTPError as error:
-                reason = str(error).strip().splitlines()[0]
-                raise ConfigError(f"{key}: {source} is no folder and no model on the Hub ({reason})") from error
+        file = fetch_file(source, "config.json", key)
     try:
         config = json.loads(file.read_text())
         kind = config.get("_class_name") or config.get("model_type")

@@ -178,13 +178,13 @@ def step_of(path: Path) -> int:
     return int(path.stem.split("-")[1])
 
 
-def is_whole_model(folder: Path, code: str) -> bool:
+def is_whole_model(folder: Path, code: str, weights_name: str = "model.safetensors") -> bool:
     """Whether a from_pretrained folder has its config, the file `code`, and weights of the length that their headers
-    say."""
+    say. `weights_name`: that of a single file of weights."""
     try:
         json.loads((folder / "config.json").read_text())
-        index = folder / "model.safetensors.index.json"
-        weights = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {"model.safetensors"}
+        index = folder / f"{weights_name}.index.json"
+        weights = set(json.loads(index.read_text())["weight_map"].values()) if index.exists() else {weights_name}
         for name in weights:
             with safe_open(folder / name, "pt"):
                 pass

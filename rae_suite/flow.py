@@ -23,12 +23,16 @@ from modeling_dit import (
     sampling_times,
     shift_times,
 )
+from rae_suite.randomness import FLOW_STREAM, seeded_generator
+from rae_suite.settings_dit import parse_time_distribution
 
 __all__ = [
     "Draws",
     "autoguidance_velocity",
     "cfg_velocity",
+    "default_shift",
     "draw",
+    "draw_by_place",
     "drop_labels",
     "guidance_is_on",
     "guide",
@@ -58,21 +62,9 @@ def shift_factor(dim: int, base: int = 4096) -> float:
     return math.sqrt(dim / base)
 
 
-def parse_time_distribution(name: str) -> Optional[tuple]:
-    """Mean and standard deviation of "logit-normal_M_S", None for "uniform". Raises ValueError for any other text."""
-    if name == "uniform":
-        return None
-    kind, _, numbers = name.partition("_")
-    try:
-        mean, std = map(float, numbers.split("_"))
-        if kind == "logit-normal" and math.isfinite(mean) and 0 < std < math.inf:
-            return mean, std
-    except ValueError:  # no numbers, or not two
-        pass
-    raise ValueError(
-        f"time distribution: expected uniform or logit-normal_M_S with a mean M and a standard deviation S above 0, "
-        f"such as logit-normal_0_1, got {name!r}"
-    )
+def default_shift(dim: int, base: int = 4096) -> float:
+    """`shift_factor`, and 1, no shift, for latents of fewer than `base` numbers."""
+    return shift_factor(dim, base) if dim >= base else 1.0
 
 
 def training_times(u: torch.Tensor, distribution: str, shift: float = 1.0) -> torch.Tensor:
@@ -112,6 +104,17 @@ def draw(latents: torch.Tensor, generator: Optional[torch.Generator] = None) -> 
     u_time = torch.rand(batch, generator=generator, device="cpu" if generator is None else device)
     u_drop = torch.rand(batch, generator=generator, device=device)
     return Draws(noise, u_time, u_drop)
+
+
+def draw_by_place(latents: torch.Tensor, first: int, seed: int, step: int) -> Draws:
+    """The draws of a step for latents (B, C, h, w) that have the places first, first + 1, ... in the global batch. Each
+    sample's are a function of (seed, step, place): a batch that is split over micro-batches and processes has the
+    same."""
+    draws = []
+    for i in range(len(latents)):
+        generator = seeded_generator(seed, FLOW_STREAM, step, first + i, device=latents.device)
+        draws.append(draw(latents[i : i + 1], generator))
+    return Draws(*map(torch.cat, zip(*draws, strict=True)))
 
 
 def interpolate(data: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> torch.Tensor:

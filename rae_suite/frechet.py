@@ -36,13 +36,13 @@ from rae_suite.digests import latents_digest
 from rae_suite.errors import ConfigError, RunError
 from rae_suite.files import NPZ_ERRORS
 from rae_suite.launch import cores_of_process
+from rae_suite.metric_names import FID_MODES
 from rae_suite.moments import Moments
 from rae_suite.sources import ImageSource
 
 logger = logging.getLogger(__name__)
 
 INCEPTION_WIDTH = 2048
-FID_MODES = {"rfid": "legacy_tensorflow", "rfid_clean": "clean"}
 DEFAULT_CACHE = Path(HF_HOME) / "rae_references"
 
 
@@ -105,7 +105,11 @@ class FrechetMeasurement:
         self.fake.merge_processes(accelerator)
         if self.real is not None:
             self.real.merge_processes(accelerator)
-            self.reference = reference_of(self.real, self.metric.name)
+            self.reference = self.made_reference()
+
+    def made_reference(self) -> Reference:
+        """The reference that the images stand for, after their moments were merged."""
+        return reference_of(self.real, self.metric.name)
 
     def distance(self, accelerator: Accelerator) -> float:
         """To be called after merge_processes, by every process."""
@@ -241,14 +245,17 @@ def inception_metrics(names: list, path: Optional[str], key: str, accelerator: A
     ]
 
 
-def encoder_metric(tokens: Callable, model: nn.Module, width: int, accelerator: Accelerator) -> FrechetMetric:
-    """rfdd: `tokens` maps pixels (B, 3, S, S) in [0, 1] to the grid (B, width, h, w) of `model`'s frozen encoder."""
+def encoder_metric(
+    tokens: Callable, model: nn.Module, width: int, accelerator: Accelerator, name: str = "rfdd"
+) -> FrechetMetric:
+    """rfdd, or fdd of drawn images: `tokens` maps pixels (B, 3, S, S) in [0, 1] to the grid (B, width, h, w) of the
+    frozen encoder of `model`."""
 
     @torch.no_grad()
     def features(images: torch.Tensor) -> torch.Tensor:
         return tokens(images.to(accelerator.device).float() / 255).float().mean((2, 3))
 
-    return FrechetMetric("rfdd", features, width, latents_digest(model))
+    return FrechetMetric(name, features, width, latents_digest(model))
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -18,21 +18,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Optional
 
-from accelerate.utils import broadcast_object_list
 from huggingface_hub import (
     CommitOperationAdd,
     CommitOperationDelete,
     HfApi,
     constants,
     get_token,
+    hf_hub_download,
     is_offline_mode,
 )
-from huggingface_hub.errors import HFValidationError, HTTPError
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
 from tqdm.auto import tqdm
 
 from rae_suite.cli import require
-from rae_suite.errors import ConfigError, RunError
+from rae_suite.errors import ConfigError, RunError, error_names_setting
 from rae_suite.settings import HubConfig
 
 PUSH_SCRIPT = Path(__file__).parent.parent / "scripts" / "push_to_hub.py"
@@ -61,6 +61,23 @@ def hub_id(name: Optional[str]) -> Optional[str]:
     except HFValidationError:
         return None
     return name
+
+
+def fetch_file(source: str, name: str, key: str, missing_ok: bool = False) -> Optional[Path]:
+    """The file `name` of the model `source` on the Hub, downloaded unless it is in the cache. Where the model lacks it
+    and that is `missing_ok`: None. Raises ConfigError, about the setting `key`, where it cannot be had."""
+    with error_names_setting(key, source):
+        try:
+            return Path(hf_hub_download(source, name))
+        except HFValidationError as error:  # more than one slash, say: a path
+            raise ConfigError(f"{key}: {source} does not exist, expected a model folder or a Hub id") from error
+        except (EntryNotFoundError, HfHubHTTPError) as error:
+            if missing_ok and isinstance(error, EntryNotFoundError):
+                return None
+            if not isinstance(error, HfHubHTTPError):  # nothing in the cache, and no connection
+                raise
+            reason = str(error).strip().splitlines()[0]
+            raise ConfigError(f"{key}: {source} is no folder and no model on the Hub ({reason})") from error
 
 
 def check_target(repo_id: Optional[str], key: str) -> None:
@@ -255,8 +272,3 @@ class Publisher:
                 self.process.kill()
                 self.process.wait()
             tqdm.write(f"upload stopped\n{self._advice()}")
-
-
-def upload_is_running(publisher: Optional[Publisher]) -> bool:
-    """Whether the main process's last upload is still on its way, told to all processes, which all call this."""
-    return broadcast_object_list([publisher is not None and publisher.busy()])[0]

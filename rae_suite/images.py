@@ -5,6 +5,9 @@ import math
 import os
 import stat
 import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Optional
 
 import numpy as np
 import torch
@@ -133,6 +136,25 @@ def training_resize_size(image_size, resize_size=None):
             f"data.resize_size: {resize_size} is smaller than the image size; expected {image_size} or more"
         )
     return resize_size
+
+
+@dataclass(frozen=True)
+class TrainingView:
+    """What training sees of an image, uint8 (3, size, size): `crop` "random" (stage 1), see random_crop, or "center"
+    (stage 2), see center_crop; with `flip` its mirror image half of the time. The call's `seed` decides both."""
+
+    size: int
+    resize_size: Optional[int] = None
+    crop: str = "random"
+    flip: bool = False
+
+    def __call__(self, image: Image.Image, seed: Sequence[int]) -> torch.Tensor:
+        generator = np.random.default_rng(seed)
+        if self.crop == "center":
+            pixels = to_tensor(center_crop(image, self.size))
+        else:
+            pixels = random_crop(image, self.size, training_resize_size(self.size, self.resize_size), generator)
+        return pixels.flip(2) if self.flip and generator.random() < 0.5 else pixels
 
 
 def to_tensor(image):

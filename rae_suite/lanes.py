@@ -4,7 +4,7 @@ import numpy as np
 import torch
 
 from rae_suite.errors import DataError, UnreadableImage
-from rae_suite.images import random_crop, training_resize_size
+from rae_suite.images import TrainingView
 from rae_suite.loaders import label_of, too_many_in_a_row
 from rae_suite.randomness import LANE_CROP_STREAM, MIXTURE_STREAM, WINDOW_STREAM
 from rae_suite.shards import UnreadableShard, read_shard, shard_name
@@ -119,8 +119,7 @@ class Lane:
 
     def __init__(self, stream, lane, cfg, image_size, state=None):
         self.stream, self.lane = stream, lane
-        self.image_size = image_size
-        self.resize_size = training_resize_size(image_size, cfg.resize_size)
+        self.view = TrainingView(image_size, cfg.resize_size, cfg.crop, cfg.flip)
         self.max_unreadable = cfg.max_unreadable
         self.count = 0 if state is None else state["count"]
         self.weights = [source.weight for source in stream.sources]
@@ -161,7 +160,7 @@ class Lane:
                 failed.append(str(error))
                 continue
             unreadable += failed
-            seed = (self.stream.seed, LANE_CROP_STREAM, self.lane, self.count)
+            pixels = self.view(image, (self.stream.seed, LANE_CROP_STREAM, self.lane, self.count))
             self.count += 1
-            return random_crop(image, self.image_size, self.resize_size, seed), label_of(source, 0)
+            return pixels, label_of(source, 0)
         raise too_many_in_a_row(failed, self.max_unreadable)

@@ -3,7 +3,7 @@
     train, evaluation = load_splits(cfg, seed=0)                      # cfg: the `data` group of the configuration
     batches = TrainBatches(len(train), global_batch_size=512, micro_batch_size=64, rank=0, world_size=8, seed=0,
                            start_step=0, total_steps=40_000)
-    for batch in train_loader(train, batches, image_size=256, num_workers=cfg.num_workers):
+    for batch in train_loader(train, batches, TrainingView(size=256), num_workers=cfg.num_workers):
         batch["pixels"]                                               # uint8 (B, 3, 256, 256)
 
 All randomness is a function of (seed, epoch, index): neither the number of workers or ranks nor a resume changes it.
@@ -20,25 +20,25 @@ import numpy as np
 import torch
 
 from rae_suite.errors import DataError, UnreadableImage
-from rae_suite.images import center_crop, random_crop, to_tensor, training_resize_size
+from rae_suite.images import center_crop, to_tensor
 from rae_suite.randomness import CROP_STREAM, ORDER_STREAM
+from rae_suite.sources import ImageSource
 
 logger = logging.getLogger(__name__)
 
 
 class TrainImages(torch.utils.data.Dataset):
-    """Randomly cropped training images, indexed by (epoch, index).
+    """Training images as the run sees them, indexed by (epoch, index).
 
-    Item: pixels uint8 (3, image_size, image_size), index, label (-1: it has none), and the names of images found
-    unreadable on the way. The crop
-    depends on (seed, epoch, index) alone. An unreadable image is replaced by the next readable one (the last is
-    followed by the first), whose index is then given. Raises DataError when max_unreadable + 1 images in a row fail.
+    Item: pixels uint8 (3, size, size), index, label (-1: it has none), and the names of images found unreadable on the
+    way. What is seen of an image, its `view`, depends on (seed, epoch, index) alone. An unreadable image is replaced by
+    the next readable one (the last is followed by the first), whose index is then given. Raises DataError when
+    max_unreadable + 1 images in a row fail.
     """
 
-    def __init__(self, source, image_size, resize_size=None, seed=0, max_unreadable=10):
+    def __init__(self, source, view, seed=0, max_unreadable=10):
         self.source = source
-        self.image_size = image_size
-        self.resize_size = training_resize_size(image_size, resize_size)
+        self.view = view
         self.seed = seed
         self.max_unreadable = max_unreadable
         label_of(source, 0)  # a column of labels is read as a whole: once, before workers are forked
@@ -56,8 +56,7 @@ class TrainImages(torch.utils.data.Dataset):
             except UnreadableImage as error:
                 unreadable.append(str(error))
                 continue
-            seed = (self.seed, CROP_STREAM, epoch, index)
-            pixels = random_crop(image, self.image_size, self.resize_size, seed)
+            pixels = self.view(image, (self.seed, CROP_STREAM, epoch, index))
             return {"pixels": pixels, "index": shown, "label": label_of(self.source, shown), "unreadable": unreadable}
         raise too_many_in_a_row(unreadable, self.max_unreadable)
 
@@ -205,12 +204,13 @@ class TrainBatches:
                 yield [(epoch, int(index)) for index in order[start : start + self.micro_batch_size]]
 
 
-def train_loader(source, batches, image_size, resize_size=None, max_unreadable=10, num_workers=0):
-    """DataLoader over the micro-batches of a TrainBatches; each is a dict as `collate` makes it. Crops use its seed.
+def train_loader(source, batches, view, max_unreadable=10, num_workers=0):
+    """DataLoader over the micro-batches of a TrainBatches, each a dict as `collate` makes it. `view`: what is seen of
+    an image (images.TrainingView), with the batches' seed.
 
     It is already this rank's share: Accelerate must not shard it again.
     """
-    images = TrainImages(source, image_size, resize_size, batches.seed, max_unreadable)
+    images = TrainImages(source, view, batches.seed, max_unreadable)
     return _loader(images, batches, collate, num_workers)
 
 
@@ -238,6 +238,20 @@ def eval_loader(source, image_size, batch_size, num_workers=0, rank=0, world_siz
     batches = [mine[start : start + batch_size] for start in range(0, per_rank, batch_size)]
     collate_fn = functools.partial(collate, image_size=image_size)
     return _loader(EvalImages(source, image_size), batches, collate_fn, num_workers)
+
+
+def images_to_show(images: ImageSource, size: int, count: int, unreadable: UnreadableLog) -> torch.Tensor:
+    """Up to `count` evaluation images, spread over all of them because files are sorted by class: (N, 3, S, S) in
+    [0, 1]. Raises DataError where none of them can be read."""
+    cropped = EvalImages(images, size)
+    stride = max(1, len(cropped) // count)
+    items = [cropped[i] for i in range(0, len(cropped), stride)][:count]
+    for item in items:
+        unreadable.add(item["unreadable"])
+    readable = [item["pixels"] for item in items if item["pixels"] is not None]
+    if not readable:
+        raise DataError(f"data.eval_split: none of {len(items)} evaluation images can be read")
+    return torch.stack(readable).float() / 255
 
 
 def _loader(images, batches, collate_fn, num_workers):

@@ -4,7 +4,6 @@ Pixels are in [0, 1]; the perceptual loss and the discriminator see `2 * x - 1`,
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Optional
 
 import torch
@@ -43,31 +42,29 @@ def to_discriminator_range(pixels: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass
-class GeneratorTerms:
-    """Loss terms of one batch, detached scalars. `loss` = recon + perceptual_weight * lpips
-    + gan_weight * adaptive_weight * gan; terms that are off are 0."""
-
-    loss: torch.Tensor
-    recon: torch.Tensor
-    lpips: torch.Tensor
-    gan: torch.Tensor
-    adaptive_weight: torch.Tensor
-
-
 def adaptive_weight(base_norm: torch.Tensor, gan_norm: torch.Tensor, maximum: float) -> torch.Tensor:
     """||dL/dW|| / (||dG/dW|| + 1e-6), clamped to [0, maximum] (VQGAN, arXiv 2012.09841, eq. 7): W is the weight of the
     decoder's last layer, L the reconstruction and perceptual loss, G the adversarial one."""
     return (base_norm / (gan_norm + 1e-6)).clamp(0, maximum)
 
 
+def l1(reconstruction: torch.Tensor, images: torch.Tensor) -> torch.Tensor:
+    """Mean absolute difference of pixels (B, 3, H, W)."""
+    return (reconstruction - images).abs().mean()
+
+
+def perceptual_loss(lpips: Callable) -> Callable:
+    """The loss of two batches of pixels (B, 3, H, W) in [0, 1] that LPIPS, a function of two in [-1, 1], images first,
+    stands for."""
+    return lambda reconstruction, images: lpips(2 * images - 1, 2 * reconstruction - 1).mean()
+
+
 def generator_gradient(
     patches: torch.Tensor,
     last_hidden_state: torch.Tensor,
     patches_to_pixels: Callable,
-    pixels: torch.Tensor,
-    perceptual: Optional[Callable] = None,
-    perceptual_weight: float = 1.0,
+    images: torch.Tensor,
+    pixel_losses: dict,
     adversary: Optional[Callable] = None,
     gan_weight: float = 0.75,
     max_adaptive_weight: float = 1e4,
@@ -84,28 +81,29 @@ def generator_gradient(
         patches: t, (B, 1 + N, p*p*3). Its graph is not touched.
         last_hidden_state: h, (B, 1 + N, D).
         patches_to_pixels: differentiable map from t to pixels (B, 3, H, W).
-        pixels: the images, (B, 3, H, W) in [0, 1].
-        perceptual: function of two batches in [-1, 1], images first; None switches the term off.
-        perceptual_weight: factor of its mean.
+        images: (B, 3, H, W) in [0, 1].
+        pixel_losses: {name: (factor, function of reconstructions and images)}; a function of None is a term that is
+            off: its value is 0.
         adversary: function of reconstructions in [-1, 1] to logits; None switches the term off.
         gan_weight, max_adaptive_weight: factor of the adversarial term, and bound of its adaptive weight.
         scale_loss: fp16 loss scaling (GradScaler.scale); gradients are those of scaled losses, terms are not scaled.
 
     Returns:
-        (gradient like `patches`, GeneratorTerms)
+        (gradient like `patches`, terms): detached scalars by name. `loss` is the sum of all pixel losses with their
+        factors and of gan_weight * adaptive_weight * gan; then the pixel losses, `gan` and `adaptive_weight`.
     """
     t = patches.detach().requires_grad_()
     mapped = patches_to_pixels(t)
     reconstruction = mapped.detach().requires_grad_()  # each loss is differentiated down to here, then freed
     zero = reconstruction.new_zeros(())
 
-    recon = (reconstruction - pixels).abs().mean()
-    perceived = zero if perceptual is None else perceptual(2 * pixels - 1, 2 * reconstruction - 1).mean()
-    loss = recon + perceptual_weight * perceived
+    values = {name: zero if f is None else f(reconstruction, images) for name, (_, f) in pixel_losses.items()}
+    loss = sum(factor * values[name] for name, (factor, _) in pixel_losses.items())
     (base_gradient,) = torch.autograd.grad(scale_loss(loss), reconstruction)
+    terms = {"loss": loss.detach(), **{name: value.detach() for name, value in values.items()}}
     if adversary is None:
         (gradient,) = torch.autograd.grad(mapped, t, base_gradient)
-        return gradient, GeneratorTerms(loss.detach(), recon.detach(), perceived.detach(), zero, zero)
+        return gradient, {**terms, "gan": zero, "adaptive_weight": zero}
 
     gan = generator_loss(adversary(2 * reconstruction - 1))
     (gan_gradient,) = torch.autograd.grad(scale_loss(gan), reconstruction)
@@ -117,6 +115,5 @@ def generator_gradient(
     with torch.autocast(h.device.type, enabled=False):  # a sum over all tokens of scaled gradients overflows float16
         base_norm, gan_norm = ((g.flatten(0, 1).to(h.dtype).t() @ h).norm() / unscale for g in (base_t, gan_t))
     w = adaptive_weight(base_norm, gan_norm, max_adaptive_weight)
-    loss = loss.detach() + gan_weight * w * gan.detach()
-    terms = GeneratorTerms(loss, recon.detach(), perceived.detach(), gan.detach(), w)
-    return base_t + gan_weight * w * gan_t, terms
+    terms["loss"] = terms["loss"] + gan_weight * w * gan.detach()
+    return base_t + gan_weight * w * gan_t, {**terms, "gan": gan.detach(), "adaptive_weight": w}

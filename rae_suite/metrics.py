@@ -16,12 +16,9 @@ from accelerate.utils import gather_object
 from rae_suite.errors import DataError
 from rae_suite.frechet import FrechetMeasurement, FrechetMetric, References
 from rae_suite.launch import progress_bar, to_device
+from rae_suite.metric_names import METRICS
 
 logger = logging.getLogger(__name__)
-
-PSNR_CAP = 100.0  # dB, for an image that is reconstructed exactly: a mean must stay finite
-HIGHER_IS_BETTER = {"psnr": True, "ssim": True, "lpips": False, "rfid": False, "rfid_clean": False, "rfdd": False}
-IMAGE_METRICS = ("psnr", "ssim", "lpips")
 
 
 def to_8bit(pixels: torch.Tensor, rounding: str = "round") -> torch.Tensor:
@@ -36,23 +33,9 @@ def quantize(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def image_metrics(images: torch.Tensor, reconstructions: torch.Tensor, names: Sequence, perceptual) -> dict:
-    """Per-image values (B,) of the metrics `names` for two batches (B, 3, H, W) in [0, 1], 8-bit grid.
-
-    psnr: dB, peak 1, at most PSNR_CAP. ssim: 11 x 11 Gaussian window of sigma 1.5. lpips: `perceptual` on [-1, 1].
-    """
-    # a second to import: not for --help
-    from torchmetrics.functional.image import peak_signal_noise_ratio, structural_similarity_index_measure
-
-    values = {}
-    if "psnr" in names:
-        psnr = peak_signal_noise_ratio(reconstructions, images, 1.0, reduction="none", dim=(1, 2, 3))
-        values["psnr"] = psnr.clamp(max=PSNR_CAP)
-    if "ssim" in names:
-        ssim = structural_similarity_index_measure(reconstructions, images, data_range=1.0, reduction="none")
-        values["ssim"] = ssim.view(-1)
-    if "lpips" in names:
-        values["lpips"] = perceptual(2 * images - 1, 2 * reconstructions - 1).view(-1)
-    return values
+    """Per-image values (B,) of the metrics `names` (see METRICS) for two batches (B, 3, H, W) in [0, 1], 8-bit grid.
+    `perceptual`: LPIPS network, for those that need it."""
+    return {name: METRICS[name].of_images(reconstructions, images, perceptual) for name in names}
 
 
 @dataclass
@@ -68,6 +51,19 @@ class Evaluation:
         """`num_samples`, means and distances by name."""
         means = {name: values.mean().item() for name, values in self.values.items()}
         return {"num_samples": len(self.index), **means, **self.distances}
+
+
+def gather_rows(batches: list, columns: list, unreadable: int = 0) -> tuple:
+    """(columns by name, float64 (N,) each; sum of `unreadable`) of what all processes have, which all call this.
+    `batches`: dictionaries of tensors (B,); "index" among them decides the order, so sums do not depend on the
+    processes."""
+    mine = torch.zeros(len(columns), 0, dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
+    if batches:
+        mine = torch.stack([torch.cat([batch[name] for batch in batches]).cpu().double() for name in columns])
+    gathered = gather_object([(mine, unreadable)])
+    rows = torch.cat([part for part, _ in gathered], dim=1)
+    rows = rows[:, rows[columns.index("index")].argsort()]
+    return dict(zip(columns, rows, strict=True)), sum(count for _, count in gathered)
 
 
 class Evaluator:
@@ -142,23 +138,11 @@ class Evaluator:
             values = {name: value.masked_fill(broken, torch.nan) for name, value in values.items()}
             batches.append({"index": index, **values, "broken": broken})
             on_batch(index, images, reconstructions)
-        table, whole = self._gather(batches, unreadable)
-        distances = self._distances(measurements, whole, finite=not table["broken"].any())
-        return Evaluation(table["index"].long(), {name: table[name] for name in self.names}, distances)
-
-    def _gather(self, batches: list, unreadable: int) -> tuple:
-        """(columns of all processes' batches by name, float64 (N,), in the source's order; whether all could be read).
-        So sums do not depend on the processes. Raises DataError for no rows."""
-        columns = ["index", *self.names, "broken"]
-        mine = torch.zeros(len(columns), 0, dtype=torch.float64)  # on the CPU: Apple's GPUs have no float64
-        if batches:
-            mine = torch.stack([torch.cat([batch[name] for batch in batches]).cpu().double() for name in columns])
-        gathered = gather_object([(mine, unreadable)])
-        rows = torch.cat([part for part, _ in gathered], dim=1)
-        if rows.shape[1] == 0:
+        table, unreadable = gather_rows(batches, ["index", *self.names, "broken"], unreadable)
+        if len(table["index"]) == 0:
             raise DataError("data.eval_split: none of the evaluation images can be read")
-        rows = rows[:, rows[0].argsort()]
-        return dict(zip(columns, rows, strict=True)), not any(count for _, count in gathered)
+        distances = self._distances(measurements, unreadable == 0, finite=not table["broken"].any())
+        return Evaluation(table["index"].long(), {name: table[name] for name in self.names}, distances)
 
     def _distances(self, measurements: list, whole: bool, finite: bool) -> dict:
         """The distances by name; nan unless all reconstructions are finite. References that were made are kept."""

@@ -3,7 +3,9 @@
 import functools
 import logging
 import struct
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
@@ -11,12 +13,14 @@ from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
 from rae_suite.files import step_of, writing
+from rae_suite.metric_names import DISTANCE, METRICS
 
 logger = logging.getLogger(__name__)
 
 MIN_TILE = 96  # pixels: smaller images are enlarged by a whole factor, so that a grid can be looked at
 PADDING = 4  # pixels between the images of a grid
 PROGRESS_ROWS = 8
+HEADING = 16  # pixels of a line of text
 
 
 def reconstruction_grid(images: torch.Tensor, reconstructions: torch.Tensor) -> torch.Tensor:
@@ -27,14 +31,26 @@ def reconstruction_grid(images: torch.Tensor, reconstructions: torch.Tensor) -> 
 def comparison_grid(images: torch.Tensor, reconstructions: torch.Tensor, labels: list) -> torch.Tensor:
     """Images, reconstructions and four times their absolute difference below each other, (N, 3, H, W) each in [0, 1],
     under their labels, as one uint8 picture (H', W', 3)."""
-    height = 16  # pixels of a label
     difference = 4 * (images - reconstructions).abs()
     grid = _tiles(torch.cat([images, reconstructions, difference]), len(images))
-    picture = Image.new("RGB", (grid.shape[1], grid.shape[0] + height), "white")
-    picture.paste(Image.fromarray(grid.numpy()), (0, height))
+    return _with_labels(grid, labels)
+
+
+def class_grid(images: torch.Tensor, names: list) -> torch.Tensor:
+    """Images, uint8 (N, 3, H, W), in rows with one of each class, under the classes' names, as one uint8 picture
+    (H', W', 3)."""
+    return _with_labels(_tiles(images.float() / 255, len(names)), names)
+
+
+def _with_labels(grid: torch.Tensor, labels: list) -> torch.Tensor:
+    """The grid (H, W, 3) with a line of text above it, a label for each column; one that is too long is cut."""
+    picture = Image.new("RGB", (grid.shape[1], grid.shape[0] + HEADING), "white")
+    picture.paste(Image.fromarray(grid.numpy()), (0, HEADING))
     draw = ImageDraw.Draw(picture)
-    width = (grid.shape[1] - PADDING) / len(images)
+    width = (grid.shape[1] - PADDING) / len(labels)
     for i, label in enumerate(labels):
+        while draw.textlength(label) > width - PADDING and len(label) > 1:
+            label = label[:-1]
         draw.text((PADDING + i * width, 3), label, fill="black")
     return torch.from_numpy(np.array(picture))
 
@@ -47,23 +63,43 @@ def _tiles(rows: torch.Tensor, per_row: int) -> torch.Tensor:
     return (grid * 255).round().to(torch.uint8).permute(1, 2, 0).contiguous()
 
 
-def progress_strip(samples: list, path: Path) -> None:
-    """How reconstructions changed over a run: the images, and below them their reconstructions at up to PROGRESS_ROWS
-    steps, the first and the last among them. `samples` are the run's sample grids (step-*.png), in order; one that
-    cannot be read is left out."""
+@dataclass(frozen=True)
+class GridLayout:
+    """Rows of a sample grid: their number, the row (0-based) that changes over a run, and the one that stays, with its
+    name, or None. `heading`: pixels of a line of text above the rows."""
+
+    rows: int
+    shown: int
+    fixed: Optional[int] = None
+    fixed_name: str = ""
+    heading: int = 0
+
+
+RECONSTRUCTIONS = GridLayout(rows=2, shown=1, fixed=0, fixed_name="images")
+
+
+def progress_strip(samples: list, path: Path, layout: GridLayout) -> None:
+    """How one row of the sample grids changed over a run, at up to PROGRESS_ROWS steps, the first and the last among
+    them, below the row that stays. `samples` are the grids (step-*.png), in order; one that cannot be read is left
+    out."""
     pictures = read_pictures(spread_with_last(samples, PROGRESS_ROWS))
     last = list(pictures.values())[-1]
-    half = (last.shape[0] - PADDING) // 2  # a row of images with the padding above it
-    rows = [("images", last[:half])]
+    height = (last.shape[0] - layout.heading - PADDING) // layout.rows  # a row of images with the padding above it
+
+    def row(picture: np.ndarray, number: int) -> np.ndarray:
+        start = layout.heading + number * height
+        return picture[start : start + height]
+
+    rows = [] if layout.fixed is None else [(layout.fixed_name, row(last, layout.fixed))]
     for file, picture in pictures.items():
         if picture.shape == last.shape:  # a continued run may show other images
-            rows.append((f"step {step_of(file)}", picture[half : 2 * half]))
+            rows.append((f"step {step_of(file)}", row(picture, layout.shown)))
     margin = 80  # pixels for the labels
-    strip = Image.new("RGB", (margin + last.shape[1], half * len(rows) + PADDING), "white")
+    strip = Image.new("RGB", (margin + last.shape[1], height * len(rows) + PADDING), "white")
     draw = ImageDraw.Draw(strip)
-    for i, (label, row) in enumerate(rows):
-        strip.paste(Image.fromarray(row), (margin, i * half))
-        draw.text((PADDING, i * half + half // 2), label, fill="black")
+    for i, (label, pixels) in enumerate(rows):
+        strip.paste(Image.fromarray(pixels), (margin, i * height))
+        draw.text((PADDING, i * height + height // 2), label, fill="black")
     with writing(path):
         strip.save(path)
 
@@ -104,39 +140,60 @@ def save_pairs(
                     picture.save(folder / name / f"{number:08d}.png")
 
 
+# names of training lines that share a panel, and its title; any other name has a panel of its own
+PANELS = {
+    "recon": "reconstruction loss",
+    "lpips": "reconstruction loss",
+    "gan": "adversarial loss",
+    "disc_loss": "adversarial loss",
+    "logits_real": "mean logits",
+    "logits_fake": "mean logits",
+    "grad_norm": "gradient norm",
+    "disc_grad_norm": "gradient norm",
+    "lr": "learning rate",
+    "lr_disc": "learning rate",
+}
+NOT_DRAWN = ("kind", "step", "epoch", "time", "model", "num_samples", "skipped_steps", "images_per_second")
+LOGARITHMIC = ("gradient norm", f"{DISTANCE}, EMA")  # where their first values are far above the rest
+
+
+def panels_of(lines: list) -> dict:
+    """{title: {name: points (step, value)}} of the lines of a metrics.jsonl, in the order in which names first occur:
+    what training wrote, then the evaluations of the averaged model."""
+    panels = {}
+    for kind in ("train", "eval"):
+        for line in (line for line in lines if line["kind"] == kind and line.get("model", "ema") == "ema"):
+            for name, value in line.items():
+                if name in NOT_DRAWN or value is None:
+                    continue
+                title = PANELS.get(name, name.replace("_", " "))
+                if kind == "eval":
+                    title = f"{METRICS[name].panel if name in METRICS else name.replace('_', ' ')}, EMA"
+                panels.setdefault(title, {}).setdefault(name, []).append((line["step"], value))
+    return panels
+
+
 def plot_curves(lines: list, path: Path) -> None:
-    """Draw the lines of a metrics.jsonl: loss terms, GAN balance and evaluation metrics over steps."""
+    """Draw the lines of a metrics.jsonl over steps: everything that it has, related values in one panel."""
     from matplotlib.figure import Figure  # slow to import
 
-    train = [line for line in lines if line["kind"] == "train"]
-    evals = [line for line in lines if line["kind"] == "eval" and line["model"] == "ema"]
-    panels = [
-        ("reconstruction loss", train, ["recon", "lpips"]),
-        ("adversarial loss", train, ["gan", "disc_loss"]),
-        ("mean logits", train, ["logits_real", "logits_fake"]),
-        ("adaptive weight", train, ["adaptive_weight"]),
-        ("gradient norm", train, ["grad_norm"]),
-        ("learning rate", train, ["lr", "lr_disc"]),
-        ("PSNR in dB, EMA", evals, ["psnr"]),
-        ("SSIM and LPIPS, EMA", evals, ["ssim", "lpips"]),
-        ("Frechet distances, EMA", evals, ["rfid", "rfid_clean", "rfdd"]),
-    ]
-    panels = [panel for panel in panels if any(line.get(name) is not None for name in panel[2] for line in panel[1])]
+    panels = panels_of(lines)
     rows = max(1, -(-len(panels) // 4))
     height = 3.5 * rows
     figure = Figure(figsize=(18, height))  # fixed margins: to calculate them takes as long as the whole drawing again
-    figure.subplots_adjust(0.04, 0.5 / height, 0.99, 1 - 0.35 / height, wspace=0.18, hspace=0.34)
+    figure.subplots_adjust(0.04, 0.5 / height, 0.99, 1 - 0.35 / height, wspace=0.2, hspace=0.34)
     axes = figure.subplots(rows, 4, squeeze=False)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    for axis, (title, source, names) in zip(axes.flat, panels, strict=False):
-        for name in names:
-            points = [(line["step"], line[name]) for line in source if line.get(name) is not None]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name, marker="." if source is evals else None)
-                axis.legend()
-        if title in ("gradient norm", "Frechet distances, EMA"):
-            axis.set_yscale("log")  # the first values are far above the rest
+    for axis, (title, series) in zip(axes.flat, panels.items(), strict=False):
+        for name, points in series.items():
+            axis.plot(*zip(*points, strict=True), label=name, marker="." if len(points) < 50 else None)
+        axis.legend()
+        values = [value for points in series.values() for _, value in points]
+        if title in LOGARITHMIC and 0 < 10 * min(values) < max(values):
+            axis.set_yscale("log")
+        else:
+            axis.ticklabel_format(axis="y", scilimits=(-2, 4))  # 2e-4, say: long numbers reach into the next panel
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

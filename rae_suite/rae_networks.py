@@ -1,7 +1,7 @@
 """The networks of stage 1, built as the settings describe them, and the files that go with an RAE."""
 
 import json
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Optional
 
@@ -155,17 +155,24 @@ def compile_networks(rae: RAEModel, discriminator: Optional[DinoDiscriminator], 
     """Compile what a step spends its time in, in place, so that names of weights stay as they are. Transformer blocks
     one by one: those of a network share one compiled function, and processes exchange gradients while the backward pass
     goes on. A graph break is an error; every shape and mode of use has a graph of its own."""
-    torch._dynamo.config.optimize_ddp = False  # it would cut the heads' graph, whose buffers two batches change in turn
-    torch._dynamo.config.recompile_limit = 64  # graphs of a function: transformers gives all networks' blocks the same
-    faster = partial(torch.compile, fullgraph=True, dynamic=False, options={"max_autotune_pointwise": True})
     modules = [*rae.modules(), *([] if discriminator is None else discriminator.backbone.modules())]
     for part in modules:
         if isinstance(part, GradientCheckpointingLayer):
-            part.forward = faster(part.forward)
+            part.forward = compiled(part.forward)
     if lpips is not None:
-        lpips.forward = faster(lpips.forward)
+        lpips.forward = compiled(lpips.forward)
     if discriminator is not None:
-        discriminator.judge = faster(discriminator.judge)
+        discriminator.judge = compiled(discriminator.judge)
+
+
+COMPILE_OPTIONS = {"max_autotune_pointwise": True}  # of inductor
+
+
+def compiled(function: Callable) -> Callable:
+    """The function, compiled when it is first called."""
+    torch._dynamo.config.optimize_ddp = False  # it would cut the heads' graph, whose buffers two batches change in turn
+    torch._dynamo.config.recompile_limit = 64  # graphs of a function: transformers gives all networks' blocks the same
+    return torch.compile(function, fullgraph=True, dynamic=False, options=COMPILE_OPTIONS)
 
 
 def read_latent_stats(path: Path, rae_config: Any, setting: str) -> dict:
@@ -182,7 +189,7 @@ def read_latent_stats(path: Path, rae_config: Any, setting: str) -> dict:
         if name not in found:
             continue
         what = f"{setting}: '{name}' in {path}"
-        stats[name] = expand_statistics(found[name], shape, what)
+        stats[name] = expand_statistics(found[name], shape, what).contiguous()
         if not stats[name].is_floating_point():
             raise ValueError(f"{what} is {stats[name].dtype}, expected floating-point numbers")
         if not stats[name].float().isfinite().all():
@@ -191,6 +198,14 @@ def read_latent_stats(path: Path, rae_config: Any, setting: str) -> dict:
     if least < 0:
         raise ValueError(f"{setting}: 'var' in {path} goes down to {least:.3g}, expected at least 0")
     return stats
+
+
+def give_latent_stats(rae: RAEModel, mean: Optional[torch.Tensor], var: torch.Tensor) -> None:
+    """Have a model normalise its latents with a mean (None: nothing is subtracted) and a variance, (C, h, w) each, also
+    one that was built without a place for them. They are float32, whatever its weights are."""
+    rae.config.use_latent_stats, rae.config.latent_stats_have_mean = True, mean is not None
+    for name, value in (("latent_mean", mean), ("latent_var", var)):
+        rae.register_buffer(name, None if value is None else value.to(rae.device, torch.float32))
 
 
 def image_processor_json(image_size: int) -> str:

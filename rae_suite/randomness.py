@@ -11,6 +11,7 @@ from rae_suite.settings import TrainConfig
 # The second word of every seed keeps the random streams apart: NumPy pads (1, 2) with zeros, so it equals (1, 2, 0).
 HOLDOUT_STREAM, ORDER_STREAM, CROP_STREAM = 0, 1, 2
 SHARD_STREAM, PASS_STREAM, WINDOW_STREAM, MIXTURE_STREAM, LANE_CROP_STREAM = 3, 4, 5, 6, 7
+SAMPLE_STREAM, FLOW_STREAM, EVAL_STREAM = 8, 9, 10
 
 
 def seeded_generator(*key: int, device: Union[torch.device, str] = "cpu") -> torch.Generator:
@@ -19,19 +20,22 @@ def seeded_generator(*key: int, device: Union[torch.device, str] = "cpu") -> tor
     return torch.Generator(device).manual_seed(seed)
 
 
+def batch_place(accelerator: Accelerator, train: TrainConfig, streaming: bool, micro_batch: int) -> int:
+    """The 0-based place of this process's micro-batch in the global batch, counted in micro-batches: the images of a
+    step have the same places however processes and micro-batches share them out.
+
+    `streaming`: whether the images are streamed: a process then has the images of neighbouring lanes; else they are
+    shared out as by loaders.TrainBatches.
+    """
+    if streaming:
+        return accelerator.process_index * train.gradient_accumulation_steps + micro_batch
+    return micro_batch * accelerator.num_processes + accelerator.process_index
+
+
 def step_generator(
     accelerator: Accelerator, train: TrainConfig, streaming: bool, step: int, micro_batch: int
 ) -> torch.Generator:
-    """Source of a step's noise and augmentation: a function of seed, step and the micro-batch's place in the global
-    batch. So a resumed run repeats it, also with micro-batches of this size on other processes.
-
-    Args:
-        streaming: whether the images are streamed: a process then has the images of neighbouring lanes; else they are
-            shared out as by loaders.TrainBatches.
-        step, micro_batch: 0-based.
-    """
-    if streaming:
-        place = accelerator.process_index * train.gradient_accumulation_steps + micro_batch
-    else:
-        place = micro_batch * accelerator.num_processes + accelerator.process_index
+    """Source of the noise and augmentation of a micro-batch: a function of seed, 0-based step and `batch_place`. So a
+    resumed run repeats it, also with micro-batches of this size on other processes."""
+    place = batch_place(accelerator, train, streaming, micro_batch)
     return seeded_generator(train.seed, step, place, device=accelerator.device)

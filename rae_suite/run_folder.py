@@ -36,12 +36,18 @@ from rae_suite.settings import check_same_config, read_run_settings
 from rae_suite.sharding import load_part
 from rae_suite.training_data import SHARDS, TrainingData
 
+CHECKPOINT_FORMAT = 1  # to be raised when older versions could not continue from a new checkpoint
+# what state.json of older formats lacks
+OLDER_STATE = {"format": 0, "images": None}
+
 
 @dataclass
 class RunState:
     """What a checkpoint holds beside networks and optimizers. Plain values."""
 
     step: int = 0
+    format: int = CHECKPOINT_FORMAT
+    images: Optional[str] = None  # digest of the list of training images; None of a stream, and in format 0
     num_images: Optional[int] = 0  # of the training split; None where a stream's number is not known
     frozen: dict = field(default_factory=dict)  # digests of the networks that do not learn, by setting
     best: Optional[float] = None
@@ -183,7 +189,13 @@ def find_checkpoint(accelerator: Accelerator, run_dir: Path, parts: dict) -> Opt
 
 
 def load_state(state: RunState, saved: dict) -> None:
-    """Take over saved values. Raises KeyError for one that is missing, and ValueError for another type."""
+    """Take over saved values. Raises KeyError for one that is missing, and ValueError for another type, and for a
+    format that is not known yet."""
+    saved = {**OLDER_STATE, **saved}
+    if isinstance(saved["format"], int) and saved["format"] > CHECKPOINT_FORMAT:
+        raise ValueError(
+            f"state.json: format is {saved['format']}, this version knows formats up to {CHECKPOINT_FORMAT}"
+        )
     for item in fields(state):
         value, kinds = saved[item.name], get_args(item.type) or (item.type,)
         if not isinstance(value, kinds):
@@ -198,16 +210,24 @@ def load_checkpoint(path: Path, state: RunState, parts: dict, frozen: dict) -> N
     try:
         saved = read_checkpoint(path)
         load_state(state, saved["state"])
+        check_same_frozen(state, frozen, path)
         for name, part in parts.items():
             load_part(part, saved[name], name)
+    except ConfigError:
+        raise
     except (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError) as error:
         raise RunError(f"checkpoint {path} cannot be read: {type(error).__name__} {error}") from error
-    for setting, digest in frozen.items():
-        if state.frozen.get(setting) != digest:
-            raise ConfigError(
-                f"{setting}: its weights are not those that {path} was trained with; choose another train.output_dir "
-                "or the same weights"
-            )
+    state.format = CHECKPOINT_FORMAT
+
+
+def check_same_frozen(state: RunState, frozen: dict, path: Path) -> None:
+    """Raise ConfigError, which names them all, for frozen networks that are not those of the checkpoint `path`."""
+    changed = [setting for setting, digest in frozen.items() if state.frozen.get(setting) != digest]
+    if changed:
+        raise ConfigError(
+            f"{', '.join(changed)}: the weights are not those that {path} was trained with; choose another "
+            "train.output_dir or the same weights"
+        )
 
 
 def continue_run(
@@ -216,7 +236,7 @@ def continue_run(
     """The run's state and whether it continues: loaded, with its `parts`, from the newest whole checkpoint if there is
     one. Raises RunError when all are damaged, and ConfigError when the run began with other images or `frozen` networks
     (see load_checkpoint)."""
-    state = RunState(frozen=frozen, num_images=data.num_images)
+    state = RunState(frozen=frozen, num_images=data.num_images, images=data.list_digest)
     state.stream = None if data.batches is not None else {"shards": data.shards, "lanes": None}
     parts = with_scaler(accelerator, parts)
     checkpoint = find_checkpoint(accelerator, run_dir, parts)
@@ -225,6 +245,7 @@ def continue_run(
     load_checkpoint(checkpoint, state, parts, frozen)
     say(accelerator, f"continuing from {checkpoint}")
     check_same_images(state, data, run_dir)
+    state.images = data.list_digest
     return state, True
 
 
@@ -237,6 +258,11 @@ def check_same_images(state: RunState, data: TrainingData, run_dir: Path) -> Non
                 f"data.path: the shards, or their numbers of images, are not those that {run_dir} began with (see its "
                 f"{SHARDS}); take out what was added, or {other}"
             )
+    elif state.images is not None and state.images != data.list_digest and state.num_images == data.num_images:
+        raise ConfigError(
+            f"data.path: the {data.num_images} training images of {data.path} have other names than those that "
+            f"{run_dir} began with; name the same data, or {other}"
+        )
     elif state.num_images != data.num_images:
         raise ConfigError(
             f"data.path: {data.path} has {data.num_images} training images, {run_dir} began with "

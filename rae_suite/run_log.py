@@ -6,18 +6,23 @@ import shutil
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from pathlib import Path
+from typing import Optional
 
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
 from PIL import Image
 
 from rae_suite.cli import config_dict
 from rae_suite.files import list_steps, step_of, write_text, writing
+from rae_suite.hub import Publisher
+from rae_suite.launch import say
 from rae_suite.loaders import UnreadableLog
 from rae_suite.metrics_file import MetricsFile
-from rae_suite.pictures import plot_curves, progress_strip
+from rae_suite.pictures import GridLayout, plot_curves, progress_strip
 from rae_suite.run_folder import RunState
 
 logger = logging.getLogger(__name__)
@@ -89,7 +94,7 @@ class RunLog:
                     shutil.rmtree(path) if path.is_dir() else path.unlink()
         self.accelerator.wait_for_everyone()  # other processes write pictures of the same names
 
-    def picture(self, name: str, grid: np.ndarray) -> None:
+    def picture(self, name: str, grid: np.ndarray, layout: GridLayout) -> None:
         """Write a sample grid, uint8 (H, W, 3), and show it to the trackers as `name`; draw the curves and the strip of
         all grids. Called by the main process alone."""
         path = self.run_dir / "samples" / f"step-{self.state.step:08d}.png"
@@ -97,7 +102,7 @@ class RunLog:
             path.parent.mkdir(parents=True, exist_ok=True)
             Image.fromarray(grid).save(path)
         plot_curves(self.file.read(), self.run_dir / "curves.png")
-        progress_strip(list_steps(path.parent, r"\.png"), self.run_dir / "progress.png")
+        progress_strip(list_steps(path.parent, r"\.png"), self.run_dir / "progress.png", layout)
         for tracker in self.accelerator.trackers:
             if hasattr(tracker, "log_images"):
                 options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
@@ -138,3 +143,19 @@ class RunLog:
         if self.accelerator.device.type == "cuda":
             rows.append(f"peak GPU memory of a process: {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
         return "\n".join([*rows, *(f"{what:<10}{place}" for what, place in places.items())])
+
+
+def upload(
+    accelerator: Accelerator, publisher: Optional[Publisher], log: RunLog, export: Callable[[Path], None]
+) -> None:
+    """Start to upload the model as it is now, which `export` writes into a folder, unless an upload is on its way.
+    Every process calls this; `publisher`: of the main process."""
+    step = log.state.step
+    [busy] = broadcast_object_list([publisher is not None and publisher.busy()])
+    if busy:
+        say(accelerator, f"step {step}: not uploaded, the upload before is still on its way")
+        return
+    folder = log.run_dir / "hub" / f"step-{step:08d}"
+    export(folder)
+    if publisher is not None:
+        publisher.push(folder)

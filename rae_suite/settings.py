@@ -48,6 +48,11 @@ class DataConfig(ImagesConfig):
     """Folder of images, of class folders or of split folders, a `datasets` folder, or a Hub data set id."""
     resize_size: Optional[int] = setting(None, POSITIVE)
     """Shorter side in pixels before the random crop; none: 384 for 256 px images, else 1.5 times the image size."""
+    crop: Literal["random", "center"] = "random"
+    """Part of an image that training sees: a random crop, as published for stage 1, or the centre crop of evaluations,
+    as published for stage 2."""
+    flip: bool = False
+    """Whether training sees the mirror image half of the time: published for stage 2, not for stage 1."""
     streaming: bool = False
     """Whether training images are streamed from parquet files or tar shards (WebDataset) and never kept on disk. `path`
     is then a folder or Hub data set of shards, a shard, a glob, a range such as `train-{0000..0127}.tar`, each a local
@@ -253,6 +258,22 @@ RESUMABLE_KEYS = (
 )
 
 
+# Where data and networks lie. They may move: what they hold is compared, see run_folder.py.
+PLACE_KEYS = (
+    "data.eval_path",
+    "data.path",
+    "gan.backbone",
+    "model.encoder",
+    "model.encoder_revision",
+    "model.latent_stats",
+    "model.rae",
+    "perceptual.vgg_path",
+)
+
+# Settings that no longer exist, and the value at which each did nothing: a run that began with that value continues.
+REMOVED_KEYS = {}
+
+
 def read_run_settings(file: Path) -> dict:
     """The settings {"group.name": value} in a run folder's config.yaml. Raises ConfigError for a damaged one."""
     try:
@@ -262,11 +283,28 @@ def read_run_settings(file: Path) -> dict:
 
 
 def check_same_config(config: Any, file: Path) -> None:
-    """Raise ConfigError when `file`, the config.yaml of a run folder, is of another run than `config`."""
-    old, new = read_run_settings(file), flat(config_dict(config))
+    """Raise ConfigError when `file`, the config.yaml of a run folder, is of another run than `config`: all settings
+    that differ are named. A setting that the file lacks, because an older version wrote it, has its default there."""
+    old, new = comparable(read_run_settings(file)), comparable(flat(config_dict(config)))
+    defaults = comparable(flat(config_dict(type(config)())))
+    differences = []
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key) and not key.startswith(RESUMABLE_KEYS):
-            raise ConfigError(
-                f"{file} is of another run: {key} is {old.get(key)!r} there and {new.get(key)!r} now; "
-                "choose another train.output_dir or the same settings"
-            )
+        was = old.get(key, defaults.get(key))
+        if key not in new:
+            if key not in REMOVED_KEYS or was != REMOVED_KEYS[key]:
+                differences.append(f"{key} is {was!r} there and no setting any more")
+        elif was != new[key]:
+            differences.append(f"{key} is {was!r} there and {new[key]!r} now")
+    if differences:
+        raise ConfigError(
+            f"{file} is of another run: {'; '.join(differences)}; choose another train.output_dir or the same settings"
+        )
+
+
+def comparable(settings: dict) -> dict:
+    """Those of the settings that must be the same when a run continues."""
+    places = {key for key in settings if key in PLACE_KEYS or key.startswith("data.mixture.")}
+    if settings.get("model.encoder_weights") == "random":  # it is an architecture then, and lies nowhere
+        places.discard("model.encoder")
+    kept = {key: value for key, value in settings.items() if key not in places and not key.startswith(RESUMABLE_KEYS)}
+    return kept | {"data.mixture": [value for key, value in settings.items() if key.startswith("data.mixture.")]}

@@ -23,6 +23,7 @@ from rae_suite.cli import (
     require,
     setting,
 )
+from rae_suite.metric_names import FID_MODES, METRICS, too_small_for
 from rae_suite.settings import (
     DataConfig,
     EMAConfig,
@@ -38,7 +39,7 @@ from rae_suite.settings import (
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits_tiny.yaml"  # when no --config is given
 
-Metric = Literal["psnr", "ssim", "lpips", "rfid", "rfid_clean", "rfdd"]
+Metric = Literal[tuple(METRICS)]
 
 
 BLOCKS = Limit(
@@ -187,7 +188,8 @@ class EvalConfig:
     """Epochs between evaluations."""
     metrics: tuple[Metric, ...] = ("psnr", "ssim", "lpips")
     """What is measured, on images rounded to 8 bit. rfid compares with published figures, rfid_clean resizes for
-    Inception with antialiasing, rfdd is the Frechet distance on the frozen encoder's features."""
+    Inception with antialiasing, rfdd is the Frechet distance on the frozen encoder's features, ms_ssim needs images of
+    176 pixels or more."""
     inception_path: Optional[str] = None
     """Local copy of inception-2015-12-05.pt for rfid; none: torch.hub's folder (TORCH_HOME), else downloaded."""
     num_samples: Optional[int] = setting(None, POSITIVE)
@@ -239,9 +241,11 @@ def check_config(config: Config) -> None:
         ("gan.backbone_config", config.gan.backbone_config, config.gan.weights == "random", "gan.weights is random"),
         ("perceptual.vgg_path", config.perceptual.vgg_path, config.perceptual.weights == "pretrained",
          "perceptual.weights is pretrained"),
-        ("eval.inception_path", config.eval.inception_path, {"rfid", "rfid_clean"} & set(metrics),
-         "eval.metrics has rfid or rfid_clean"),
+        ("eval.inception_path", config.eval.inception_path, FID_MODES.keys() & set(metrics),
+         f"eval.metrics has {' or '.join(FID_MODES)}"),
     ):  # fmt: skip
         check_used(key, value, used, needed)
+    small = too_small_for(metrics, config.model.image_size)
+    require(not small, "eval.metrics", f"metrics for images of {config.model.image_size} pixels", small)
     check_hub_settings(config.hub)
     check_data_settings(config.data)

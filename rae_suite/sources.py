@@ -22,6 +22,7 @@ class ImageSource:
     """A numbered list of images. Subclasses give `__len__`, `name`, `label`, `class_names`, `fingerprint` and `_open`.
 
     `name(i)` is the file's path or 'split[i]'. `label(i)` is the class index, or None; it never decodes the image.
+    `list_digest()` is of the list alone: the same wherever the data lies, another when images are added or renamed.
     `class_names` is the list that label indexes, or None. `check_labels()` raises DataError where it cannot be known
     which labels are meant: those who need labels call it, the others find none. `fingerprint(indices)` changes when
     images are added, removed, renamed or replaced, of those with the given indices or of all: a key for what was
@@ -85,6 +86,9 @@ class FileSource(ImageSource):
                 continue  # gone since: it will be named as unreadable
             digest.update(struct.pack("<qq", status.st_size, status.st_mtime_ns))
         return digest.hexdigest()
+
+    def list_digest(self):
+        return hashlib.sha256(self._bytes).hexdigest()
 
     def _open(self, i):
         return self.name(i)
@@ -174,6 +178,9 @@ class ColumnSource(ImageSource):
                 digest.update(f"{os.path.basename(file)} {status.st_size} {status.st_mtime_ns}".encode())
         return digest.hexdigest()
 
+    def list_digest(self):
+        return hashlib.sha256(f"{self._dataset._fingerprint} {self.split}".encode()).hexdigest()
+
     def _open(self, i):
         return _open_value(self._images[int(i)][self._column])
 
@@ -242,6 +249,9 @@ class SubsetSource(ImageSource):
 
     def fingerprint(self, indices=None):
         return self._source.fingerprint(self._indices if indices is None else self._indices[indices])
+
+    def list_digest(self):
+        return hashlib.sha256(self._source.list_digest().encode() + self._indices.tobytes()).hexdigest()
 
     @property
     def class_names(self):

@@ -6,7 +6,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Optional
+from typing import Any, NamedTuple, Optional
 
 import torch
 from accelerate import Accelerator
@@ -16,7 +16,6 @@ from rae_suite.checkpoints import last_checkpoint
 from rae_suite.errors import RunError
 from rae_suite.launch import say, to_device
 from rae_suite.run_folder import RunState
-from rae_suite.settings import TrainConfig
 from rae_suite.signals import StopSignal
 from rae_suite.updates import StepRecord
 
@@ -28,15 +27,15 @@ def steps_behind(device: torch.device) -> int:
 
 
 def step_batches(loader: Iterable, count: int, device: torch.device, on_unreadable: Callable) -> Iterator[list]:
-    """The micro-batches of each step, `count` at a time: pixels (B, 3, S, S) in [0, 1] on the device. `on_unreadable`
-    is told the names of images that could not be read."""
+    """The micro-batches of each step, `count` at a time: (pixels (B, 3, S, S) in [0, 1] on the device, labels (B,) on
+    the CPU). `on_unreadable` is told the names of images that could not be read."""
     micro_batches = iter(loader)
     while True:
         batches = []
         for _ in range(count):
             batch = next(micro_batches)
             on_unreadable(batch["unreadable"])
-            batches.append(to_device(batch["pixels"], device).float() / 255)
+            batches.append((to_device(batch["pixels"], device).float() / 255, batch["label"]))
         yield batches
 
 
@@ -53,20 +52,30 @@ def stop_on_nonfinite(record: dict, state: RunState, limit: int, accelerator: Ac
     say(accelerator, f"skipped: {where} ({state.nonfinite_in_a_row} in a row of at most {limit})")
 
 
+class Due(NamedTuple):
+    """What is to be done after a step."""
+
+    logging: bool
+    evaluation: bool
+    samples: bool
+    upload: bool
+    checkpoint: bool
+
+
 class Steps:
     """Where a run's loop stands. `stopping`: whether some process was asked to stop, so that this step is the last."""
 
     def __init__(
         self,
-        train: TrainConfig,
+        config: Any,
         accelerator: Accelerator,
         state: RunState,
         total_steps: int,
         steps_per_epoch: int,
         run_dir: Path,
-        progress_bar: bool,
     ):
-        self.train, self.accelerator, self.state, self.run_dir = train, accelerator, state, run_dir
+        """`config`: settings with the groups train, eval, logging and hub."""
+        self.config, self.accelerator, self.state, self.run_dir = config, accelerator, state, run_dir
         self.total_steps, self.steps_per_epoch = total_steps, steps_per_epoch
         self.stop, self.stopping = StopSignal(), False
         self.pending = deque()  # records of steps that were not read yet, the oldest first
@@ -75,7 +84,7 @@ class Steps:
             initial=state.step,
             unit="step",
             mininterval=0.1 if sys.stderr.isatty() else 30,  # seconds: a log file is not flooded
-            disable=not (progress_bar and accelerator.is_main_process),
+            disable=not (config.logging.progress_bar and accelerator.is_main_process),
         )
         self.clock, self.clocked = time.perf_counter(), state.step
 
@@ -89,8 +98,21 @@ class Steps:
         self.pending.append(record)
         self.state.step += 1
 
-    def due(self, every_steps: Optional[int], every_epochs: float = 0) -> bool:
-        """Whether what is done every so many steps, or epochs where that is None, is due now; it is at the end."""
+    def due(self) -> Due:
+        """What is to be done after this step: all of it at the end, a line of the log after the first one too."""
+        logging, evaluation, train = self.config.logging, self.config.eval, self.config.train
+        evaluation = self._is_due(evaluation.every_steps, evaluation.every_epochs)
+        every = logging.samples_every_steps
+        return Due(
+            logging=self.state.step == 1 or self._is_due(logging.every_steps),
+            evaluation=evaluation,
+            samples=evaluation if every is None else self._is_due(every),
+            upload=bool(self.config.hub.every_steps) and self._is_due(self.config.hub.every_steps),
+            checkpoint=self._is_due(train.save_every_steps, train.save_every_epochs),
+        )
+
+    def _is_due(self, every_steps: Optional[int], every_epochs: float = 0) -> bool:
+        """Whether what is done every so many steps, or epochs where that is None, is due now."""
         every = every_steps or max(1, round(every_epochs * self.steps_per_epoch))
         return self.state.step % every == 0 or self.state.step == self.total_steps
 
@@ -102,7 +124,7 @@ class Steps:
             everything or self.stopping or len(self.pending) > steps_behind(self.accelerator.device)
         ):
             record = self.pending.popleft().read()
-            stop_on_nonfinite(record, self.state, self.train.max_nonfinite_steps, self.accelerator, self.run_dir)
+            stop_on_nonfinite(record, self.state, self.config.train.max_nonfinite_steps, self.accelerator, self.run_dir)
             self.stopping = self.stopping or record["stop"]
         self.bar.update()
         return record
@@ -110,7 +132,7 @@ class Steps:
     def images_per_second(self, loss: float) -> float:
         """Speed since this was last asked; shown on the progress bar, with the loss."""
         now = time.perf_counter()
-        rate = (self.state.step - self.clocked) * self.train.global_batch_size / (now - self.clock)
+        rate = (self.state.step - self.clocked) * self.config.train.global_batch_size / (now - self.clock)
         self.bar.set_postfix(loss=f"{loss:.4f}", images_per_s=f"{rate:.1f}", refresh=False)
         self.clock, self.clocked = now, self.state.step
         return rate

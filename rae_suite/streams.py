@@ -63,6 +63,7 @@ class Source:
     weight: float
     unreadable: list = field(default_factory=list)
     class_names: Optional[list] = None
+    has_labels: bool = False
 
 
 def shard_log(cfg):
@@ -99,8 +100,10 @@ def open_source(shards, cfg, setting, weight=1.0, began=None):
         for shard in shards[: cfg.max_unreadable_shards + 1]:
             try:
                 # two: a sample with several images is noticed at the second
-                if list(itertools.islice(read_shard(shard, columns, 0, None, 1, cfg.shard_retries), 2)):
-                    return Source(shards, None, columns, weight)
+                first = list(itertools.islice(read_shard(shard, columns, 0, None, 1, cfg.shard_retries), 2))
+                if first:
+                    has_labels = all(label is not None for _, (_, _, label) in first)
+                    return Source(shards, None, columns, weight, has_labels=has_labels)
                 unreadable.append(f"{shard_name(shard)}: no images in it")
             except UnreadableShard as error:
                 if isinstance(error.__cause__, DataError):
@@ -132,7 +135,8 @@ def open_source(shards, cfg, setting, weight=1.0, began=None):
     info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(schemas[0]))
     column = find_image_column(info, cfg.train_split, cfg.image_column)
     label_column, class_names = find_labels(info, cfg)
-    return Source(shards, lengths, (column, label_column), weight, unreadable, class_names)
+    columns, has_labels = (column, label_column), label_column is not None
+    return Source(shards, lengths, columns, weight, unreadable, class_names, has_labels)
 
 
 def find_labels(info, cfg):
@@ -170,6 +174,25 @@ class Stream:
         if any(source.lengths is None for source in self.sources):
             return None
         return sum(sum(source.lengths) for source in self.sources)
+
+    @property
+    def class_names(self):
+        """Names of the classes, None where sources have none, or not the same ones."""
+        names = [source.class_names for source in self.sources]
+        return names[0] if all(other == names[0] for other in names) else None
+
+    @property
+    def has_labels(self):
+        """Whether all sources have labels, as far as it is known before all images are read."""
+        return all(source.has_labels for source in self.sources)
+
+    def check_labels(self):
+        """Raise DataError for a mixture whose sources number their classes in different ways."""
+        names = [source.class_names for source in self.sources]
+        if self.has_labels and any(other != names[0] for other in names):
+            raise DataError(
+                "data.mixture: its sources have different classes, and labels of one mean others of another"
+            )
 
     @property
     def lane_batch(self):

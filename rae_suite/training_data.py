@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from rae_suite.checkpoints import checkpoints
 from rae_suite.errors import ConfigError
 from rae_suite.files import write_text
+from rae_suite.images import TrainingView
 from rae_suite.loaders import TrainBatches, train_loader
 from rae_suite.settings import DataConfig, TrainConfig
 from rae_suite.sources import ImageSource
@@ -30,6 +31,11 @@ class TrainingData:
     eval_images: ImageSource
     num_images: Optional[int]  # None where a stream's number is not known
     steps_per_epoch: int
+
+    @property
+    def list_digest(self) -> Optional[str]:
+        """Digest of a list's images, None for a stream."""
+        return None if self.batches is None else self.images.list_digest()
 
     @property
     def shards(self) -> Optional[str]:
@@ -100,6 +106,5 @@ def open_loader(
             lanes,
         )
     batches = replace(data.batches, start_step=start_step, total_steps=total_steps)
-    return train_loader(
-        data.images, batches, image_size, settings.resize_size, settings.max_unreadable, settings.num_workers
-    )
+    view = TrainingView(image_size, settings.resize_size, settings.crop, settings.flip)
+    return train_loader(data.images, batches, view, settings.max_unreadable, settings.num_workers)

@@ -40,6 +40,8 @@ from accelerate import Accelerator
 from huggingface_hub import snapshot_download
 from safetensors.torch import save_file
 
+from rae_suite.latent_stats import LatentReader
+
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
 from modeling_rae import LATENT_VAR_EPS, RAEModel
 from rae_suite.autoencoders import load_autoencoder
@@ -47,15 +49,12 @@ from rae_suite.cli import AT_LEAST_0, POSITIVE, Limit, parse, require, setting
 from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting
 from rae_suite.files import check_output_file, write_folder
 from rae_suite.launch import (
-    data_errors_end_this_process,
     measuring_accelerator,
-    progress_bar,
     quiet_transformers,
     run_main,
-    to_device,
 )
-from rae_suite.loaders import UnreadableLog, chosen_images, eval_loader
-from rae_suite.moments import Moments
+from rae_suite.loaders import chosen_images
+from rae_suite.rae_networks import give_latent_stats
 from rae_suite.settings import ImagesConfig
 from rae_suite.settings_rae import parse_config
 from rae_suite.sources import ImageSource
@@ -172,58 +171,6 @@ def check_writable(folder: Path, key: str) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class LatentReader:
-    """Goes through the images, centre-cropped, on all processes. With `config.flip` each image counts with its mirror
-    image."""
-
-    def __init__(self, images: ImageSource, config: LatentStatsConfig, accelerator: Accelerator):
-        self.images, self.config, self.accelerator = images, config, accelerator
-        self.unreadable = UnreadableLog(config.data.max_unreadable)
-
-    @torch.no_grad()
-    def moments(self, model: RAEModel, normalize: bool, num_samples: Optional[int]) -> tuple[Moments, int]:
-        """Moments of the model's latents (C, h, w), normalised or not, and the number of images that they are from. The
-        same on all processes, which all call this."""
-        config, accelerator = self.config, self.accelerator
-        shape = (model.config.latent_channels, model.config.latent_size, model.config.latent_size)
-        moments = Moments(shape, device=accelerator.device)
-        loader = eval_loader(
-            self.images,
-            model.config.image_size,
-            config.batch_size,
-            config.data.num_workers,
-            accelerator.process_index,
-            accelerator.num_processes,
-            num_samples,
-        )
-        with data_errors_end_this_process(accelerator):
-            for batch in progress_bar(loader, accelerator):
-                self.unreadable.add(batch["unreadable"])
-                if len(batch["pixels"]) == 0:
-                    continue
-                pixels = to_device(batch["pixels"], accelerator.device).float() / 255
-                for view in (pixels, pixels.flip(3)) if config.flip else (pixels,):
-                    with accelerator.autocast():
-                        latent = model.encode(view, normalize=normalize).latent
-                    moments.update(latent)
-        moments.merge_processes(accelerator)
-        return moments, moments.count // (2 if config.flip else 1)
-
-
-def latent_stats(reader: LatentReader, model: RAEModel) -> tuple[dict, int]:
-    """`mean` and `var` of the latents without normalisation, float32 (C, h, w) on the CPU, and the number of images.
-    Raises DataError for fewer than two images and RunError for values that are not finite."""
-    moments, num_images = reader.moments(model, False, reader.config.num_samples)
-    if num_images < 2:
-        path = reader.config.data.path
-        raise DataError(f"data.path: {num_images} images of {path} can be read, expected at least 2")
-    stats = {"mean": moments.mean.float().cpu(), "var": moments.variance().float().cpu()}
-    for name, value in stats.items():
-        if not value.isfinite().all():
-            raise RunError(f"the {name} of the latents is not finite; nothing was written")
-    return stats, num_images
-
-
 def check_normalised(reader: LatentReader, model: RAEModel) -> dict:
     """Mean and standard deviation, over all entries, of the normalised latents of some images, the root mean square of
     the entries' own means, and the number of images. Raises RunError when they are far from 0, 1 and 0."""
@@ -252,9 +199,7 @@ def write_model(source: Path, target: Path, stats: dict, check: Callable, accele
     def write(folder: Path) -> None:
         if accelerator.is_main_process:
             model = RAEModel.from_pretrained(source, dtype="auto")
-            model.config.use_latent_stats = model.config.latent_stats_have_mean = True
-            for name, value in stats.items():
-                model.register_buffer(f"latent_{name}", value)  # float32, whatever the weights are
+            give_latent_stats(model, **stats)
             shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model*.safetensors*"))
             model.save_pretrained(folder, include_encoder=model.config.encoder_bundled)
         accelerator.wait_for_everyone()
@@ -329,8 +274,8 @@ def main() -> None:
         if path is not None:
             check_writable(Path(path).absolute().parent, key)
 
-    reader = LatentReader(images, config, accelerator)
-    stats, num_images = latent_stats(reader, model)
+    reader = LatentReader(images, config.data, config.batch_size, config.flip, accelerator)
+    stats, num_images = reader.stats(model, config.num_samples)
     fresh = {}
     if source is not None:
         write_model(source, target, stats, lambda written: fresh.update(check_normalised(reader, written)), accelerator)

@@ -39,10 +39,9 @@ from modeling_rae import RAEConfig, RAEModel
 from rae_suite.cli import AT_LEAST_0, parse, read_yaml, setting
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import write_folder
-from rae_suite.frechet import FID_MODES
 from rae_suite.hub import check_access, check_encoder_left_out, check_target, hub_id, open_repository, scrub, upload
 from rae_suite.launch import quiet_transformers, run_main
-from rae_suite.metrics import HIGHER_IS_BETTER
+from rae_suite.metric_names import METRICS
 from rae_suite.rae_networks import image_processor_json
 from rae_suite.run_folder import MetricsFile
 
@@ -51,14 +50,6 @@ MODELING_FILE = "modeling_rae.py"
 WEIGHT_FILES = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|model\.safetensors\.index\.json")
 CARD = "README.md"
 PICTURE = "reconstructions.png"
-METRIC_NAMES = {
-    "psnr": "PSNR (dB)",
-    "ssim": "SSIM",
-    "lpips": "LPIPS",
-    "rfid": f"rFID ({FID_MODES['rfid']})",
-    "rfid_clean": f"rFID ({FID_MODES['rfid_clean']})",
-    "rfdd": "Frechet distance on the encoder's features",
-}
 
 
 @dataclass
@@ -169,7 +160,7 @@ def run_folder(model: Path) -> Optional[Path]:
 
 def measured(row: dict, vgg_weights: str) -> dict:
     """The metrics in a line of results, without an LPIPS that comes from an untrained VGG16."""
-    names = [name for name in HIGHER_IS_BETTER if name != "lpips" or vgg_weights == "pretrained"]
+    names = [name for name in METRICS if name != "lpips" or vgg_weights == "pretrained"]
     return {name: float(row[name]) for name in names if row.get(name) is not None}
 
 
@@ -216,7 +207,7 @@ def figures_of_run(run_dir: Path, settings: dict, model: Path) -> Optional[Figur
         return None
     line, metric = lines[-1], settings["eval"]["best_metric"]
     if model.name == "best":
-        sign = 1 if HIGHER_IS_BETTER[metric] else -1
+        sign = 1 if METRICS[metric].higher_is_better else -1
         same = takewhile(lambda row: metric in row and row["num_samples"] == line["num_samples"], reversed(lines))
         comparable = [row for row in reversed([*same]) if row[metric] is not None]
         if not comparable:
@@ -248,9 +239,9 @@ def eval_results(figures: Figures) -> list:
             dataset_split=figures.split,
             dataset_args={"num_samples": figures.num_samples},
             metric_type=name,
-            metric_name=METRIC_NAMES[name],
+            metric_name=METRICS[name].title,
             metric_value=round(value, 4),
-            metric_config=FID_MODES.get(name),
+            metric_config=METRICS[name].fid_mode,
         )
         for name, value in figures.values.items()
     ]
@@ -324,7 +315,7 @@ def model_card(
         parts.append(f"![Images over their reconstructions]({PICTURE})")
     parts.append(f"## Usage\n\n```python\n{usage(settings.repo_id, config)}\n```")
     if figures:
-        rows = "\n".join(f"| {METRIC_NAMES[metric]} | {value:.4f} |" for metric, value in figures.values.items())
+        rows = "\n".join(f"| {METRICS[metric].title} | {value:.4f} |" for metric, value in figures.values.items())
         parts.append(
             f"## Reconstruction\n\n{figures.num_samples} images of `{data_name(figures.data)}`, split "
             f"`{figures.split}`, {figures.how}.\n\n| metric | value |\n|---|---|\n{rows}"

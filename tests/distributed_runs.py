@@ -1,11 +1,11 @@
-"""Runs of train_rae.py, one after the other in the processes of one launch, sharded or not.
+"""Trainings, one after the other in the processes of one launch, sharded or not.
 
 accelerate launch ... tests/distributed_runs.py RUNS.json
 
-RUNS.json: a list of {"fsdp": bool, "argv": [...], "nan_steps": [...]}, steps (0-based) in which the last process gets a
-pixel that is nan. Each process writes RUNS.rank0.json, ...: for each run the "bytes" that it holds of the parameters,
-the moving average and the optimizer's state, a digest of the discriminator's "heads", and how many "graphs" were
-compiled.
+RUNS.json: a list of {"fsdp": bool, "argv": [...], "nan_steps": [...]}: the program, train_rae.py or train_dit.py, stands
+at the start of argv; in the nan_steps (0-based) the last process of train_rae.py gets a pixel that is nan. Each process
+writes RUNS.rank0.json, ...: for each run the "bytes" that it holds of the parameters, the moving average and the
+optimizer's state, a digest of the discriminator's "heads", and how many "graphs" were compiled.
 """
 
 import json
@@ -20,12 +20,14 @@ from torch.distributed.tensor import DTensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import train_dit  # noqa: E402
 import train_rae  # noqa: E402
 from rae_suite.digests import weights_digest  # noqa: E402
 
 file = Path(sys.argv[1])
 runs = json.loads(file.read_text())
-held, train, train_step = [], train_rae.train, train_rae.train_step
+programs = {"train_rae.py": train_rae, "train_dit.py": train_dit}
+held, trains, train_step = [], {name: program.train for name, program in programs.items()}, train_rae.train_step
 
 
 def local_bytes(tensors) -> int:
@@ -34,10 +36,11 @@ def local_bytes(tensors) -> int:
 
 
 def train_and_measure(run, *rest) -> bool:
-    done = train(run, *rest)
+    done = trains[sys.argv[0]](run, *rest)
     state = [value for entries in run.optimizer.state.values() for value in entries.values()]
     tensors = {"parameters": run.model.parameters(), "ema": run.ema.shadow.values(), "optimizer": state}
-    discriminator = run.discriminator and run.accelerator.unwrap_model(run.discriminator)
+    discriminator = getattr(run, "discriminator", None)
+    discriminator = discriminator and run.accelerator.unwrap_model(discriminator)
     heads = discriminator and weights_digest(discriminator.heads)
     sizes = {name: local_bytes(values) for name, values in tensors.items()}
     held.append({"bytes": sizes, "heads": heads, "graphs": len(compiled_graphs)})
@@ -62,14 +65,15 @@ def without_inductor(*args, options=None, **rest):
 
 compiled_graphs = []
 torch_compile, torch.compile = torch.compile, without_inductor
-train_rae.train, train_rae.train_step = train_and_measure, spoiled_step
+train_rae.train = train_dit.train = train_and_measure
+train_rae.train_step = spoiled_step
 PartialState.destroy_process_group = lambda self, group=None: None  # a run ends it, and a second one cannot be made
 for run in runs:
     os.environ["ACCELERATE_USE_FSDP"] = str(run["fsdp"]).lower()
     compiled_graphs.clear()
     torch._dynamo.reset()
-    sys.argv, nan_steps = ["train_rae.py", *run["argv"]], run["nan_steps"]
-    train_rae.main()
+    sys.argv, nan_steps = run["argv"], run["nan_steps"]
+    programs[sys.argv[0]].main()
     AcceleratorState._reset_state()
 destroy_process_group()
 file.with_suffix(f".rank{os.environ['RANK']}.json").write_text(json.dumps(held))

@@ -2,7 +2,7 @@
 
     python tests/ranks.py SCENARIOS.json
 
-A scenario is {"folder", "processes", "argv", "faults", "steps_behind"}; argv begins with train_rae.py or
+A scenario is {"folder", "processes", "argv", "faults", "steps_behind"}; argv begins with train_rae.py, train_dit.py or
 training_steps.py; a fault is {"what", "rank", "place", "step", "value"}, see `strike`, `spoil` and `inject`;
 steps_behind, which may be left out, is what steps.steps_behind gives. The libraries are imported once, then the
 processes are forked, one scenario after the other. `folder` gets <rank>.out, <rank>.err and result.json: for each
@@ -25,6 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import training_steps  # noqa: E402
 from forked import free_port  # noqa: E402
 
+import train_dit  # noqa: E402
 import train_rae  # noqa: E402
 from rae_suite import checkpoints as checkpoint_files  # noqa: E402
 from rae_suite import launch, steps  # noqa: E402
@@ -176,5 +177,9 @@ def main() -> bool:
 
 
 if __name__ == "__main__" and main():
-    programs = {"train_rae.py": train_rae.main, "training_steps.py": training_steps.main}
+    programs = {
+        "train_rae.py": train_rae.main,
+        "train_dit.py": train_dit.main,
+        "training_steps.py": training_steps.main,
+    }
     launch.run_main(programs[sys.argv[0]])

@@ -88,6 +88,9 @@ def one_line_error(call, *fragments):
     return message
 
 
+VIEW = images.TrainingView(16)
+
+
 class Source(sources.ImageSource):
     """Pictures made on demand; those in `broken` are unreadable."""
 
@@ -262,11 +265,11 @@ def test_random_crop_of_photographs_at_full_size(tmp_path, width, height):
         exif = Image.Exif()
         exif[274] = orientation
         photographs[number % 2].resize((width, height)).save(tmp_path / f"{number}.jpg", quality=95, exif=exif)
-    images = loaders.TrainImages(splits.scan_folder(str(tmp_path)), 256, seed=9)
+    shown = loaders.TrainImages(splits.scan_folder(str(tmp_path)), images.TrainingView(256), seed=9)
     for number in range(4):
         upright = ImageOps.exif_transpose(Image.open(tmp_path / f"{number}.jpg"))
         expected = resized_then_cropped(upright, 256, 384, (9, randomness.CROP_STREAM, 5, number))
-        found = images[5, number]["pixels"].permute(1, 2, 0).numpy().astype(int)
+        found = shown[5, number]["pixels"].permute(1, 2, 0).numpy().astype(int)
         assert np.abs(found - expected).max() <= 1
 
 
@@ -699,7 +702,7 @@ def test_path_errors(tmp_path):
 
 def test_crop_is_a_function_of_seed_epoch_and_index():
     def pixels(seed, epoch, index):
-        return loaders.TrainImages(Source(4), 16, 24, seed)[epoch, index]["pixels"]
+        return loaders.TrainImages(Source(4), images.TrainingView(16, 24), seed)[epoch, index]["pixels"]
 
     first = pixels(0, 0, 1)
     assert first.dtype == torch.uint8 and first.shape == (3, 16, 16) and first.is_contiguous()
@@ -709,14 +712,14 @@ def test_crop_is_a_function_of_seed_epoch_and_index():
 
 
 def test_unreadable_training_image_is_replaced_by_the_next():
-    images = loaders.TrainImages(Source(4, broken=[2, 3]), 16, max_unreadable=2)
-    item = images[0, 2]
+    shown = loaders.TrainImages(Source(4, broken=[2, 3]), VIEW, max_unreadable=2)
+    item = shown[0, 2]
     assert item["index"] == 0 and item["unreadable"] == ["made[2]: broken", "made[3]: broken"]
-    assert images[0, 1]["unreadable"] == []
-    images = loaders.TrainImages(Source(4, broken=[2, 3]), 16, max_unreadable=1)
-    one_line_error(lambda: images[0, 2], "data.max_unreadable", "2 images in a row", "at most 1", "made[3]")
-    images = loaders.TrainImages(Source(2, broken=[0, 1]), 16, max_unreadable=10)
-    one_line_error(lambda: images[0, 0], "data.path: none of 2 training images can be read", "made[1]")
+    assert shown[0, 1]["unreadable"] == []
+    shown = loaders.TrainImages(Source(4, broken=[2, 3]), VIEW, max_unreadable=1)
+    one_line_error(lambda: shown[0, 2], "data.max_unreadable", "2 images in a row", "at most 1", "made[3]")
+    shown = loaders.TrainImages(Source(2, broken=[0, 1]), VIEW, max_unreadable=10)
+    one_line_error(lambda: shown[0, 0], "data.path: none of 2 training images can be read", "made[1]")
 
 
 def test_batches_carry_labels(tmp_path):
@@ -727,7 +730,7 @@ def test_batches_carry_labels(tmp_path):
     for source in (files, sources.SubsetSource(files, [1, 4]), column, sources.ColumnSource(rows(6, label=False), "t")):
         labels = [-1 if source.label(i) is None else source.label(i) for i in range(len(source))]
         batches = loaders.TrainBatches(len(source), 2, 2, 0, 1, seed=0, start_step=0, total_steps=len(source) // 2)
-        for batch in (*loaders.train_loader(source, batches, 16), *loaders.eval_loader(source, 16, 4, num_workers=1)):
+        for batch in (*loaders.train_loader(source, batches, VIEW), *loaders.eval_loader(source, 16, 4, num_workers=1)):
             assert batch["label"].dtype == torch.int64
             assert batch["label"].tolist() == [labels[i] for i in batch["index"].tolist()]
     assert set(labels) == {-1} and len({files.label(i) for i in range(len(files))}) > 1
@@ -816,7 +819,7 @@ def test_training_is_the_same_with_any_number_of_workers():
     state = torch.get_rng_state()
 
     def run(workers):
-        loader = loaders.train_loader(Source(27, broken=[4]), batches(total=4), 16, num_workers=workers)
+        loader = loaders.train_loader(Source(27, broken=[4]), batches(total=4), VIEW, num_workers=workers)
         return list(loader)
 
     one, other = run(0), run(2)
@@ -876,9 +879,10 @@ def test_an_error_in_a_worker_is_one_line_and_ends_the_run(tmp_path):
     for i in range(8):
         (tmp_path / f"{i}.png").write_text("not an image")
     code = f"""
-from rae_suite import errors, loaders, splits
+from rae_suite import errors, images, loaders, splits
 batches = loaders.TrainBatches(8, 4, 2, 0, 1, 0, 0, 100)
-loader = loaders.train_loader(splits.scan_folder({str(tmp_path)!r}), batches, 16, max_unreadable=3, num_workers=2)
+view = images.TrainingView(16)
+loader = loaders.train_loader(splits.scan_folder({str(tmp_path)!r}), batches, view, max_unreadable=3, num_workers=2)
 try:
     for batch in loader:
         pass

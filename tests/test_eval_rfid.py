@@ -15,6 +15,7 @@ from conftest import TINY, flags, read_metrics, run_command, tiny_rae
 from inception_standin import save_standin
 from PIL import Image
 from torch import nn
+from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMeasure
 
 import eval_rfid
@@ -29,9 +30,11 @@ from rae_suite.frechet import (
     read_references,
 )
 from rae_suite.launch import measuring_accelerator, run_main
-from rae_suite.metrics import PSNR_CAP, Evaluator, to_8bit
+from rae_suite.metric_names import PSNR_CAP, too_small_for
+from rae_suite.metrics import Evaluator, image_metrics, to_8bit
 from rae_suite.moments import Moments
 from rae_suite.settings import ImagesConfig
+from rae_suite.settings_rae import parse_config
 from rae_suite.splits import load_split
 
 SIZE = 32  # pixels
@@ -237,6 +240,26 @@ def test_identical_images(inception, images):
     halves = (halves.reshape(12, 3, -1) / 255).mean(2)
     expected = frechet_distance(halves.mean(0), np.cov(halves.T), colours.mean(0), np.cov(colours.T))
     assert darker.distances["rfdd"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_ms_ssim_and_its_smallest_images(evaluate, capsys):
+    """As torchmetrics has it, of each image; images that are too small are refused before a network is built."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.rand(2, 3, 176, 176, generator=generator)
+    y = (x + 0.2 * torch.rand(x.shape, generator=generator)).clamp(0, 1)
+    values = image_metrics(x, y, ["ms_ssim"], None)["ms_ssim"]
+    for i in range(2):
+        expected = multiscale_structural_similarity_index_measure(y[i : i + 1], x[i : i + 1], data_range=1.0)
+        torch.testing.assert_close(values[i], expected)
+    assert too_small_for(("psnr", "ms_ssim"), 175) == ["ms_ssim"] and too_small_for(("ms_ssim",), 176) == []
+    with pytest.raises(ValueError, match="larger than 160"):
+        image_metrics(x[..., :175, :175], y[..., :175, :175], ["ms_ssim"], None)
+    with pytest.raises(SystemExit):
+        evaluate({"metrics": "[ms_ssim,lpips]", "vgg_path": "nowhere", "inception_path": None})
+    assert f"error: metrics: expected metrics for images of {SIZE} pixels, got ['ms_ssim']" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        parse_config(["--eval.metrics", "ms_ssim", "--eval.best_metric", "ms_ssim"])
+    assert "eval.metrics: expected metrics for images of 32 pixels, got ['ms_ssim']" in capsys.readouterr().err
 
 
 def test_rounding_is_what_it_says(evaluate, tmp_path):

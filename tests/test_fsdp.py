@@ -53,6 +53,10 @@ SKIPPED = {**PLAIN, "train.max_steps": "4", "eval.every_steps": "4", "train.max_
 ONE = {**THREE, "train.max_steps": "1", "eval.num_samples": "1", "eval.metrics": "[psnr]"}
 
 
+def run_of(settings: dict) -> list:
+    return ["train_rae.py", *flags(settings)]
+
+
 @pytest.fixture(scope="module")
 def runs(images, tmp_path_factory):
     """(folder of the runs' folders, for each process what distributed_runs.py says of each run)."""
@@ -81,7 +85,10 @@ def runs(images, tmp_path_factory):
             [
                 {
                     "fsdp": fsdp,
-                    "argv": flags({**settings, "data.path": images, "train.output_dir": root / name}),
+                    "argv": [
+                        "train_rae.py",
+                        *flags({**settings, "data.path": images, "train.output_dir": root / name}),
+                    ],
                     "nan_steps": [0, 2] if settings is SKIPPED else [],
                 }
                 for name, fsdp, settings in plan

@@ -29,6 +29,7 @@ from rae_suite.hub import HubError, Publisher, ask_hub, hub_id, push_command, sc
 from rae_suite.images import center_crop
 from rae_suite.launch import run_main
 from rae_suite.rae_networks import image_processor_json
+from rae_suite.run_log import upload
 from rae_suite.settings import HubConfig
 from rae_suite.settings_rae import parse_config
 from scripts import push_to_hub
@@ -628,8 +629,9 @@ def test_finished_run_says_how_to_upload_it(published, images, monkeypatch, caps
 
 def test_one_upload_at_a_time(capsys):
     """While one is on its way, the next is left out: nothing is exported into its folder."""
-    run = SimpleNamespace(accelerator=SimpleNamespace(is_main_process=True))
-    train_rae.push(run, SimpleNamespace(busy=lambda: True), SimpleNamespace(state=SimpleNamespace(step=4)))
+    log, exported = SimpleNamespace(state=SimpleNamespace(step=4)), []
+    upload(SimpleNamespace(is_main_process=True), SimpleNamespace(busy=lambda: True), log, exported.append)
+    assert exported == []
     assert "step 4: not uploaded, the upload before is still on its way" in capsys.readouterr().out
 
 

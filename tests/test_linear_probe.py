@@ -20,28 +20,26 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 
 import linear_probe
-from linear_probe import (
-    Features,
-    FeatureWriter,
+from linear_probe import check_classes
+from modeling_rae import RAEConfig, RAEModel
+from rae_suite import features, linear_heads
+from rae_suite.autoencoders import load_autoencoder
+from rae_suite.features import Features, FeatureWriter, image_features
+from rae_suite.launch import run_main
+from rae_suite.linear_heads import (
     HeadTrainingConfig,
     LinearHead,
     batches,
-    check_classes,
     compare_heads,
-    draw_confusion,
     evaluate_head,
     fit,
     hold_out,
-    image_features,
-    most_confused,
     train_heads,
     training_set,
     wilson_interval,
 )
-from modeling_rae import RAEConfig, RAEModel
-from rae_suite.autoencoders import load_autoencoder
-from rae_suite.launch import run_main
 from rae_suite.loaders import eval_loader
+from rae_suite.probe_figures import draw_confusion, most_confused
 from rae_suite.splits import scan_folder
 
 CPU = torch.device("cpu")
@@ -130,7 +128,7 @@ def refused(probe, capsys, monkeypatch):
         raise AssertionError("features were extracted")
 
     def call(*extra, **settings):
-        monkeypatch.setattr(linear_probe, "extract", no_features)
+        monkeypatch.setattr(features, "extract", no_features)
         with pytest.raises(SystemExit) as stopped:
             run_main(lambda: probe(*extra, **settings))
         message = capsys.readouterr().err
@@ -309,13 +307,13 @@ def test_features_are_those_of_the_centre_crops(probe, model, small, tmp_path):
 
 def count_calls(monkeypatch):
     """How often features are extracted from here on: a list that grows."""
-    calls, extract = [], linear_probe.extract
+    calls, extract = [], features.extract
 
     def counted(*args):
         calls.append(args[-1])
         extract(*args)
 
-    monkeypatch.setattr(linear_probe, "extract", counted)
+    monkeypatch.setattr(features, "extract", counted)
     return calls
 
 
@@ -361,7 +359,7 @@ def test_cache_follows_all_that_decides_features(probe, model, small, monkeypatc
 
 def test_unfinished_cache_is_not_taken_for_whole(probe, monkeypatch, tmp_path):
     """What a killed run leaves: everything but the last step."""
-    monkeypatch.setattr(linear_probe, "SHARD_BYTES", 2 * 64 * 10)  # ten rows in a file
+    monkeypatch.setattr(features, "SHARD_BYTES", 2 * 64 * 10)  # ten rows in a file
 
     def killed(*args):
         raise KeyboardInterrupt
@@ -400,25 +398,25 @@ def test_two_runs_do_not_write_the_same_features(probe, tmp_path, refused):
     probe()
     [folder] = [f.folder.parent for n, f in cached(tmp_path / "cache").items() if n == 24]
     shutil.rmtree(folder / "features")
-    lock = linear_probe.lock_cache(folder, 0)
+    lock = features.lock_cache(folder, 0)
     assert f"another run is extracting these features to {folder}" in refused()
     lock.close()
 
 
 def test_rows_of_several_files(tmp_path, monkeypatch):
-    monkeypatch.setattr(linear_probe, "SHARD_BYTES", 2 * 3 * 7)  # seven rows of three features
+    monkeypatch.setattr(features, "SHARD_BYTES", 2 * 3 * 7)  # seven rows of three features
     values = torch.randn(30, 3).half()
     writer = FeatureWriter(tmp_path / "features", 3)
     for start, end in ((0, 2), (2, 17), (17, 18), (18, 30)):
         writer.add(values[start:end], torch.arange(100 + start, 100 + end))
     writer.close(["a: b"], {})
-    features = Features(tmp_path / "features")
-    assert [len(shard) for shard in features.shards] == [7, 7, 7, 7, 2] and len(features) == 30
-    assert torch.equal(features.index, torch.arange(100, 130)) and features.unreadable == ["a: b"]
+    cached = Features(tmp_path / "features")
+    assert [len(shard) for shard in cached.shards] == [7, 7, 7, 7, 2] and len(cached) == 30
+    assert torch.equal(cached.index, torch.arange(100, 130)) and cached.unreadable == ["a: b"]
     rows = torch.tensor([29, 0, 6, 7, 13, 14, 6])
-    assert torch.equal(features.rows(rows), values[rows])
-    monkeypatch.setattr(linear_probe, "BLOCK_ELEMENTS", 12)
-    assert [len(block) for block in features.blocks(torch.arange(30), 0)] == [4] * 7 + [2]
+    assert torch.equal(cached.rows(rows), values[rows])
+    monkeypatch.setattr(features, "BLOCK_ELEMENTS", 12)
+    assert [len(block) for block in cached.blocks(torch.arange(30), 0)] == [4] * 7 + [2]
 
 
 def test_unreadable_images_are_skipped_and_bounded(probe, small, capsys):
@@ -438,7 +436,7 @@ def test_unreadable_images_are_skipped_and_bounded(probe, small, capsys):
 
 def test_features_out_of_range_stop(probe, monkeypatch, capsys):
     monkeypatch.setattr(
-        linear_probe, "image_features", lambda model, pixels, kind: torch.full((len(pixels), 3), 1e6 * pixels.max())
+        features, "image_features", lambda model, pixels, kind: torch.full((len(pixels), 3), 1e6 * pixels.max())
     )
     with pytest.raises(SystemExit) as stopped:
         run_main(probe)
@@ -594,7 +592,7 @@ def test_classes_that_do_not_match():
 
 def test_disk_space(tmp_path):
     with pytest.raises(ValueError, match=r"features.cache_dir: expected a folder with 1000000000.00 GB left"):
-        linear_probe.lock_cache(tmp_path / "cache" / "key", 10**18)
+        features.lock_cache(tmp_path / "cache" / "key", 10**18)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -719,7 +717,7 @@ def test_all_heads_diverge(tmp_path):
 def test_head_loads_without_anything_else(tmp_path):
     generator = torch.Generator().manual_seed(0)
     weight, bias, mean, std = (torch.rand(*shape, generator=generator) + 0.5 for shape in ((3, 4), (3,), (4,), (4,)))
-    config = {name: 0 for name in linear_probe.HEAD_KEYS} | {"classes": ["a", "b", "c"]}
+    config = {name: 0 for name in linear_heads.HEAD_KEYS} | {"classes": ["a", "b", "c"]}
     LinearHead(weight, bias, mean, std, config).save(tmp_path / "head")
     head = LinearHead.load(str(tmp_path / "head"))
     x = torch.randn(2, 4)

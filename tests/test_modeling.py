@@ -74,6 +74,7 @@ def encoders(tmp_path_factory):
     """Folders as published encoders look: save_pretrained's files and a preprocessor config."""
     root = tmp_path_factory.mktemp("encoders")
     for i, kind in enumerate(KINDS):
+        torch.manual_seed(i)
         randomise(build_encoder(kind), i).save_pretrained(root / kind)
         mean, std = HALF if kind.startswith("siglip") else IMAGENET
         processor = transformers.ViTImageProcessor(image_mean=mean, image_std=std)
@@ -228,6 +229,21 @@ def test_decode_is_last_layer_times_std_plus_mean(encoders, stats):
     assert out.sample.shape == (2, 3, 6, 6)
 
 
+def test_16_bit_decoders_take_float32_latents(encoders):
+    """Statistics are applied, and pixels made, in float32; between them the decoder computes in 16 bits."""
+    model = make_rae(encoders, stats=True)
+    z = latents(model)
+    expected = model.decode(z).sample
+    low = model.to(torch.bfloat16)
+    out = low.decode(z, return_last_layer=True)
+    assert out.patches.dtype == torch.bfloat16 and out.sample.dtype == torch.float32
+    raw = z * (low.latent_var + 1e-5).sqrt() + low.latent_mean
+    assert torch.equal(out.last_hidden_state, low.decoder(raw.bfloat16()))
+    assert torch.equal(out.sample, low.patches_to_pixels(out.patches.float()))
+    assert low.decode(z.bfloat16()).sample.dtype == torch.bfloat16
+    assert (out.sample - expected).norm() < 2e-2 * expected.norm()
+
+
 def test_pixels_are_float32_under_autocast(rae):
     """Their mean and standard deviation are not rounded to bfloat16, and pixels above 0.5 are finer than 1/256."""
     latent = torch.randn(2, WIDTH, GRID, GRID)
@@ -366,7 +382,7 @@ def test_statistics_without_a_mean(encoders, tmp_path, dtype):
     model.save_pretrained(tmp_path)
     assert "latent_mean" not in load_file(tmp_path / "model.safetensors")
     models.append(RAEModel.from_pretrained(tmp_path, dtype=dtype))
-    assert "latent_mean" not in models[-1].state_dict() and models[-1].latent_var.dtype == dtype
+    assert "latent_mean" not in models[-1].state_dict() and torch.equal(models[-1].latent_var, var)
     generators = [torch.Generator().manual_seed(3) for _ in models]
     pixels = images().to(dtype)
     found = [m.encode(pixels, g, add_noise=True).latent for m, g in zip(models, generators, strict=True)]
@@ -484,6 +500,16 @@ def test_only_torch_and_transformers_are_imported():
     assert {"torch", "transformers"} <= imported <= {"torch", "transformers", "safetensors", *sys.stdlib_module_names}
 
 
+STATISTICS = ("latent_mean", "latent_var")
+
+
+def dtypes(model: RAEModel) -> set:
+    """Types of all tensors but the statistics, which are float32."""
+    state = model.state_dict()
+    assert all(state.pop(name).dtype == torch.float32 for name in STATISTICS if name in state)
+    return {tensor.dtype for tensor in state.values()}
+
+
 # Files ----------------------------------------------------------------------------------------------------------------
 
 
@@ -491,13 +517,16 @@ def test_only_torch_and_transformers_are_imported():
 @pytest.mark.parametrize("kind", KINDS)
 def test_round_trip_is_bit_exact(encoders, tmp_path, kind, dtype):
     """save_pretrained and from_pretrained keep every tensor, statistics included, and every output; bf16 computes in
-    bf16; config.json holds neither weights nor statistics; the code goes along."""
-    model = make_rae(encoders, kind, stats=True).to(dtype)
+    bf16, but statistics stay in float32; config.json holds neither weights nor statistics; the code goes along."""
+    model = make_rae(encoders, kind, stats=True)
+    statistics = {name: model.state_dict()[name].clone() for name in STATISTICS}
+    model = model.to(dtype)
     model.save_pretrained(tmp_path)
     loaded = RAEModel.from_pretrained(tmp_path, dtype=dtype)
     state, other = model.state_dict(), loaded.state_dict()
     assert state.keys() == other.keys() and "latent_mean" in state
-    assert all(torch.equal(tensor, other[name]) and other[name].dtype == dtype for name, tensor in state.items())
+    assert all(torch.equal(tensor, other[name]) for name, tensor in state.items())
+    assert dtypes(loaded) == {dtype} and all(torch.equal(state[name], statistics[name]) for name in STATISTICS)
     pixels = images().to(dtype)
     out, z = model(pixels).sample, model.encode(pixels).latent
     assert out.dtype == z.dtype == dtype and out.isfinite().all()
@@ -523,7 +552,7 @@ def test_encoder_can_stay_out_of_the_file(encoders, tmp_path, kind):
     loaded = RAEModel.from_pretrained(tmp_path / "slim")
     assert torch.equal(loaded(images()).sample, model(images()).sample)
     half = RAEModel.from_pretrained(tmp_path / "slim", dtype=torch.bfloat16)
-    assert {t.dtype for t in half.state_dict().values()} == {torch.bfloat16}
+    assert dtypes(half) == {torch.bfloat16}
     loaded.save_pretrained(tmp_path / "whole")
     config = json.loads((tmp_path / "whole" / "config.json").read_text())
     config["encoder_id"] = None
@@ -683,7 +712,7 @@ def test_an_encoder_published_in_bfloat16(encoders, tmp_path, kind):
         assert {t.dtype for t in loaded.state_dict().values()} == {torch.float32}
         assert torch.equal(loaded(images()).sample, model(images()).sample)
         half = RAEModel.from_pretrained(tmp_path / "rae", dtype=torch.bfloat16)
-        assert {t.dtype for t in half.state_dict().values()} == {torch.bfloat16}
+        assert dtypes(half) == {torch.bfloat16}
         latent = half.encode(images()).latent
         assert latent.dtype == torch.bfloat16
         torch.testing.assert_close(latent.float(), model.encode(images()).latent, rtol=0.2, atol=0.2)

@@ -26,8 +26,6 @@ from modeling_dit import (
     sampling_times,
 )
 
-logging.set_verbosity_error()  # .to(dtype) warns
-
 BASE = dict(sample_size=4, in_channels=4, hidden_size=32, num_layers=2, num_attention_heads=2, num_classes=10)
 DH = {**BASE, "head_hidden_size": 64, "head_num_layers": 1, "head_num_attention_heads": 4}
 CONSTANTS = ("pos_embed", "t_embedder.W", "freqs_cos", "freqs_sin")
@@ -465,21 +463,31 @@ def test_16_bit_models_round_what_the_published_code_rounds(config, autocast, tm
     assert all(p.grad.isfinite().all() for p in low.parameters() if p.requires_grad)
 
 
-def test_cast_models_work():
-    """`.to(torch.bfloat16)` rounds the constants too, and still computes angles in float32."""
-    model = build()
-    expected = model(*inputs(model)).sample.detach()
-    low = build().to(torch.bfloat16)
-    assert low.t_embedder.W.dtype == torch.bfloat16
-    rounded = build()
+@pytest.mark.parametrize("config", [DH, BASE])
+def test_cast_models_keep_their_constants(config, tmp_path, caplog):
+    """`.to(torch.bfloat16)`, `.bfloat16()` and loading in bfloat16 are the same model, constants in float32; casting
+    back and to float64 work; nothing warns."""
+    model = build(config)
+    model.save_pretrained(tmp_path)
+    loaded = RAEDiTModel.from_pretrained(tmp_path, torch_dtype=torch.bfloat16)
     with torch.no_grad():
-        rounded.t_embedder.W.copy_(rounded.t_embedder.W.bfloat16())
-    features = []
-    for m in (low, rounded):
-        m.t_embedder.mlp[0].register_forward_pre_hook(lambda m, arguments: features.append(arguments[0]))
-        out = m(*inputs(m)).sample
-        assert (out - expected).norm() < 5e-2 * expected.norm()
-    assert torch.equal(*features)
+        expected = loaded(*inputs(loaded)).sample
+    constants = [name for name in model.state_dict() if name.endswith(CONSTANTS)]
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_warning()
+    logging.enable_propagation()
+    for low in (build(config).to(torch.bfloat16), build(config).bfloat16(), build(config).to("cpu", torch.bfloat16)):
+        state = low.state_dict()
+        assert all(torch.equal(state[name], model.state_dict()[name]) for name in constants)
+        assert all(state[name].dtype == torch.bfloat16 for name in state if name not in constants)
+        assert low.dtype == torch.bfloat16
+        with torch.no_grad():
+            assert torch.equal(low(*inputs(low)).sample, expected)
+        assert {tensor.dtype for tensor in low.float().state_dict().values()} == {torch.float32}
+    assert {tensor.dtype for tensor in low.double().state_dict().values()} == {torch.float64}
+    logging.disable_propagation()
+    logging.set_verbosity(verbosity)
+    assert caplog.text == ""
 
 
 def test_16_bit_sampling_keeps_its_state_in_float32(tmp_path):

@@ -8,31 +8,33 @@ prints the margins: the largest deviation of each kind as a share of its toleran
 import json
 import math
 import os
+from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 
+import train_dit
 from modeling_dit import RAEDiTModel, config_from_published, config_to_published
+from rae_suite import rae_networks
+from rae_suite.dit_networks import compile_networks
 from rae_suite.ema import EMA
 from rae_suite.flow import (
     Draws,
     autoguidance_velocity,
     cfg_velocity,
     drop_labels,
-    interpolate,
     predict_velocity,
     sample_ode,
     sampling_times,
     shift_factor,
     training_times,
-    velocity_loss,
-    velocity_target,
 )
-from rae_suite.settings import LRScheduleConfig
-from rae_suite.updates import learning_rate
+from rae_suite.labels import Classes
+from rae_suite.settings_dit import parse_config
 
 OWN_CASES = Path(__file__).resolve().parent / "parity2"
 PARITY2_DIR = Path(os.environ.get("PARITY2_DIR", OWN_CASES))
@@ -223,81 +225,96 @@ def test_published_networks(name):
 # Training -------------------------------------------------------------------------------------------------------------
 
 
-def lr_of_step(case: dict, step: int) -> float:
+def settings_of(case: dict, model: RAEDiTModel) -> list:
+    """A trace's settings as flags of train_dit.py."""
     schedule = case["scheduler"]
-    config = LRScheduleConfig(
-        type=schedule["type"],
-        warmup_steps=schedule["warmup_steps"],
-        warmup_from_zero=schedule["warmup_from_zero"],
-        decay_end_step=schedule["decay_end_steps"],
-        final_lr=schedule["final_lr"],
+    values = {
+        "model.rae": "none",
+        "model.class_dropout_prob": model.config.class_dropout_prob,
+        "model.train_constants": case["train_constants"],
+        "flow.time_distribution": case["time_dist_type"],
+        "train.clip_grad_norm": case["clip_grad"],
+        "optimizer.lr": schedule["base_lr"],
+        "optimizer.betas": case["betas"],
+        "optimizer.weight_decay": case["weight_decay"],
+        "lr_schedule.type": schedule["type"],
+        "lr_schedule.warmup_steps": schedule["warmup_steps"],
+        "lr_schedule.warmup_from_zero": schedule["warmup_from_zero"],
+        "lr_schedule.decay_end_step": schedule["decay_end_steps"],
+        "lr_schedule.final_lr": schedule["final_lr"],
+        "ema.decay": case["ema_decay"],
+    }
+    return [part for key, value in values.items() for part in (f"--{key}", json.dumps(value).strip('"'))]
+
+
+def build_run(case: dict, model: RAEDiTModel) -> train_dit.Run:
+    """The run of train_dit.py around a recorded model; there are no images, so there is no autoencoder."""
+    config, accelerator = parse_config(settings_of(case, model)), Accelerator(cpu=True)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, **asdict(config.optimizer), fused=True)
+    return train_dit.Run(
+        config=config,
+        accelerator=accelerator,
+        model=accelerator.prepare(model),
+        rae=None,
+        optimizer=accelerator.prepare(optimizer),
+        ema=EMA(model, config.ema.decay),
+        classes=Classes(model.config.num_classes, None),
+        shift=shift_factor(case["time_dist_shift_dim"], case["time_dist_shift_base"]),
+        guide=None,
+        steps_per_epoch=1,
+        frozen={},
     )
-    return learning_rate(step, schedule["base_lr"], config, steps_per_epoch=1)
-
-
-def train_step(model, network, optimizer, ema: EMA, case: dict, step: int, batch: tuple, draws: Draws) -> dict:
-    """One update from recorded draws, with all that follows from them. `network` is the model, compiled or not."""
-    latents, labels = batch
-    shift = shift_factor(case["time_dist_shift_dim"], case["time_dist_shift_base"])
-    t = training_times(draws.u_time, case["time_dist_type"], shift)
-    if model.config.class_dropout_prob > 0:
-        labels = drop_labels(labels, draws.u_drop, model.config.class_dropout_prob, model.null_label)
-    x_t = interpolate(latents, draws.noise, t)
-    loss = velocity_loss(network(x_t, t, labels).sample, velocity_target(latents, draws.noise))
-    loss.mean().backward()
-    limit = math.inf if case["clip_grad"] is None else case["clip_grad"]
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
-    lr = lr_of_step(case, step)
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    optimizer.step()
-    optimizer.zero_grad()
-    ema.update()
-    return {"t": t, "labels": labels, "loss": loss.detach(), "grad_norm": grad_norm, "lr": lr}
 
 
 @pytest.mark.parametrize(
     "name, compiled",
     [(name, False) for name in names("train_trace")] + [(name, True) for name in names("train_trace")[:1]],
 )
-def test_training(name, compiled):
-    """Eight steps of the published loop, step by step; the first trace also compiled, by the backend that has the same
-    graphs as inductor but needs no C++ compiler."""
+def test_training(name, compiled, monkeypatch):
+    """Eight steps of the published loop, step by step, by train_dit.py's own step; the first trace also compiled, by
+    the backend that has the same graphs as inductor but needs no C++ compiler."""
     record, tensors = read(f"train_trace/{name}")
     case, margins = record["case"], Margins()
     model = load_model(case["model"], train_constants=case["train_constants"])
     initial = {key: parameter.detach().clone() for key, parameter in model.named_parameters()}
     compare_evaluation(margins, model, tensors, "initial")
-    network = torch.compile(model, backend="aot_eager", fullgraph=True) if compiled else model
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, betas=tuple(case["betas"]), weight_decay=case["weight_decay"], eps=1e-8)
-    ema = EMA(model, case["ema_decay"])
-    model.train()
+    run = build_run(case, model)
+    if compiled:
+        monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+        monkeypatch.setattr(rae_networks, "COMPILE_OPTIONS", None)
+        compile_networks(model, torch.nn.Module())
     for expected in record["steps"]:
         i = expected["step"]
-        draws = Draws(tensors["noise"][i], tensors["u_time"][i], tensors["u_drop"][i])
-        found = train_step(
-            model, network, optimizer, ema, case, i, (tensors["latents"][i], tensors["labels"][i]), draws
-        )
-        compare_step(margins, found, expected, {key: t[i] for key, t in tensors.items() if not key.startswith("eval.")})
-        assert torch.equal(found["labels"] != tensors["labels"][i], tensors["drop"][i]), f"step {i}"
-    compare_final_norms(margins, model, ema, initial, record["final_norms"])
+        recorded = {key: t[i] for key, t in tensors.items() if not key.startswith("eval.")}
+        compare_step(margins, run, expected, recorded)
+    compare_final_norms(margins, model, run.ema, initial, record["final_norms"])
     model.eval()
     compare_evaluation(margins, model, tensors, "model")
-    with ema.applied():
+    with run.ema.applied():
         compare_evaluation(margins, model, tensors, "ema")
     margins.check(f"{name}, compiled" if compiled else name)
 
 
-def compare_step(margins: Margins, found: dict, expected: dict, tensors: dict) -> None:
-    where = f"step {expected['step']}"
-    assert torch.equal(found["labels"], tensors["labels_after_dropout"]), where
-    margins.tensor("t", found["t"], tensors["t"], TIME, where, absolute=True)
-    margins.number("loss", found["loss"].mean(), expected["loss"], LOSS, where)
-    for value, number in zip(found["loss"], expected["loss_per_sample"], strict=True):
+def compare_step(margins: Margins, run: train_dit.Run, expected: dict, tensors: dict) -> None:
+    """Take a step with the recorded draws; compare what follows from them."""
+    where, config = f"step {expected['step']}", run.config
+    draws = Draws(tensors["noise"], tensors["u_time"], tensors["u_drop"])
+    t = training_times(draws.u_time, config.flow.time_distribution, run.shift)
+    margins.tensor("t", t, tensors["t"], TIME, where, absolute=True)
+    labels, dropout = tensors["labels"], config.model.class_dropout_prob
+    dropped = drop_labels(labels, draws.u_drop, dropout, run.dit.null_label) if dropout > 0 else labels
+    assert torch.equal(dropped, tensors["labels_after_dropout"]), where
+    assert torch.equal(dropped != labels, tensors["drop"]), where
+    run.model.train()
+    with torch.no_grad():
+        losses = train_dit.flow_loss(run, tensors["latents"], labels, draws)
+    for value, number in zip(losses, expected["loss_per_sample"], strict=True):
         margins.number("loss_per_sample", value, number, LOSS, where)
-    margins.number("grad_norm", found["grad_norm"], expected["grad_norm"], LOSS, where)
-    margins.number("lr", found["lr"], expected["lr"], LEARNING_RATE, where)
+    found = train_dit.train_step(run, [(tensors["latents"], labels, draws)], expected["step"]).read()
+    assert found["nonfinite"] is None
+    for key, tolerance in (("loss", LOSS), ("grad_norm", LOSS), ("lr", LEARNING_RATE)):
+        margins.number(key, found[key], expected[key], tolerance, where)
 
 
 def compare_final_norms(margins: Margins, model: RAEDiTModel, ema: EMA, initial: dict, expected: dict) -> None:

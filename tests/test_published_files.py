@@ -13,9 +13,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from modeling_rae import IMAGENET_MEAN, IMAGENET_STD, RAEConfig, RAEModel
+from rae_suite.dit_networks import open_rae
 from rae_suite.errors import ConfigError
 from rae_suite.published_rae import AVERAGE_DRIFT
 from rae_suite.rae_networks import build_rae, build_rae_config, read_latent_stats
+from rae_suite.settings_dit import DiTModelConfig, LatentsConfig
 from rae_suite.settings_rae import parse_config
 from scripts import convert_checkpoint
 
@@ -201,8 +203,8 @@ def check_statistics(model, plain, file):
 
 @pytest.mark.parametrize("name", [*PUBLISHED_STATISTICS, *own_statistics()])
 def test_statistics(statistics, plain, tmp_path, name):
-    """Wherever they are read: the conversion, a training run's settings, a call of the model, and the model's folder,
-    which keeps a missing mean missing and is read strictly."""
+    """Wherever they are read: the conversion, the settings of both stages' training, a call of the model, and the
+    model's folder, which keeps a missing mean missing."""
     file = statistics(name)
     options = [*OPTIONS, "--weights", "raw", "--stats", file]
     convert("training", "rae", CHECKPOINT, tmp_path / "rae", *options)
@@ -221,6 +223,11 @@ def test_statistics(statistics, plain, tmp_path, name):
     check_statistics(trained, plain, file)
     trained.save_pretrained(tmp_path / "trained", include_encoder=False)
     check_statistics(RAEModel.from_pretrained(tmp_path / "trained"), plain, file)
+
+    stage2 = open_rae(DiTModelConfig(rae=str(plain)), LatentsConfig(stats=str(file)))
+    check_statistics(stage2, plain, file)
+    stage2.save_pretrained(tmp_path / "stage2")
+    check_statistics(RAEModel.from_pretrained(tmp_path / "stage2"), plain, file)
 
     model.set_latent_stats(torch.ones(SHAPE), torch.ones(SHAPE))  # one that has other statistics already
     held = read_latent_stats(file, model.config, "--stats")

@@ -536,7 +536,7 @@ def test_start_from_a_trained_model(images, whole_run, tmp_path):
     torch.testing.assert_close(new(pixels).sample, old(pixels).sample, rtol=1e-4, atol=1e-4)
     torch.save({"mean": torch.full((64, 8, 8), 0.5), "var": torch.full((64, 8, 8), 2.0)}, tmp_path / "stats.pt")
     done = train(images, tmp_path / "run", {**settings, "train.max_steps": "2"}, check=False)
-    assert "error: model.latent_stats: its weights are not those" in done.stderr
+    assert "error: model.latent_stats: the weights are not those" in done.stderr
 
 
 def test_nonfinite_loss(images, tmp_path):

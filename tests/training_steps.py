@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
+from rae_suite.images import TrainingView
 from rae_suite.launch import build_accelerator, micro_batch_size
 from rae_suite.loaders import TrainBatches, train_loader
 from rae_suite.rae_networks import build_rae_config
@@ -31,7 +32,7 @@ def main() -> None:
     steps = config.train.max_steps
     batches = TrainBatches(len(source), config.train.global_batch_size, size, rank, world, config.train.seed, 0, steps)
     run = build_run(config, accelerator, build_rae_config(config.model), batches.steps_per_epoch)
-    loader = iter(train_loader(source, batches, config.model.image_size, config.data.resize_size))
+    loader = iter(train_loader(source, batches, TrainingView(config.model.image_size, config.data.resize_size)))
     seen = []
     for step in range(steps):
         step_batches = [next(loader) for _ in range(config.train.gradient_accumulation_steps)]

@@ -1,4 +1,4 @@
-"""Runs of train_rae.py that go wrong on purpose, and what they must end with all the same."""
+"""Trainings that go wrong on purpose, and what they must end with all the same."""
 
 import os
 import re
@@ -35,27 +35,28 @@ DEADLINE = 300  # seconds until a run counts as hanging
 
 
 def run_rank(argv: list, environment: dict, log: Path, faults: tuple) -> None:
-    """In a forked process: the command line `train_rae.py ARGV` with these faults, and its output in `log`."""
+    """In a forked process: the command line `argv` with these faults, and its output in `log`."""
     import trigger
 
     os.environ.update(environment)
-    become_command(["train_rae.py", *argv], log)
+    become_command(argv, log)
     for fault in faults:
         trigger.arm(fault)
-    trigger.run_main(trigger.train_rae.main)
+    trigger.run_main(trigger.PROGRAMS[argv[0]].main)
 
 
 class Training:
     """A command line and its run folder. `go` may be called again and again, as a user gives the command again."""
 
-    def __init__(self, run_dir: Path, images: Path, **settings):
-        self.run_dir, self.log = run_dir, run_dir.with_name(f"{run_dir.name}.log")
-        self.settings = {**BUSY, "data.path": images, "train.output_dir": run_dir, **settings}
+    def __init__(self, run_dir: Path, images: Path, program: str = "train_rae.py", **settings):
+        self.run_dir, self.log, self.program = run_dir, run_dir.with_name(f"{run_dir.name}.log"), program
+        defaults = BUSY if program == "train_rae.py" else {}
+        self.settings = {**defaults, "data.path": images, "train.output_dir": run_dir, **settings}
 
     def start(self, processes: int = 1, faults: tuple = (), **settings) -> list:
         """Start the command's processes, each as a launcher would; their output goes to a new log."""
         self.log.unlink(missing_ok=True)
-        argv, ranks = flags({**self.settings, **settings}), []
+        argv, ranks = [self.program, *flags({**self.settings, **settings})], []
         for environment in rank_environments(processes):
             ranks.append(forks().Process(target=run_rank, args=(argv, environment, self.log, faults)))
             ranks[-1].start()
@@ -74,7 +75,7 @@ class Training:
 
     def launch(self, processes: int, **settings) -> subprocess.Popen:
         """Start the real command under accelerate launch, in a process group of its own."""
-        line = command("train_rae.py", *flags({**self.settings, **settings}), launch=processes_on_cpu(processes))
+        line = command(self.program, *flags({**self.settings, **settings}), launch=processes_on_cpu(processes))
         with self.log.open("w") as log:
             return subprocess.Popen(line, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
 

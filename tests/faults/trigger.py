@@ -1,4 +1,4 @@
-"""train_rae.py with a fault at an exact place, for the tests: the process stops, kills or starves itself there.
+"""A training with a fault at an exact place, for the tests: the process stops, kills or starves itself there.
 
     RAE_FAULT='{"place": "os.rename .*/checkpoints/", "count": 2, "action": "kill"}' \
         accelerate launch tests/faults/trigger.py --config ...
@@ -26,9 +26,11 @@ from typing import Optional
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
+import train_dit  # noqa: E402
 import train_rae  # noqa: E402
 from rae_suite.launch import run_main  # noqa: E402
 
+PROGRAMS = {"train_rae.py": train_rae, "train_dit.py": train_dit}
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
 
 
@@ -97,7 +99,7 @@ def arm(fault: dict) -> None:
         return call
 
     sys.addaudithook(hook)
-    modules = [module for name, module in sys.modules.items() if name.startswith(("train_rae", "rae_suite."))]
+    modules = [module for name, module in sys.modules.items() if name.startswith(("train_", "rae_suite."))]
     for name in re.findall(r"^call (\w+)", fault["place"]):
         callers = [module for module in modules if hasattr(module, name)]
         function = announced(name, getattr(callers[0], name))

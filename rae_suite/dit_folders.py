@@ -1,0 +1,320 @@
+"""Stage-2 models in folders: the pipeline folder that a run ends with, and whatever else a model can be loaded from.
+
+    model_index.json          the pipeline's parts and defaults; README.md and samples.png: its card
+    modeling_dit.py           the code, here and beside the weights of transformer/ and guide/
+    transformer/, guide/      RAEDiTModels; the weaker one for autoguidance is optional
+    rae/                      the RAEModel; left out where model_index.json says rae_id
+    scheduler/                diffusers' FlowMatchEulerDiscreteScheduler, whose shift is the time shift
+
+No code of a folder or of the Hub runs: the networks are this repository's.
+"""
+
+import json
+import math
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from huggingface_hub import snapshot_download
+from transformers.utils import IMAGE_PROCESSOR_NAME
+
+from modeling_dit import RAEDiTModel, RAEDiTPipeline, RotaryEmbedding, check_parts_fit, rotary_table
+from modeling_rae import RAEModel
+from rae_suite.autoencoders import RAE, load_autoencoder
+from rae_suite.checkpoints import checkpoints
+from rae_suite.cli import read_yaml
+from rae_suite.digests import weights_digest
+from rae_suite.errors import ConfigError, error_names_setting
+from rae_suite.files import is_whole_model, read_tensors
+from rae_suite.flow import default_shift
+from rae_suite.hub import fetch_file, hub_id
+from rae_suite.rae_networks import image_processor_json
+
+INDEX, CARD, PICTURE = "model_index.json", "README.md", "samples.png"
+CODE, RAE_CODE = "modeling_dit.py", "modeling_rae.py"
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+CHECKPOINT_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
+# of SamplingConfig, what a pipeline has as its defaults; its guidance_interval is two numbers there
+PIPELINE_DEFAULTS = ("num_inference_steps", "end", "guidance_scale", "guidance_start", "guidance_end")
+KINDS = "a pipeline folder such as runs/<name>/final, a run folder, a checkpoint of one, a transformer or a Hub id"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def save_pipeline(
+    folder: Path,
+    transformer: RAEDiTModel,
+    rae: RAEModel,
+    *,
+    state: Optional[dict] = None,
+    guide: Optional[RAEDiTModel] = None,
+    class_names: Optional[Sequence] = None,
+    sampling: dict,
+    card: Optional[str] = None,
+    picture: Optional[Path] = None,
+    include_rae: bool = True,
+    rae_id: Optional[str] = None,
+) -> None:
+    """Write a pipeline folder. One process calls this.
+
+    Args:
+        state: the transformer's weights where they are not its own: an average, or gathered ones of a sharded model.
+            Buffers may be missing.
+        class_names: name of each class, in the order of their indices.
+        sampling: defaults of the pipeline, by their names in SamplingConfig, and `shift`; all may be left out. `solver`
+            and `guide` are not the pipeline's: it takes Euler steps, and has the guide that is given.
+        card: text of README.md.
+        picture: PNG file that the card shows as samples.png.
+        include_rae: whether the RAE's weights go along. If not, `rae_id` says where they come from.
+
+    Raises:
+        ValueError: parts that do not fit each other, an unknown key of `sampling`, no `rae_id` where it is needed.
+    """
+    if state is not None:
+        transformer = model_from_state(dict(transformer.config), state)
+    sampling = dict(sampling)
+    shift = sampling.pop("shift", None) or default_shift(latent_dim(transformer))
+    if "guidance_interval" in sampling:
+        sampling["guidance_start"], sampling["guidance_end"] = sampling.pop("guidance_interval")
+    if unknown := sampling.keys() - {*PIPELINE_DEFAULTS, "solver", "guide"}:
+        raise ValueError(f"sampling: expected {', '.join(PIPELINE_DEFAULTS)} or shift, got {sorted(unknown)}")
+    pipeline = RAEDiTPipeline(
+        transformer,
+        rae,
+        FlowMatchEulerDiscreteScheduler(shift=shift),
+        guide,
+        class_names=None if class_names is None else dict(enumerate(class_names)),
+        rae_id=rae_id or hub_id(rae.name_or_path or None),
+        **{name: sampling[name] for name in PIPELINE_DEFAULTS if name in sampling},
+    )
+    pipeline.save_pretrained(folder, include_rae=include_rae)
+    if include_rae:
+        (folder / "rae" / IMAGE_PROCESSOR_NAME).write_text(image_processor_json(rae.config.image_size))
+    if card is not None:
+        (folder / CARD).write_text(card)
+    if picture is not None:
+        shutil.copyfile(picture, folder / PICTURE)
+
+
+def latent_dim(transformer: RAEDiTModel) -> int:
+    """Numbers of a latent."""
+    return transformer.config.in_channels * transformer.config.sample_size**2
+
+
+def model_from_state(config: dict, state: dict) -> RAEDiTModel:
+    """A model, in eval mode, of which `state` are the weights; rotary tables that it lacks, as an average of parameters
+    does, are computed. Raises ValueError where it has other keys or shapes than the config asks for."""
+    with torch.device("meta"):
+        model = RAEDiTModel(**{name: value for name, value in config.items() if not name.startswith("_")})
+    state = dict(state)
+    for name, module in model.named_modules():
+        if isinstance(module, RotaryEmbedding):
+            tokens, head_dim = module.freqs_cos.shape
+            for which, table in zip(("cos", "sin"), rotary_table(head_dim, math.isqrt(tokens)), strict=True):
+                state.setdefault(f"{name}.freqs_{which}", table)
+    try:
+        model.load_state_dict(state, assign=True)
+    except RuntimeError as error:
+        raise ValueError(f"weights do not fit the model's settings: {' '.join(str(error).split())[:300]}") from error
+    return model.eval()
+
+
+def is_whole_pipeline(folder: Path) -> bool:
+    """Whether a pipeline folder has all that its model_index.json names: settings, code, and weights of the length that
+    their headers say."""
+    try:
+        index = json.loads((folder / INDEX).read_text())
+        parts = [name for name in ("transformer", "guide", "rae") if index.get(name, [None])[0] is not None]
+        json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return False
+    files = {"rae": (RAE_CODE,), "transformer": (CODE, WEIGHTS), "guide": (CODE, WEIGHTS)}
+    whole = all(is_whole_model(folder / name, *files[name]) for name in parts)
+    return whole and "transformer" in parts and (folder / CODE).is_file()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class PartsSettings:
+    """What goes with a stage-2 model. `found`: what was loaded, in words; `shift`: the time shift of its training;
+    `class_names`: {index: name}; `sampling`: defaults by their names in SamplingConfig; `guide`: folder of the weaker
+    model that is saved with it."""
+
+    found: str
+    shift: float
+    class_names: dict = field(default_factory=dict)
+    sampling: dict = field(default_factory=dict)
+    guide: Optional[Path] = None
+
+
+def load_pipeline_parts(
+    source: str, key: str, weights: str = "ema"
+) -> tuple[RAEDiTModel, Optional[RAEModel], PartsSettings]:
+    """The transformer, its RAE and what goes with them, on the CPU, in float32 and in eval mode.
+
+    Args:
+        source: a pipeline folder, the folder of a transformer alone (its RAE is None), a Hub id of either, a training
+            checkpoint (runs/x/checkpoints/step-*), or a run folder: its final/, else its newest checkpoint.
+        key: the setting that errors name.
+        weights: of a checkpoint, "ema" for the moving average or "raw".
+
+    Raises:
+        ConfigError: there is nothing of that kind, or it is damaged; other things have no raw weights.
+    """
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        return _from_hub(source, key, weights)
+    if (folder / "state.json").is_file():
+        return _from_checkpoint(folder, key, weights)
+    if (folder / "config.yaml").is_file():
+        final = folder / "final"
+        if weights == "ema" and is_whole_pipeline(final):
+            return _from_folder(final, str(final), key, weights)
+        saved = checkpoints(folder)
+        if not saved:
+            raise ConfigError(f"{key}: {source} is a run folder without final/ and without checkpoints")
+        return _from_checkpoint(saved[-1], key, weights)
+    return _from_folder(folder, source, key, weights)
+
+
+def _from_hub(source: str, key: str, weights: str) -> tuple:
+    if hub_id(source) is None:
+        raise ConfigError(f"{key}: {source} does not exist, expected {KINDS}")
+    if index := fetch_file(source, INDEX, key, missing_ok=True):
+        _check_class(index, "RAEDiTPipeline", source, key)
+    else:
+        _check_class(fetch_file(source, "config.json", key), "RAEDiTModel", source, key)
+    with error_names_setting(key, source):
+        folder = Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors"]))
+    return _from_folder(folder, source, key, weights)
+
+
+def _from_folder(folder: Path, source: str, key: str, weights: str) -> tuple:
+    """Parts of a pipeline folder, or of one that holds a transformer alone. `source`: its name in messages."""
+    if weights != "ema":
+        raise ConfigError(
+            f"weights: expected ema, got {weights}: {source} holds one set of weights, checkpoints have raw ones too"
+        )
+    if not (folder / INDEX).is_file():
+        _check_class(folder / "config.json", "RAEDiTModel", source, key)
+        transformer = _load_transformer(folder, source, key)
+        return transformer, None, PartsSettings(f"transformer {source}", default_shift(latent_dim(transformer)))
+    index = _check_class(folder / INDEX, "RAEDiTPipeline", source, key)
+    transformer = _load_transformer(folder / "transformer", source, key)
+    with error_names_setting(key, source):
+        shift = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler").config.shift
+        names = {int(index): name for index, name in (index.get("class_names") or {}).items()}
+    rae_source = str(folder / "rae") if index.get("rae", [None])[0] is not None else index.get("rae_id")
+    rae = None if rae_source is None else load_rae(rae_source, key)
+    defaults = {name: index[name] for name in PIPELINE_DEFAULTS if name in index}
+    interval = (defaults.pop("guidance_start", 0.0), defaults.pop("guidance_end", 1.0))
+    guide = folder / "guide" if index.get("guide", [None])[0] is not None else None
+    settings = PartsSettings(
+        f"pipeline {source}", float(shift), names, {**defaults, "guidance_interval": interval}, guide
+    )
+    return transformer, rae, settings
+
+
+def _check_class(file: Path, expected: str, source: str, key: str) -> dict:
+    """What the JSON file says. Raises ConfigError unless it is of the class `expected`."""
+    try:
+        content = json.loads(file.read_text())
+        found = content.get("_class_name") or content.get("model_type")
+    except OSError as error:
+        raise ConfigError(f"{key}: {source} has no {INDEX} and no config.json, expected {KINDS}") from error
+    except (ValueError, AttributeError) as error:
+        raise ConfigError(f"{key}: {file} is no model's settings: {error}") from error
+    if expected not in (found, found[-1] if isinstance(found, list) and found else None):
+        raise ConfigError(f"{key}: {source} is a {found}, expected {KINDS}")
+    return content
+
+
+def _load_transformer(folder: Path, source: str, key: str) -> RAEDiTModel:
+    with error_names_setting(key, source):
+        return RAEDiTModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True).eval()
+
+
+def load_rae(source: str, key: str) -> RAEModel:
+    """The RAE in a folder or on the Hub. Raises ConfigError, about the setting `key`, for anything else."""
+    autoencoder = load_autoencoder(source, key)
+    if not isinstance(autoencoder, RAE):
+        raise ConfigError(f"{key}: {source} is a {autoencoder.kind}, expected an RAE")
+    return autoencoder.model
+
+
+def _from_checkpoint(folder: Path, key: str, weights: str) -> tuple:
+    """Parts of a run's checkpoint: weights from it, all else from the run folder around it."""
+    run_dir = folder.parent.parent
+    run = read_yaml(run_dir / "config.yaml")
+    try:
+        given = run["model"]
+        if "rae" not in given:
+            raise ConfigError(f"{key}: {folder} is a checkpoint of a run of stage 1, expected {KINDS}")
+        rae = load_rae(str(run_dir / "rae") if (run_dir / "rae").exists() else given["rae"], key)
+        names, flow, sampling = given.get("class_names"), dict(run["flow"]), dict(run["sampling"])
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"{key}: {run_dir} is no run folder of stage 2 ({error!r})") from error
+    with error_names_setting(key, str(folder)):
+        state = read_tensors(folder / CHECKPOINT_FILES[weights], key)
+        transformer = model_from_state(_checkpoint_config(given, rae, state), state)
+    words = {"ema": "averaged weights", "raw": "raw weights"}[weights]
+    shift = flow["shift"] or default_shift(latent_dim(transformer), flow["shift_base"])
+    settings = PartsSettings(f"checkpoint {folder}, {words}", shift, dict(enumerate(names or [])), sampling)
+    return transformer, rae, settings
+
+
+def _checkpoint_config(given: dict, rae: RAEModel, state: dict) -> dict:
+    """Arguments of RAEDiTModel from a run's settings `model.*`; what follows from its RAE and its data may be missing
+    there."""
+    known = RAEDiTModel._get_init_keys(RAEDiTModel) - {"self"}
+    config = {name: value for name, value in given.items() if name in known}
+    dropout = config.get("class_dropout_prob", 0.1)
+    found = {
+        "sample_size": rae.config.latent_size,
+        "in_channels": rae.config.latent_channels,
+        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - (dropout > 0),
+    }
+    return {**config, **{name: value for name, value in found.items() if config.get(name) is None}}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The guide
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def load_guide(
+    name: Optional[str], own: Optional[Path], transformer: RAEDiTModel, rae: RAEModel, key: str
+) -> Optional[RAEDiTModel]:
+    """The weaker model of SamplingConfig.guide: `name` as load_pipeline_parts takes it, None for the folder `own` where
+    there is one, "none" for no guide. Raises ConfigError, about the setting `key`, for one of other latents or classes
+    than the transformer's."""
+    if name is None and own is not None:
+        return _load_transformer(own, str(own), key)
+    if name in (None, "none"):
+        return None
+    guide, other_rae, _ = load_pipeline_parts(name, key)
+    with error_names_setting(key, name):
+        check_parts_fit(transformer, rae, guide)
+    if other_rae is not None and latents_key(rae) != latents_key(other_rae):
+        raise ConfigError(f"{key}: {name} is of another latent space: its RAE has another encoder or other statistics")
+    return guide
+
+
+def latents_key(rae: RAEModel) -> Any:
+    """What two RAEs with the same latents have in common, whatever their decoders are."""
+    names = ("encoder_input_size", "encoder_layers", "encoder_add_spatial_mean", "encoder_keep_final_affine",
+             "use_latent_stats", "latent_stats_have_mean", "image_mean", "image_std")  # fmt: skip
+    return [getattr(rae.config, name) for name in names], weights_digest(rae, ("decoder.",))

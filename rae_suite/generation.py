@@ -1,0 +1,90 @@
+"""Images drawn by a stage-2 model: noise of each image, latents, 8-bit pixels. A command and an evaluation in training
+draw the same ones.
+
+The noise of an image is a function of the seed and the image's index. What batch it is drawn in, and by which process,
+changes its pixels only as far as matrix products of another shape are summed in another order.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Optional
+
+import torch
+
+from rae_suite.flow import autoguidance_velocity, cfg_velocity, sample_ode, sampling_times
+from rae_suite.metrics import to_8bit
+from rae_suite.randomness import SAMPLE_STREAM, seeded_generator
+from rae_suite.settings_dit import SamplingConfig
+
+
+def image_noise(indices: Sequence, shape: Sequence, seed: int) -> torch.Tensor:
+    """Standard normal noise (B, *shape) of the images `indices`, float32 on the CPU: the same for every device."""
+    return torch.stack([torch.randn(shape, generator=seeded_generator(seed, SAMPLE_STREAM, i)) for i in indices])
+
+
+def draw_latents(
+    transformer: torch.nn.Module,
+    labels: torch.Tensor,
+    noise: torch.Tensor,
+    sampling: SamplingConfig,
+    shift: float,
+    guide: Optional[torch.nn.Module] = None,
+) -> torch.Tensor:
+    """Normalised latents (B, C, h, w) of classes `labels` (B,) from `noise` (B, C, h, w), float32.
+
+    Args:
+        transformer, guide: RAEDiTModels in eval mode; the guide is used where guidance is on. `sampling.guide`, a
+            name, is not looked at.
+        labels, noise: on the transformer's device.
+        shift: factor of flow.shift_times.
+
+    Raises:
+        ValueError: classifier-free guidance of a model that was trained without it.
+    """
+    scale, interval = sampling.guidance_scale, sampling.guidance_interval
+    null_label = transformer.null_label if guide is None and scale != 1 else None
+
+    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+        if guide is not None:
+            return autoguidance_velocity(transformer, guide, x, t, labels, scale, interval)
+        return cfg_velocity(transformer, x, t, labels, null_label, scale, interval)
+
+    times = sampling_times(sampling.num_inference_steps, shift, sampling.end)
+    return sample_ode(velocity, noise, times, sampling.solver)
+
+
+@torch.no_grad()
+def draw_images(
+    transformer: torch.nn.Module,
+    rae: torch.nn.Module,
+    labels: torch.Tensor,
+    indices: Sequence,
+    seed: int,
+    sampling: SamplingConfig,
+    shift: float,
+    guide: Optional[torch.nn.Module] = None,
+    rounding: str = "truncate",
+    autocast: Callable[[], AbstractContextManager] = nullcontext,
+) -> torch.Tensor:
+    """Images, uint8 (B, 3, H, W) on the models' device.
+
+    Args:
+        transformer, rae, guide: on one device and in eval mode; see `draw_latents`.
+        labels: (B,) class indices.
+        indices: the images' numbers, which with the seed decide their noise.
+        rounding: to 8 bit: "truncate" as published, or "round".
+        autocast: makes the context of the models' precision (an accelerator's `autocast`).
+
+    Raises:
+        FloatingPointError: pixels that are not finite, with the image's number: in 8 bit they would look like images.
+    """
+    device, config = rae.device, transformer.config
+    shape = (config.in_channels, config.sample_size, config.sample_size)
+    noise = image_noise(indices, shape, seed).to(device)
+    with autocast():
+        latents = draw_latents(transformer, labels.to(device), noise, sampling, shift, guide)
+        pixels = rae.decode(latents).sample.float()
+    broken = ~pixels.isfinite().flatten(1).all(1)
+    if broken.any():
+        raise FloatingPointError(f"image {indices[broken.nonzero()[0].item()]} has pixels that are not finite")
+    return to_8bit(pixels, rounding)

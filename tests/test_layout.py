@@ -1,0 +1,92 @@
+"""The arrows of the layout: commands and scripts use rae_suite/, which uses modeling_*.py, and never the other way."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+COMMANDS = {"train_rae", "eval_rfid", "linear_probe"}
+FILES = {
+    "command": [ROOT / f"{name}.py" for name in sorted(COMMANDS)],
+    "shared": sorted((ROOT / "rae_suite").glob("*.py")),
+    "script": sorted((ROOT / "scripts").glob("*.py")),
+    "example": sorted((ROOT / "examples").glob("*.py")),
+    "model": sorted(ROOT.glob("modeling_*.py")),
+}
+SCRIPTS = {path.stem for path in FILES["script"]}
+# what each kind of file may import of this repository
+ALLOWED = {
+    "command": {"rae_suite", "modeling"},
+    "shared": {"rae_suite", "modeling"},
+    "script": {"rae_suite", "modeling"},
+    "example": set(),
+    "model": set(),
+}
+
+
+def imported(path: Path) -> set:
+    """Names of the modules that a file imports, at its top or in a function; their first part."""
+    names = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}: relative import in line {node.lineno}"
+            names.add(node.module.split(".")[0])
+    return names
+
+
+def kind(module: str) -> str:
+    """Which part of this repository a module is of; "" for one of a library."""
+    if module in COMMANDS | SCRIPTS:
+        return "command"
+    if module == "rae_suite":
+        return "rae_suite"
+    return "modeling" if module.startswith("modeling_") else ""
+
+
+@pytest.mark.parametrize("part", FILES)
+def test_arrows_run_one_way(part):
+    """No command imports another, nothing shared imports a command, models import nothing of this repository."""
+    assert FILES[part]
+    for path in FILES[part]:
+        found = {module: kind(module) for module in imported(path) if kind(module)}
+        wrong = {module for module, what in found.items() if what not in ALLOWED[part]}
+        assert not wrong, f"{path.relative_to(ROOT)} imports {sorted(wrong)}"
+
+
+def test_few_shared_files_know_the_models():
+    """Only those about networks: a training script of another stage finds nothing of this one's in the others."""
+    know = {path.stem for path in FILES["shared"] if any(kind(module) == "modeling" for module in imported(path))}
+    assert know == {
+        "autoencoders", "comparison", "diffusers_rae", "discriminator", "flow", "model_sources", "position_tables",
+        "published_rae", "rae_networks",
+    }  # fmt: skip
+
+
+def test_the_root_shows_commands_and_models_only():
+    python_files = {path.stem for path in ROOT.glob("*.py")}
+    assert python_files == COMMANDS | {path.stem for path in FILES["model"]}
+
+
+def test_the_readme_ends_with_the_tree():
+    """Every Python file outside of tests and benchmarks has its line, and every line its file."""
+    tree = (ROOT / "README.md").read_text().rstrip().rsplit("```", 2)[1]
+    named = {line.split()[0] for line in tree.splitlines() if line.strip() and line.split()[0].endswith(".py")}
+    files = {path.name for paths in FILES.values() for path in paths if path.name != "__init__.py"}
+    assert files - named == set() and named - files == set()
+
+
+def test_each_shared_file_can_be_imported_first():
+    """No import in a circle, whichever file is asked for first."""
+    names = [f"rae_suite.{path.stem}" for path in FILES["shared"] if path.stem != "__init__"]
+    code = "import os, sys, importlib\nfor name in sys.argv[1:]:\n"
+    code += "    pid = os.fork()\n    if pid == 0:\n        importlib.import_module(name)\n        os._exit(0)\n"
+    code += "    if os.waitpid(pid, 0)[1]:\n        print(name)\n"
+    # the libraries first, once for all of them
+    libraries = "import torch, transformers, accelerate, datasets, torchvision, cleanfid.fid, diffusers\n"
+    done = subprocess.run([sys.executable, "-c", libraries + code, *names], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr

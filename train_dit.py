@@ -1,0 +1,507 @@
+"""Train a diffusion transformer (stage 2) on the latents of a representation autoencoder: DiT-DH, or a plain DiT.
+
+    accelerate launch train_dit.py --config configs/ditdh_xl.yaml --model.rae runs/dinov2_b/final --data.path ...
+
+Any setting of rae_suite/settings_dit.py can be given as a flag; `--help` lists them. The same command continues a run
+that was stopped. The method is that of arXiv 2510.11690, section on diffusion. `--config configs/ditdh_digits.yaml`
+trains on handwritten digits, on the autoencoder of train_rae.py's demo, in about four minutes on two CPU cores;
+configs/ has the published settings.
+"""
+
+# ruff: noqa: E402
+import sys
+from collections.abc import Iterable
+
+from rae_suite.dit_folders import load_guide
+from rae_suite.flow import Draws
+from rae_suite.frechet import FrechetMetric, References, cached_references, encoder_metric
+from rae_suite.loaders import eval_loader, evenly_spread
+from rae_suite.pictures import HEADING, GridLayout
+from rae_suite.settings_dit import parse_config
+from rae_suite.sources import ImageSource
+
+if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv):
+    parse_config()  # prints the help and ends the process: the imports below take seconds
+
+import shutil
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Optional
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from modeling_dit import RAEDiTModel
+from modeling_rae import RAEModel
+from rae_suite.class_labels import balanced_labels
+from rae_suite.cli import with_settings
+from rae_suite.digests import weights_digest
+from rae_suite.dit_evaluation import distance_of_drawn, held_out_loss, reference_of_images
+from rae_suite.dit_folders import is_whole_pipeline, save_pipeline
+from rae_suite.dit_networks import (
+    build_dit,
+    check_settings,
+    compile_networks,
+    compute_latent_stats,
+    keep_rae,
+    model_settings,
+    open_rae,
+    time_shift,
+)
+from rae_suite.ema import EMA
+from rae_suite.errors import error_names_setting
+from rae_suite.files import write_folder
+from rae_suite.flow import (
+    draw_by_place,
+    drop_labels,
+    interpolate,
+    training_times,
+    velocity_loss,
+    velocity_target,
+)
+from rae_suite.generation import draw_images
+from rae_suite.hub import Publisher, check_hub, push_command
+from rae_suite.labels import Classes, find_classes
+from rae_suite.latent_stats import LatentReader
+from rae_suite.launch import (
+    build_accelerator,
+    compute_deterministically,
+    data_errors_end_this_process,
+    fsdp_is_asked_for,
+    micro_batch_size,
+    quiet_transformers,
+    run_main,
+    say,
+)
+from rae_suite.loaders import UnreadableLog
+from rae_suite.metric_names import GENERATION_METRICS
+from rae_suite.pictures import class_grid
+from rae_suite.randomness import batch_place
+from rae_suite.run_folder import (
+    check_run_folder,
+    check_shared_folder,
+    continue_run,
+    errors_name_checkpoint,
+    finished_steps,
+    resolve_config,
+    save_run,
+    take_run_folder,
+)
+from rae_suite.run_log import RunLog, start_trackers, upload
+from rae_suite.settings_dit import Config
+from rae_suite.sharding import gather_to_cpu, shard
+from rae_suite.steps import Steps, step_batches
+from rae_suite.training_data import TrainingData, open_data, open_loader, write_shards
+from rae_suite.updates import (
+    StepRecord,
+    apply_update,
+    gradient_norm,
+    learning_rate,
+    mean_over_micro_batches,
+    mean_over_processes,
+    no_sync_except_last,
+    set_learning_rate,
+)
+
+GRID_ROWS = 4  # images of each class in a sample grid
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What a run is made of
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """The networks, the optimizer and resolved numbers that a training step needs."""
+
+    config: Config
+    accelerator: Accelerator
+    model: nn.Module  # prepared
+    rae: RAEModel  # frozen, on the device
+    optimizer: Any
+    ema: EMA
+    classes: Classes  # of the training images
+    shift: float  # factor of flow.shift_times
+    guide: Optional[RAEDiTModel]  # of sampling
+    steps_per_epoch: int
+    frozen: dict  # digests of the networks that do not learn, by the setting that names them
+
+    @property
+    def dit(self) -> RAEDiTModel:
+        return self.accelerator.unwrap_model(self.model)
+
+    @property
+    def sharded(self) -> bool:
+        return isinstance(self.model, FSDPModule)
+
+    def parts(self) -> dict:
+        """What changes while the run goes on, by its name in a checkpoint."""
+        return {"model": self.dit, "ema": self.ema, "optimizer": self.optimizer}
+
+
+def build_run(config: Config, accelerator: Accelerator, rae: RAEModel, classes: Classes, steps_per_epoch: int) -> Run:
+    """Build the transformer and its optimizer and prepare them for the devices at hand."""
+    rae = rae.to(accelerator.device).eval()
+    frozen = {"model.rae": weights_digest(rae, ("decoder.", "latent_"))}
+    if rae.config.use_latent_stats:
+        frozen["latents.stats"] = weights_digest(rae, ("decoder.", "encoder."))
+    shift, settings = time_shift(config.flow, rae), model_settings(config.model, rae, classes)
+    dit = build_dit(config.model, settings, classes, config.train.seed)
+    guide = load_guide(config.sampling.guide, None, dit, rae, "sampling.guide")
+    guide = None if guide is None else guide.to(accelerator.device)
+    sharded = fsdp_is_asked_for() and accelerator.use_distributed  # one process has nothing to share out
+    model = shard(dit, accelerator) if sharded else accelerator.prepare(dit)
+    dit = accelerator.unwrap_model(model)
+    trained = [p for p in dit.parameters() if p.requires_grad]
+    optimizer = accelerator.prepare(torch.optim.AdamW(trained, **asdict(config.optimizer), fused=True))
+    if config.train.compile:
+        compile_networks(dit, rae.encoder)
+    return Run(
+        config=config,
+        accelerator=accelerator,
+        model=model,
+        rae=rae,
+        optimizer=optimizer,
+        ema=EMA(dit, config.ema.decay),
+        classes=classes,
+        shift=shift,
+        guide=guide,
+        steps_per_epoch=steps_per_epoch,
+        frozen=frozen,
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One training step
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode(run: Run, pixels: torch.Tensor) -> torch.Tensor:
+    """Pixels (B, 3, S, S) in [0, 1] to normalised latents (B, C, h, w), float32, outside of the run's own autocast."""
+    bf16 = run.config.latents.encoder_precision == "bf16"
+    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
+        return run.rae.encode(pixels, add_noise=False).latent.float()
+
+
+def prepare(run: Run, batches: list, step: int) -> list:
+    """A step's micro-batches, (pixels, labels) as batches have them, as `train_step` takes them."""
+    config, prepared = run.config, []
+    for i, (pixels, labels) in enumerate(batches):
+        latents = encode(run, pixels)
+        place = batch_place(run.accelerator, config.train, config.data.streaming, i) * len(latents)
+        draws = draw_by_place(latents, place, config.train.seed, step)
+        prepared.append((latents, run.classes.of(labels).to(latents.device), draws))
+    return prepared
+
+
+def flow_loss(run: Run, latents: torch.Tensor, labels: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """The loss of each sample (B,): latents (B, C, h, w), class indices (B,), and what was drawn for them."""
+    dropout = run.config.model.class_dropout_prob
+    if dropout > 0:
+        labels = drop_labels(labels, draws.u_drop, dropout, run.dit.null_label)
+    t = training_times(draws.u_time, run.config.flow.time_distribution, run.shift).to(latents.device)
+    noisy = interpolate(latents, draws.noise, t)
+    with run.accelerator.autocast():
+        predicted = run.model(noisy, t, labels).sample
+    return velocity_loss(predicted, velocity_target(latents, draws.noise))
+
+
+def train_step(run: Run, batches: list, step: int, stop: bool = False) -> StepRecord:
+    """One whole step: forward and backward passes, the update, the moving average. The host does not wait for the
+    device anywhere in it. An update with a loss or a gradient that is nan or inf is not made, which is decided on the
+    device.
+
+    Args:
+        batches: this process's micro-batches: normalised latents (B, C, h, w), class indices (B,), Draws.
+        step: 0-based; decides the learning rate.
+        stop: whether this process was asked to stop; the record's answer is the same on all processes.
+
+    Returns:
+        StepRecord of loss, grad_norm, lr.
+    """
+    config, accelerator = run.config, run.accelerator
+    lr = learning_rate(step, config.optimizer.lr, config.lr_schedule, run.steps_per_epoch)
+    set_learning_rate(run.optimizer, lr)
+    run.model.train()
+    terms = []
+    for i, (latents, labels, draws) in enumerate(batches):
+        with no_sync_except_last(accelerator, run.model, i, len(batches)):
+            loss = flow_loss(run, latents, labels, draws).mean()
+            accelerator.backward(loss / len(batches))
+        terms.append({"loss": loss.detach()})
+    accelerator.unscale_gradients(run.optimizer)
+    parameters = [p for p in run.dit.parameters() if p.requires_grad]
+    grad_norm = gradient_norm(parameters)
+    if config.train.clip_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, config.train.clip_grad_norm, grad_norm)
+    asked = torch.full((), float(stop), device=accelerator.device)
+    values = {**mean_over_micro_batches(terms), "stop": asked, "grad_norm": grad_norm}
+    values = mean_over_processes(accelerator, values)
+    update = apply_update(accelerator, run.optimizer, values, ("loss",), "grad_norm", {"lr": lr})
+    run.ema.update(unless=update.failed)
+    return StepRecord(step + 1, [update])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluation, pictures, models
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Evaluation:
+    """What a run is evaluated with: held-out images and their classes, classes of the images that are drawn, and the
+    distance between the two on the encoder's features."""
+
+    loader: Iterable
+    classes: Classes
+    labels: torch.Tensor  # (N,) of the drawn images
+    distance: FrechetMetric
+    references: References
+
+
+def build_evaluation(run: Run, images: ImageSource) -> Evaluation:
+    config, accelerator, size = run.config, run.accelerator, run.rae.config.image_size
+    loader = eval_loader(
+        images,
+        size,
+        config.eval.batch_size,
+        config.data.num_workers,
+        accelerator.process_index,
+        accelerator.num_processes,
+        config.eval.num_samples,
+    )
+
+    def tokens(pixels: torch.Tensor) -> torch.Tensor:
+        return run.rae.encode(pixels, add_noise=False, normalize=False).latent
+
+    distance = encoder_metric(tokens, run.rae, run.rae.config.latent_channels, accelerator, "fdd")
+    return Evaluation(
+        loader,
+        find_classes(images, config.model.num_classes, config.model.class_names, "data.eval_split"),
+        balanced_labels(config.eval.num_generated, range(run.classes.num), config.train.seed),
+        distance,
+        cached_references([distance], images, config.eval.num_samples, size, accelerator),
+    )
+
+
+def draw(run: Run, labels: torch.Tensor, indices: list) -> torch.Tensor:
+    """Images, uint8 (B, 3, H, W), of classes `labels` (B,) with the present weights; the noise of an image is that of
+    its index."""
+    seed, autocast = run.config.train.seed, run.accelerator.autocast
+    return draw_images(
+        run.dit, run.rae, labels, indices, seed, run.config.sampling, run.shift, run.guide, "round", autocast
+    )
+
+
+@torch.compiler.set_stance("force_eager")  # evaluation has shapes of its own: no graphs for them
+def evaluate(run: Run, evaluation: Evaluation, log: RunLog) -> None:
+    """Evaluate the averaged weights, and the raw ones if asked; the best averaged ones go to best/."""
+    run.model.eval()
+    if run.config.eval.raw:
+        measure(run, evaluation, log, "raw")
+    values = measure(run, evaluation, log, "ema")
+    shown = ", ".join(f"{name} {values[name]:.4f}" for name in run.config.eval.metrics)
+    say(run.accelerator, f"step {log.state.step}: {shown} (EMA, {values['num_samples']} images)")
+    best = run.config.eval.best_metric
+    if log.is_best(best, values[best], GENERATION_METRICS[best].higher_is_better, values["num_samples"]):
+        export(run, log.run_dir / "best")
+
+
+def measure(run: Run, evaluation: Evaluation, log: RunLog, weights: str) -> dict:
+    """Evaluate the "raw" or the averaged weights ("ema"), and write the line. Returns the metrics and `num_samples`."""
+    config, accelerator, values = run.config, run.accelerator, {}
+    times = partial(training_times, distribution=config.flow.time_distribution, shift=run.shift)
+    with run.ema.applied() if weights == "ema" else nullcontext():
+        values = held_out_loss(
+            run.dit,
+            partial(encode, run),
+            evaluation.loader,
+            evaluation.classes,
+            times,
+            config.train.seed,
+            accelerator,
+            log.unreadable.add,
+            run.sharded,
+        )
+        if "fdd" in config.eval.metrics:
+            metric, loader = evaluation.distance, evaluation.loader
+            reference = reference_of_images(metric, evaluation.references, loader, accelerator, log.unreadable.add)
+            size = config.eval.batch_size
+            found = distance_of_drawn(partial(draw, run), evaluation.labels, size, metric, reference, accelerator)
+            values = {**values, "fdd": found, "num_generated": len(evaluation.labels)}
+    log.write("eval", {"model": weights, **values})
+    return values
+
+
+@torch.compiler.set_stance("force_eager")
+def draw_samples(run: Run, log: RunLog) -> None:
+    """Write a grid with a column for each of some classes, drawn with the averaged weights, and the curves; show the
+    grid to the trackers."""
+    run.model.eval()
+    classes = torch.tensor(evenly_spread(range(run.classes.num), run.config.logging.num_samples))
+    labels = classes.repeat(GRID_ROWS)
+    with run.ema.applied():
+        images = draw(run, labels, list(range(len(labels))))  # on all processes: a sharded model takes them all
+    if run.accelerator.is_main_process:
+        names = [run.classes.names[i] if run.classes.names else str(i) for i in classes.tolist()]
+        layout = GridLayout(rows=GRID_ROWS, shown=0, heading=HEADING)
+        log.picture("samples", class_grid(images, names).numpy(), layout)
+
+
+def export(run: Run, folder: Path) -> None:
+    """Write the averaged weights as a pipeline folder."""
+    main, config = run.accelerator.is_main_process, run.config
+
+    def write(beside: Path) -> None:
+        with run.ema.applied():  # gathering on a CPU copies nothing: the file is written before the weights change back
+            state = gather_to_cpu(run.dit.state_dict(), main)
+            if main:
+                sampling = {**asdict(config.sampling), "shift": run.shift}
+                save_pipeline(
+                    beside,
+                    run.dit,
+                    run.rae,
+                    state=state,
+                    guide=run.guide,
+                    class_names=run.classes.names,
+                    sampling=sampling,
+                    rae_id=config.model.rae,
+                )
+
+    write_folder(folder, write, main, run.accelerator.wait_for_everyone)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The run
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def train(
+    run: Run, evaluation: Evaluation, log: RunLog, publisher: Optional[Publisher], loader: Any, total_steps: int
+) -> bool:
+    """The training loop. Returns whether it came to its end (and was not asked to stop)."""
+    config, accelerator, state = run.config, run.accelerator, log.state
+    if state.step == 0:
+        evaluate(run, evaluation, log)
+        draw_samples(run, log)
+    steps = Steps(config, accelerator, state, total_steps, run.steps_per_epoch, log.run_dir)
+    accumulation = config.train.gradient_accumulation_steps
+    batches = step_batches(loader, accumulation, accelerator.device, log.unreadable.add)
+    while state.step < total_steps:
+        steps.add(train_step(run, prepare(run, next(batches), state.step), state.step, steps.stop_asked))
+
+        due = steps.due()
+        record = steps.read(everything=any(due))  # what is written down is of steps that are known to be good
+        if due.logging:
+            log.train(record, steps.images_per_second(record["loss"]))
+        with steps.paused():
+            if due.evaluation:
+                evaluate(run, evaluation, log)
+            if due.samples:
+                draw_samples(run, log)
+            if state.step == total_steps:
+                export(run, log.run_dir / "final")  # before the checkpoint that says the run is finished
+            elif due.upload:
+                upload(accelerator, publisher, log, partial(export, run))
+            if due.checkpoint or steps.stopping:
+                save_run(accelerator, log.run_dir, state, run.parts(), loader, config.train.keep_last)
+        if steps.stopped_early():
+            break
+    steps.bar.close()
+    return state.step >= total_steps
+
+
+def main() -> None:
+    config = parse_config()
+    quiet_transformers()
+    if config.train.deterministic:
+        compute_deterministically()
+
+    # everything that can be wrong is looked at before anything expensive starts
+    accelerator = build_accelerator(config.train, config.logging.report_to)
+    config = resolve_config(config, accelerator)
+    micro_batch = micro_batch_size(config.train, accelerator.num_processes)
+    rae = open_rae(config.model, config.latents)
+    data = open_data(config.data, config.train, config.eval.num_samples, accelerator, micro_batch)
+    classes = find_classes(data.images, config.model.num_classes, config.model.class_names, "data.train_split")
+    config = with_settings(config, {"model.num_classes": classes.num, "model.class_names": classes.names})
+    check_settings(model_settings(config.model, rae, classes))
+    check_hub(config.hub, config.model.rae)
+    with error_names_setting("train.output_dir"):
+        run_dir = check_run_folder(config)
+    total_steps = config.train.max_steps or max(1, round(config.train.epochs * data.steps_per_epoch))
+    final = run_dir / "final"
+    done = finished_steps(accelerator, run_dir, total_steps, is_whole_pipeline)
+    if done:
+        if accelerator.is_main_process:
+            print(f"{run_dir} is finished: {done} of {total_steps} steps, model in {final}")
+            if config.hub.push:
+                print(f"to upload it: {push_command(config.hub, final)}")
+        return
+
+    publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
+    lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
+    check_shared_folder(run_dir, lock)
+
+    # networks, and the state of an earlier part of this run
+    if config.latents.stats == "compute":
+        reader = LatentReader(data.images, config.data, config.eval.batch_size, config.data.flip, accelerator)
+        compute_latent_stats(rae.to(accelerator.device), reader, run_dir)
+    run = build_run(config, accelerator, rae, classes, data.steps_per_epoch)
+    state, continued = continue_run(accelerator, run_dir, data, run.parts(), run.frozen)
+    keep_rae(rae, run_dir, accelerator)
+    if accelerator.is_main_process:
+        write_shards(run_dir, data)
+    size, lanes = rae.config.image_size, (state.stream or {}).get("lanes")
+    loader = open_loader(data, config.data, config.train, accelerator, size, state.step, total_steps, lanes)
+    log = RunLog(accelerator, run_dir, state, data.steps_per_epoch, UnreadableLog(config.data.max_unreadable))
+    evaluation = build_evaluation(run, data.eval_images)
+    log.forget_after(state.step if continued else -1)
+    start_trackers(config, accelerator, run_dir, state.step)
+    say(accelerator, describe(run, data, micro_batch, total_steps))
+
+    if state.step < total_steps and accelerator.is_main_process:
+        shutil.rmtree(final, ignore_errors=True)  # of this run when it was shorter
+
+    with data_errors_end_this_process(accelerator), errors_name_checkpoint(run_dir):
+        finished = train(run, evaluation, log, publisher, loader, total_steps)
+        # it may be damaged, or the checkpoints reach further than train.max_steps now does
+        if finished and not is_whole_pipeline(final):
+            export(run, final)
+    if finished and accelerator.is_main_process:
+        say(accelerator, log.summary(config.eval.metrics, "held-out images"))
+    accelerator.end_training()
+    if finished and publisher is not None:
+        publisher.finish(final)  # the other processes are not kept waiting
+    if lock is not None:
+        lock.close()
+
+
+def describe(run: Run, data: TrainingData, micro_batch: int, total_steps: int) -> str:
+    """What is about to happen, in a few lines."""
+    c, a, latents = run.config, run.accelerator, run.rae.config
+    dit = sum(p.numel() for p in run.dit.parameters()) / 1e6
+    kind = "DiT-DH" if run.dit.has_head else "DiT"
+    shape = f"{latents.latent_channels} x {latents.latent_size} x {latents.latent_size}"
+    normalised = "normalised" if latents.use_latent_stats else "NOT normalised"
+    return "\n".join(
+        [
+            f"{kind} {dit:.1f}M on latents {shape} of {c.model.rae}, {normalised}, {latents.image_size} px",
+            f"{data.num_images or 'streamed'} training and {len(data.eval_images)} evaluation images of "
+            f"{run.classes.num} classes, {run.steps_per_epoch} steps an epoch, {total_steps} steps; "
+            f"times {c.flow.time_distribution}, shift {run.shift:.4g}",
+            f"batch {c.train.global_batch_size} = {a.num_processes} processes x {micro_batch} images x "
+            f"{c.train.gradient_accumulation_steps} accumulated, precision {a.mixed_precision}, {a.device.type}"
+            + (", sharded (FSDP2)" if run.sharded else ""),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    run_main(main)
