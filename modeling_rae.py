@@ -216,9 +216,9 @@ class LayerNormWithoutAffine(nn.Module):
         return F.layer_norm(x, self.normalized_shape, eps=self.eps)
 
 
-def _remove_final_affine(encoder: PreTrainedModel, name: str) -> LayerNormWithoutAffine:
-    """Replace the encoder's final LayerNorm, the one module whose path ends in `name`, with one that has no weight and
-    bias (RAE paper, appendix on encoders), and return that one."""
+def _final_norm(encoder: PreTrainedModel, name: str, keep_affine: bool) -> nn.Module:
+    """The encoder's final LayerNorm, the one module whose path ends in `name`. Unless `keep_affine`, one without weight
+    and bias takes its place first (RAE paper, appendix on encoders)."""
     if name == "none":
         return LayerNormWithoutAffine((encoder.config.hidden_size,), eps=1e-6)
     paths = [path for path, _ in encoder.named_modules() if f".{path}".endswith(f".{name}")]
@@ -230,6 +230,8 @@ def _remove_final_affine(encoder: PreTrainedModel, name: str) -> LayerNormWithou
             f"encoder_final_norm: expected the LayerNorm after the last block of {type(encoder).__name__}, one of "
             f"{outside}, or none, got '{name}'"
         )
+    if keep_affine:
+        return norm
     parent, _, attribute = paths[0].rpartition(".")
     plain = LayerNormWithoutAffine(norm.normalized_shape, norm.eps)
     setattr(encoder.get_submodule(parent), attribute, plain)
@@ -264,10 +266,13 @@ class RAEConfig(PreTrainedConfig):
         encoder_layers: blocks (0-based, ascending) whose outputs, each after the final LayerNorm, are averaged into the
             latent (RAEv2); blocks after the last of them are not built. None: the last block's output alone.
         encoder_add_spatial_mean: whether the mean over positions of the last chosen block's tokens is added to every
-            token (RAEv2: yes for DINOv3 and SigLIP2, no for DINOv2).
+            token (RAEv2: with several blocks of DINOv3 or SigLIP2; neither for DINOv2 nor for the last block alone).
+        encoder_keep_final_affine: whether the final LayerNorm keeps its weight and bias (RAEv2: for SigLIP2, whose
+            pixels it also normalises with IMAGENET_MEAN and IMAGENET_STD; RAE: never).
         encoder_prefix_tokens, encoder_final_norm: number of tokens before the patch tokens, and name of the last
             LayerNorm ("none": there is none), of an encoder that ENCODER_FAMILIES does not know. None: as it says.
-        image_mean, image_std: per-channel normalisation of pixels in [0, 1], from the encoder's image processor.
+        image_mean, image_std: per-channel normalisation of pixels in [0, 1]; `from_encoder` takes them from the
+            encoder's image processor.
         decoder_hidden_size, decoder_num_hidden_layers, decoder_num_attention_heads, decoder_intermediate_size:
             the decoder's width, blocks, heads and MLP width. Defaults: ViT-XL.
         decoder_patch_size: side in pixels of the patch that each latent token becomes.
@@ -277,6 +282,8 @@ class RAEConfig(PreTrainedConfig):
         noise_tau: sigma of the latent noise in training mode is `noise_tau * U[0, 1]` per sample.
         train_position_embedding: whether the decoder's position table learns (it starts as MAE's sin-cos table).
         use_latent_stats: whether the model holds a mean and a variance of its latents and normalises with them.
+        latent_stats_have_mean: whether these statistics have a mean. The published ones of DINOv2-B have none: then
+            nothing is subtracted, and latents are only divided by their standard deviation.
         scaling_factor: factor on latents that diffusion code expects; 1.0, normalisation is done by the statistics.
 
     Raises:
@@ -297,6 +304,7 @@ class RAEConfig(PreTrainedConfig):
         encoder_input_size: int = 224,
         encoder_layers: Optional[tuple] = None,
         encoder_add_spatial_mean: bool = False,
+        encoder_keep_final_affine: bool = False,
         encoder_prefix_tokens: Optional[int] = None,
         encoder_final_norm: Optional[str] = None,
         image_mean: tuple = IMAGENET_MEAN,
@@ -312,6 +320,7 @@ class RAEConfig(PreTrainedConfig):
         noise_tau: float = 0.0,
         train_position_embedding: bool = False,
         use_latent_stats: bool = False,
+        latent_stats_have_mean: bool = True,
         scaling_factor: float = 1.0,
         **kwargs,
     ):
@@ -324,6 +333,7 @@ class RAEConfig(PreTrainedConfig):
         self.encoder_input_size = encoder_input_size
         self.encoder_layers = encoder_layers
         self.encoder_add_spatial_mean = encoder_add_spatial_mean
+        self.encoder_keep_final_affine = encoder_keep_final_affine
         self.encoder_prefix_tokens = encoder_prefix_tokens
         self.encoder_final_norm = encoder_final_norm
         self.image_mean = image_mean
@@ -339,6 +349,7 @@ class RAEConfig(PreTrainedConfig):
         self.noise_tau = noise_tau
         self.train_position_embedding = train_position_embedding
         self.use_latent_stats = use_latent_stats
+        self.latent_stats_have_mean = latent_stats_have_mean
         self.scaling_factor = scaling_factor
         self._check_values()
         self.encoder_layers = None if encoder_layers is None else list(encoder_layers)
@@ -356,12 +367,21 @@ class RAEConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
-    def from_encoder(cls, encoder_id: str, revision: Optional[str] = None, **config) -> "RAEConfig":
+    def from_encoder(
+        cls,
+        encoder_id: str,
+        revision: Optional[str] = None,
+        image_mean: Optional[tuple] = None,
+        image_std: Optional[tuple] = None,
+        **config,
+    ) -> "RAEConfig":
         """The config of an RAE around a published encoder, from that encoder's own config and image processor.
 
         Args:
             encoder_id: Hub id or local folder with `config.json` and `preprocessor_config.json`.
             revision: Hub revision.
+            image_mean, image_std: three numbers each, in place of those of `preprocessor_config.json`, which is not
+                needed where both are given.
             config: further fields of RAEConfig.
 
         Raises:
@@ -369,15 +389,18 @@ class RAEConfig(PreTrainedConfig):
             ValueError: unknown family, sizes that do not fit, or a processor without mean and std.
         """
         encoder_config = read_config(encoder_id, revision=revision)
-        processor, _ = ImageProcessingMixin.get_image_processor_dict(encoder_id, revision=revision)
-        if not {"image_mean", "image_std"} <= processor.keys():
-            raise ValueError(f"{encoder_id}: its preprocessor_config.json has no image_mean and image_std")
+        if image_mean is None or image_std is None:
+            processor, _ = ImageProcessingMixin.get_image_processor_dict(encoder_id, revision=revision)
+            if not {"image_mean", "image_std"} <= processor.keys():
+                raise ValueError(f"{encoder_id}: its preprocessor_config.json has no image_mean and image_std")
+            image_mean = processor["image_mean"] if image_mean is None else image_mean
+            image_std = processor["image_std"] if image_std is None else image_std
         return cls(
             encoder_config=encoder_config,
             encoder_id=encoder_id,
             encoder_revision=revision,
-            image_mean=processor["image_mean"],
-            image_std=processor["image_std"],
+            image_mean=image_mean,
+            image_std=image_std,
             **config,
         )
 
@@ -402,7 +425,8 @@ class RAEConfig(PreTrainedConfig):
                 f"an integer from 1 to {MAX_BLOCKS}",
             ),
             (
-                "encoder_bundled encoder_add_spatial_mean denormalize_output train_position_embedding use_latent_stats",
+                "encoder_bundled encoder_add_spatial_mean encoder_keep_final_affine denormalize_output "
+                "train_position_embedding use_latent_stats latent_stats_have_mean",
                 lambda value: isinstance(value, bool),
                 "true or false",
             ),
@@ -438,6 +462,11 @@ class RAEConfig(PreTrainedConfig):
     def _check_encoder(self) -> None:
         encoder, layers = self.encoder_config, self.encoder_layers
         self.encoder_family()
+        if self.encoder_keep_final_affine and self.encoder_final_norm is not None:
+            raise ValueError(
+                "encoder_keep_final_affine: expected false with encoder_final_norm, got true: whether the encoder "
+                "applies that norm itself is not known, and a weight and bias that are applied twice count twice"
+            )
         for name in (
             ("hidden_size", "patch_size") if layers is None else ("hidden_size", "patch_size", "num_hidden_layers")
         ):
@@ -617,6 +646,19 @@ class RAEDecoder(nn.Module):
 # --------------------------------------------------------------------------------------------------------------------
 
 
+def expand_statistics(value: torch.Tensor, shape: tuple, name: str) -> torch.Tensor:
+    """A latent mean or variance as (C, h, w), which is `shape`, from a shape that broadcasts to it, such as (C, 1, 1),
+    (1, C, h, w) or (). Raises ValueError, about `name`, for others. (C,) is among them: torch would repeat it along the
+    width."""
+    found = tuple(value.shape)
+    while value.ndim > len(shape) and len(value) == 1:
+        value = value[0]
+    fits = value.ndim <= len(shape) and all(n in (1, m) for n, m in zip(value.shape[::-1], shape[::-1], strict=False))
+    if not fits or (value.ndim == 1 and len(value) > 1):
+        raise ValueError(f"{name} has shape {found}, the latents {shape}; one value a channel is ({shape[0]}, 1, 1)")
+    return value.expand(shape)
+
+
 @contextmanager
 def _damaged_files_named(source: str, place: dict) -> Iterator[None]:
     """Turn an error of loading the model `source` into a ValueError that names the damaged weights file, where there is
@@ -691,7 +733,8 @@ class RAEPreTrainedModel(PreTrainedModel):
             init.copy_(module.decoder_pos_embed, table)
             init.zeros_(module.trainable_cls_token)
         elif isinstance(module, RAEModel) and module.config.use_latent_stats:
-            init.zeros_(module.latent_mean)
+            if module.latent_mean is not None:
+                init.zeros_(module.latent_mean)
             init.ones_(module.latent_var)
 
 
@@ -714,14 +757,15 @@ class RAEModel(RAEPreTrainedModel):
         self._block_outputs = []
         for index in (config.encoder_layers or [])[:-1]:  # the last one's output is the encoder's
             _encoder_blocks(self.encoder)[index].register_forward_hook(self._keep_block_output)
-        self.encoder_norm = self._prepare_encoder(self.encoder)
+        # in a tuple: as a module of its own, one that keeps its weight and bias would be saved twice
+        self._encoder_norm = (self._prepare_encoder(self.encoder),)
         self._interpolates = "interpolate_pos_encoding" in inspect.signature(type(self.encoder).forward).parameters
         self._no_split_modules = {*self._no_split_modules, *(self.encoder._no_split_modules or ())}
         self.decoder = RAEDecoder(config)
         self._image_statistics = {}
         if config.use_latent_stats:
             shape = (config.latent_channels, config.latent_size, config.latent_size)
-            self.register_buffer("latent_mean", torch.zeros(shape))
+            self.register_buffer("latent_mean", torch.zeros(shape) if config.latent_stats_have_mean else None)
             self.register_buffer("latent_var", torch.ones(shape))
         if not config.encoder_bundled:
             self._keys_to_ignore_on_load_missing = [r"^encoder\."]  # from_pretrained fetches them from encoder_id
@@ -732,13 +776,18 @@ class RAEModel(RAEPreTrainedModel):
         self.encoder.requires_grad_(False).eval()
         self.decoder.decoder_pos_embed.requires_grad_(self.config.train_position_embedding)
 
-    def _prepare_encoder(self, encoder: PreTrainedModel) -> LayerNormWithoutAffine:
-        """Take out of the encoder what the RAE does not use: the affine part of the final LayerNorm, which is returned,
-        and the blocks after the last one that `encoder_layers` names."""
-        norm = _remove_final_affine(encoder, self.config.encoder_family().final_norm)
+    def _prepare_encoder(self, encoder: PreTrainedModel) -> nn.Module:
+        """Take out of the encoder what the RAE does not use: the affine part of the final LayerNorm, unless it is kept,
+        and the blocks after the last one that `encoder_layers` names. Returns that LayerNorm."""
+        norm = _final_norm(encoder, self.config.encoder_family().final_norm, self.config.encoder_keep_final_affine)
         if self.config.encoder_layers is not None:
             del _encoder_blocks(encoder)[self.config.encoder_layers[-1] + 1 :]
         return norm
+
+    @property
+    def encoder_norm(self) -> nn.Module:
+        """The LayerNorm, over the last dimension, that every chosen block's tokens go through."""
+        return self._encoder_norm[0]
 
     # ----------------------------------------------------------------------------------------------- construction
 
@@ -869,23 +918,23 @@ class RAEModel(RAEPreTrainedModel):
 
     # ------------------------------------------------------------------------------------------------- statistics
 
-    def set_latent_stats(self, mean: torch.Tensor, var: torch.Tensor) -> None:
-        """Store the data set's latent mean and population variance, (C, h, w) each. Raises ValueError on other shapes
-        or when the model was built without `use_latent_stats`."""
+    def set_latent_stats(self, mean: Optional[torch.Tensor], var: torch.Tensor) -> None:
+        """Store the data set's latent mean and population variance, of shapes that broadcast to (C, h, w). Without a
+        mean (None), nothing will be subtracted. Raises ValueError on other shapes or when the model was built without
+        `use_latent_stats`."""
         if not self.config.use_latent_stats:
             raise ValueError("the model was built with use_latent_stats=False: it has no place for statistics")
-        for name, value in (("mean", mean), ("var", var)):
-            expected = tuple(self.latent_mean.shape)
-            if tuple(value.shape) != expected:
-                raise ValueError(f"latent {name} has shape {tuple(value.shape)}, the model's latents are {expected}")
-        self.latent_mean.copy_(mean)
-        self.latent_var.copy_(var)
+        shape = tuple(self.latent_var.shape)
+        mean = None if mean is None else expand_statistics(mean, shape, "latent mean")
+        self.latent_var.copy_(expand_statistics(var, shape, "latent var"))
+        self.latent_mean = None if mean is None else torch.empty_like(self.latent_var).copy_(mean)
+        self.config.latent_stats_have_mean = mean is not None
 
     def _latent_mean_and_std(self, device: torch.device) -> tuple:
         """(C, h, w) float32 each, on the latents' device, which is another than the buffers' when a device map spreads
-        the model."""
-        mean, var = (buffer.to(device, torch.float32) for buffer in (self.latent_mean, self.latent_var))
-        return mean, (var + LATENT_VAR_EPS).sqrt()
+        the model. The mean is 0.0 where there is none."""
+        std = (self.latent_var.to(device, torch.float32) + LATENT_VAR_EPS).sqrt()
+        return 0.0 if self.latent_mean is None else self.latent_mean.to(device, torch.float32), std
 
     def _image_mean_and_std(self, like: torch.Tensor) -> tuple:
         key = (like.device, like.dtype)
@@ -938,7 +987,7 @@ class RAEModel(RAEPreTrainedModel):
 
     def _patch_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised pixels (B, 3, S, S) to the encoder's patch tokens (B, N, C): the last block's, or the mean over
-        `encoder_layers` (RAEv2), after the final LayerNorm without affine."""
+        `encoder_layers` (RAEv2), after the final LayerNorm, without affine unless `encoder_keep_final_affine`."""
         config, family = self.config, self.config.encoder_family()
         prefix, patches = family.prefix_tokens(config.encoder_config), config.latent_size**2
         options = {"interpolate_pos_encoding": True} if self._interpolates else {}
@@ -986,9 +1035,9 @@ class RAEModel(RAEPreTrainedModel):
         if latent.ndim != 4 or latent.shape[1] != config.latent_channels:
             raise ValueError(f"latent must be (B, {config.latent_channels}, h, w), got {tuple(latent.shape)}")
         if config.use_latent_stats:
-            if latent.shape[2:] != self.latent_mean.shape[1:]:
+            if latent.shape[2:] != self.latent_var.shape[1:]:
                 raise ValueError(
-                    f"latent grid {tuple(latent.shape[2:])} differs from the grid {tuple(self.latent_mean.shape[1:])} "
+                    f"latent grid {tuple(latent.shape[2:])} differs from the grid {tuple(self.latent_var.shape[1:])} "
                     "of the model's statistics"
                 )
             mean, std = self._latent_mean_and_std(latent.device)

@@ -11,6 +11,7 @@ from torch import nn
 from modeling_rae import RAEModel, check_config_dict
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.hub import fetch_file
+from rae_suite.state_dicts import check_loading_info
 
 DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
 
@@ -104,9 +105,7 @@ def load_autoencoder(source: str, key: str = "model") -> Autoencoder:
 
         load = getattr(diffusers, kind).from_pretrained
         model, info = load(source, torch_dtype=torch.float32, output_loading_info=True)
-    for keys in ("missing_keys", "unexpected_keys"):
-        if info[keys]:
-            raise ConfigError(f"{key}: {source} has {len(info[keys])} {keys.replace('_', ' ')}, as '{info[keys][0]}'")
+    check_loading_info(info, source, key)
     return {"AutoencoderRAE": DiffusersRAE, "AutoencoderKL": DiffusersKL}[kind](source, model)
 
 

@@ -15,6 +15,7 @@ from transformers import ViTConfig, ViTModel
 
 from modeling_rae import IMAGENET_MEAN, IMAGENET_STD, read_config
 from rae_suite.files import read_tensors
+from rae_suite.state_dicts import check_loading_info
 
 # --------------------------------------------------------------------------------------------------------------------
 # Frozen backbone
@@ -113,12 +114,8 @@ def _strict_vit(source: Optional[str], **kwargs) -> ViTModel:
     vit, info = ViTModel.from_pretrained(
         source, add_pooling_layer=False, output_loading_info=True, ignore_mismatched_sizes=True, **kwargs
     )
-    place = source or "the file"
-    for name, *shapes in sorted(info["mismatched_keys"]):
-        raise ValueError(f"gan.backbone: '{name}' of {place} has shape {shapes[0]}, expected {shapes[1]}")
-    if info["missing_keys"]:
-        first, count = min(info["missing_keys"]), len(info["missing_keys"])
-        raise ValueError(f"gan.backbone: {place} lacks {count} weights, the first is {first}")
+    # what a file has beside, a classifier for instance, is not used
+    check_loading_info({**info, "unexpected_keys": ()}, source or "the file", "gan.backbone")
     return vit
 
 

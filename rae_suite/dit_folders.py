@@ -315,6 +315,6 @@ def load_guide(
 
 def latents_key(rae: RAEModel) -> Any:
     """What two RAEs with the same latents have in common, whatever their decoders are."""
-    names = ("encoder_input_size", "encoder_layers", "encoder_add_spatial_mean", "use_latent_stats", "image_mean",
-             "image_std")  # fmt: skip
+    names = ("encoder_input_size", "encoder_layers", "encoder_add_spatial_mean", "encoder_keep_final_affine",
+             "use_latent_stats", "latent_stats_have_mean", "image_mean", "image_std")  # fmt: skip
     return [getattr(rae.config, name) for name in names], weights_digest(rae, ("decoder.",))

@@ -21,7 +21,7 @@ from rae_suite.flow import default_shift
 from rae_suite.labels import Classes
 from rae_suite.latent_stats import LatentReader
 from rae_suite.launch import say
-from rae_suite.rae_networks import compiled, read_latent_stats, save_rae
+from rae_suite.rae_networks import compiled, give_latent_stats, read_latent_stats, save_rae
 from rae_suite.settings_dit import DiTModelConfig, FlowConfig, LatentsConfig
 from rae_suite.sharding import load_tensors_into
 
@@ -39,17 +39,10 @@ def open_rae(model: DiTModelConfig, latents: LatentsConfig) -> RAEModel:
         )
     if latents.stats not in (None, "compute", "unnormalized"):
         with error_names_setting("latents.stats"):
-            set_latent_stats(rae, read_latent_stats(Path(latents.stats), rae.config, "latents.stats"))
+            give_latent_stats(rae, **read_latent_stats(Path(latents.stats), rae.config, "latents.stats"))
     if latents.stats == "unnormalized" and rae.config.use_latent_stats:
         raise ConfigError(f"latents.stats: unnormalized, but {model.rae} has statistics and normalises with them")
     return rae
-
-
-def set_latent_stats(rae: RAEModel, stats: dict) -> None:
-    """Have the model normalise its latents with `stats`, `mean` and `var` (C, h, w)."""
-    rae.config.use_latent_stats = True
-    for name, value in stats.items():
-        rae.register_buffer(f"latent_{name}", value.to(rae.device, torch.float32))
 
 
 def compute_latent_stats(rae: RAEModel, reader: LatentReader, run_dir: Path) -> None:
@@ -58,11 +51,11 @@ def compute_latent_stats(rae: RAEModel, reader: LatentReader, run_dir: Path) -> 
     accelerator, file = reader.accelerator, run_dir / LATENT_STATS
     [kept] = broadcast_object_list([file.exists()])
     if kept:
-        set_latent_stats(rae, read_latent_stats(file, rae.config, str(file)))
+        give_latent_stats(rae, **read_latent_stats(file, rae.config, str(file)))
         return
     stats, num_images = reader.stats(rae)
     say(accelerator, f"statistics of the latents computed over {num_images} training images, kept in {file}")
-    set_latent_stats(rae, stats)
+    give_latent_stats(rae, **stats)
     if accelerator.is_main_process:
         with replacing(file) as beside:
             save_file(stats, beside)

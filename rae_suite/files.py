@@ -56,14 +56,16 @@ def read_saved(path: Path, setting: str) -> Any:
     raise ValueError(f"{setting}: {path} is no file of tensors ({reason})")
 
 
-def read_tensors(path: Path, setting: str) -> dict:
-    """The tensors of a .safetensors file, or of a file of torch.save, in which nothing but tensors is accepted.
+def read_tensors(path: Path, setting: str, may_be_none: tuple = ()) -> dict:
+    """The tensors of a .safetensors file, or of a file of torch.save, in which nothing but tensors is accepted. There,
+    names in `may_be_none` may hold None, and are then left out.
 
     Raises OSError when there is no such file and ValueError when it holds something else; the message names `setting`.
     """
     tensors = read_saved(path, setting)
     if not isinstance(tensors, dict):
         raise ValueError(f"{setting}: {path} holds a {type(tensors).__name__}, expected a dictionary of tensors")
+    tensors = {name: value for name, value in tensors.items() if value is not None or name not in may_be_none}
     for name, value in tensors.items():
         if not isinstance(value, torch.Tensor):
             raise ValueError(f"{setting}: '{name}' in {path} is a {type(value).__name__}, expected a tensor")

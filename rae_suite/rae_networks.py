@@ -13,7 +13,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
-from modeling_rae import ENCODER_FAMILIES, RAEConfig, RAEModel, encoder_family, vision_config
+from modeling_rae import (
+    ENCODER_FAMILIES,
+    RAEConfig,
+    RAEDecoder,
+    RAEModel,
+    encoder_family,
+    expand_statistics,
+    vision_config,
+)
 from rae_suite.cli import LARGEST
 from rae_suite.discriminator import BACKBONE_SETTINGS, DinoDiscriminator, load_backbone
 from rae_suite.errors import ConfigError, error_names_setting
@@ -31,6 +39,7 @@ def build_rae_config(m: ModelConfig) -> RAEConfig:
         "encoder_input_size": m.encoder_input_size,
         "encoder_layers": m.encoder_layers,
         "encoder_add_spatial_mean": m.encoder_add_spatial_mean,
+        "encoder_keep_final_affine": m.encoder_keep_final_affine,
         "encoder_prefix_tokens": m.encoder_prefix_tokens,
         "encoder_final_norm": m.encoder_final_norm,
         "decoder_hidden_size": m.decoder_hidden_size,
@@ -44,6 +53,8 @@ def build_rae_config(m: ModelConfig) -> RAEConfig:
         "use_latent_stats": m.latent_stats is not None,
         "attn_implementation": m.attn_implementation,
     }
+    pixel_stats = {"image_mean": m.image_mean, "image_std": m.image_std}
+    settings |= {name: values for name, values in pixel_stats.items() if values is not None}
     with error_names_setting("model.encoder", m.encoder):
         if m.encoder_weights == "random":
             known = vision_config({"model_type": m.encoder})
@@ -60,7 +71,8 @@ def build_rae_config(m: ModelConfig) -> RAEConfig:
         )
     if m.latent_stats is not None:
         with error_names_setting("model.latent_stats"):
-            read_latent_stats(m.latent_stats, rae_config, "model.latent_stats")
+            stats = read_latent_stats(m.latent_stats, rae_config, "model.latent_stats")
+        rae_config.latent_stats_have_mean = stats["mean"] is not None
     if m.init_from is not None:
         check_architecture(m.init_from, rae_config)
     return rae_config
@@ -118,6 +130,12 @@ def build_rae(m: ModelConfig, seed: int, rae_config: RAEConfig) -> RAEModel:
     return rae
 
 
+def empty_decoder(config: RAEConfig) -> dict:
+    """Names and tensors without data of the decoder that `config` describes."""
+    with torch.device("meta"):
+        return RAEDecoder(config).state_dict()
+
+
 def backbone_source(gan: GANConfig) -> tuple:
     """The setting that decides the network of the discriminator's backbone, and its value."""
     random = gan.weights == "random"
@@ -158,24 +176,36 @@ def compiled(function: Callable) -> Callable:
 
 
 def read_latent_stats(path: Path, rae_config: Any, setting: str) -> dict:
-    """`mean` and `var` of a statistics file, (C, h, w) each as `rae_config` has them. Raises as `read_tensors`, and
-    ValueError when they are missing, have other shapes, or are no mean and variance."""
-    stats = read_tensors(path, setting)
-    expected = (rae_config.latent_channels, rae_config.latent_size, rae_config.latent_size)
+    """`mean` and `var` of a statistics file, (C, h, w) each as `rae_config` has them. As in the published code, shapes
+    that broadcast to it are expanded, and the mean may be absent or None, as in the published file of DINOv2-B: it is
+    None here, and nothing is subtracted. Raises as `read_tensors`, and ValueError when the variance is missing, when
+    shapes do not fit, or when they are no mean and variance."""
+    found = read_tensors(path, setting, may_be_none=("mean",))
+    if "var" not in found:
+        raise ValueError(f"{setting}: {path} holds {sorted(found)}, expected 'mean' and 'var', or 'var' without a mean")
+    shape = (rae_config.latent_channels, rae_config.latent_size, rae_config.latent_size)
+    stats = {"mean": None}
     for name in ("mean", "var"):
-        if name not in stats:
-            raise ValueError(f"{setting}: {path} holds {sorted(stats)}, expected 'mean' and 'var'")
-        if stats[name].shape != expected:
-            found = tuple(stats[name].shape)
-            raise ValueError(f"{setting}: '{name}' in {path} has shape {found}, the latents {expected}")
+        if name not in found:
+            continue
+        what = f"{setting}: '{name}' in {path}"
+        stats[name] = expand_statistics(found[name], shape, what).contiguous()
         if not stats[name].is_floating_point():
-            raise ValueError(f"{setting}: '{name}' in {path} is {stats[name].dtype}, expected floating-point numbers")
-        if not stats[name].double().isfinite().all():
-            raise ValueError(f"{setting}: '{name}' in {path} has values that are not finite")
+            raise ValueError(f"{what} is {stats[name].dtype}, expected floating-point numbers")
+        if not stats[name].float().isfinite().all():
+            raise ValueError(f"{what} has values that are not finite")
     least = stats["var"].double().min()
     if least < 0:
         raise ValueError(f"{setting}: 'var' in {path} goes down to {least:.3g}, expected at least 0")
-    return {"mean": stats["mean"], "var": stats["var"]}
+    return stats
+
+
+def give_latent_stats(rae: RAEModel, mean: Optional[torch.Tensor], var: torch.Tensor) -> None:
+    """Have a model normalise its latents with a mean (None: nothing is subtracted) and a variance, (C, h, w) each, also
+    one that was built without a place for them. They are float32, whatever its weights are."""
+    rae.config.use_latent_stats, rae.config.latent_stats_have_mean = True, mean is not None
+    for name, value in (("latent_mean", mean), ("latent_var", var)):
+        rae.register_buffer(name, None if value is None else value.to(rae.device, torch.float32))
 
 
 def image_processor_json(image_size: int) -> str:

@@ -119,8 +119,9 @@ class LatentsConfig:
 
     stats: Optional[PathText] = None
     """Mean and variance that normalise the latents: none for the autoencoder's own; "compute" to find them once, from
-    the training images, before the first step; a file of `mean` and `var` (.pt or .safetensors); "unnormalized" for
-    latents as they are, which ruins training unless they have about mean 0 and variance 1."""
+    the training images, before the first step; a file of `mean` and `var` (.pt or .safetensors), without a mean to
+    subtract nothing, as published; "unnormalized" for latents as they are, which ruins training unless they have about
+    mean 0 and variance 1."""
     encoder_precision: Literal["float32", "bf16"] = "float32"
     """Precision of the frozen encoder; published: float32."""
 

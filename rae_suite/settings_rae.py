@@ -49,6 +49,10 @@ BLOCKS = Limit(
 )
 
 
+THREE = Limit(lambda values: len(values) == 3, "three numbers")
+ALL_POSITIVE = Limit(lambda values: all(value > 0 for value in values), "positive numbers")
+
+
 @dataclass
 class ModelConfig:
     """The autoencoder. See RAEConfig in modeling_rae.py."""
@@ -67,12 +71,20 @@ class ModelConfig:
     """Blocks of the encoder (0-based, ascending) whose normalised outputs are averaged into the latent (RAEv2); none:
     the last block's output alone."""
     encoder_add_spatial_mean: bool = False
-    """Whether the mean over positions of the last chosen block's tokens is added to every token (RAEv2: for DINOv3 and
-    SigLIP2)."""
+    """Whether the mean over positions of the last chosen block's tokens is added to every token (RAEv2: with several
+    blocks of DINOv3 or SigLIP2; neither for DINOv2 nor for the last block alone)."""
+    encoder_keep_final_affine: bool = False
+    """Whether the encoder's final LayerNorm keeps its weight and bias (RAEv2: for SigLIP2, with ImageNet's `image_mean`
+    0.485 0.456 0.406 and `image_std` 0.229 0.224 0.225; RAE: never)."""
     encoder_prefix_tokens: Optional[int] = setting(None, AT_LEAST_0)
     """Tokens before the patch tokens, for an encoder that ENCODER_FAMILIES in modeling_rae.py does not know."""
     encoder_final_norm: Optional[str] = None
     """Name of such an encoder's last LayerNorm, or "none" where it has none."""
+    image_mean: Optional[tuple[float, ...]] = setting(None, THREE)
+    """Mean of the pixels' red, green and blue, in [0, 1], with which they are normalised; none: that of the encoder's
+    image processor."""
+    image_std: Optional[tuple[float, ...]] = setting(None, THREE, ALL_POSITIVE)
+    """Standard deviation of the same."""
     image_size: int = setting(256, POSITIVE)
     """Side in pixels of training images and reconstructions: (encoder_input_size / encoder patch) * decoder patch."""
     decoder_hidden_size: int = setting(1152, POSITIVE)
@@ -90,7 +102,8 @@ class ModelConfig:
     noise_tau: float = setting(0.8, AT_LEAST_0)
     """Strength of the latent noise in training: sigma = noise_tau * U[0, 1] per sample."""
     latent_stats: Optional[PathText] = None
-    """File with `mean` and `var` of the latents, (C, h, w) each (.pt or .safetensors); none: latents as they are."""
+    """File with `mean` and `var` of the latents (.pt or .safetensors), of shapes that broadcast to (C, h, w); without a
+    mean, nothing is subtracted. None: latents as they are."""
     train_position_embedding: bool = False
     """Whether the decoder's position table learns."""
     gradient_checkpointing: bool = False

@@ -55,6 +55,7 @@ from rae_suite.launch import (
     run_main,
 )
 from rae_suite.loaders import chosen_images
+from rae_suite.rae_networks import give_latent_stats
 from rae_suite.settings import ImagesConfig
 from rae_suite.settings_rae import parse_config
 from rae_suite.sources import ImageSource
@@ -204,9 +205,7 @@ def write_model(source: Path, target: Path, stats: dict, check: Callable, accele
     def write(folder: Path) -> None:
         if accelerator.is_main_process:
             model = RAEModel.from_pretrained(source, dtype="auto")
-            model.config.use_latent_stats = True
-            for name, value in stats.items():
-                model.register_buffer(f"latent_{name}", value)  # float32, whatever the weights are
+            give_latent_stats(model, **stats)
             shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model*.safetensors*"))
             model.save_pretrained(folder, include_encoder=model.config.encoder_bundled)
         accelerator.wait_for_everyone()

@@ -3,8 +3,8 @@
     make cross-version        (makes .venv-oldest with transformers 5.0.0 on the packages of .venv; 5 minutes)
 
 For every encoder family a tiny RAE is written by one Python, with the latents and reconstructions that it computes, and
-loaded by the other as a stranger does: AutoModel with trust_remote_code, in an empty directory. Prints a table; exit
-code 1 when one differs by more than 1e-6.
+loaded by the other as a stranger does: AutoModel with trust_remote_code, in an empty directory. So is one for each of
+the settings that change which tensors a file has. Prints a table; exit code 1 when one differs by more than 1e-6.
 """
 
 import argparse
@@ -27,18 +27,26 @@ FAMILIES = {
     "vit": {**VIT, "intermediate_size": 32},
     "vit_mae": {**VIT, "intermediate_size": 32},
 }
+# name: family, and settings of RAEConfig
+CASES = {family: (family, {}) for family in FAMILIES} | {
+    "statistics without mean": ("dinov2_with_registers", {"latent_stats_have_mean": False}),
+    "final norm with affine": ("siglip_vision_model", {"encoder_keep_final_affine": True}),
+}
 
 WRITE = """
 import sys, torch
-root, folder, family, settings = sys.argv[1], sys.argv[2], sys.argv[3], eval(sys.argv[4])
+root, folder, family, settings, changes = sys.argv[1], sys.argv[2], sys.argv[3], eval(sys.argv[4]), eval(sys.argv[5])
 sys.path.insert(0, root)
 from modeling_rae import RAEConfig, RAEModel
 torch.manual_seed(0)
 rae = RAEModel(RAEConfig(
     encoder_config={"model_type": family, **settings}, encoder_input_size=32, encoder_layers=[0, 1],
     decoder_hidden_size=32, decoder_num_hidden_layers=1, decoder_num_attention_heads=2, decoder_intermediate_size=64,
-    decoder_patch_size=8, use_latent_stats=True)).eval()
-rae.set_latent_stats(torch.randn(16, 4, 4), torch.rand(16, 4, 4) + 0.5)
+    decoder_patch_size=8, use_latent_stats=True, **changes)).eval()
+for parameter in rae.encoder.parameters():
+    parameter.data += 0.1 * torch.randn(parameter.shape)
+mean = torch.randn(16, 4, 4) if rae.config.latent_stats_have_mean else None
+rae.set_latent_stats(mean, torch.rand(16, 4, 4) + 0.5)
 rae.save_pretrained(folder)
 pixels = torch.rand(2, 3, 32, 32)
 with torch.no_grad():
@@ -77,12 +85,12 @@ def main() -> int:
         for python in (sys.executable, oldest):
             pythons[run(python, "import transformers; print(transformers.__version__)", cwd=folder)] = python
         assert len(pythons) == 2, f"expected two versions of transformers, got {list(pythons)}"
-        print(f"{'family':<24}{'written with':>14}{'read with':>12}{'latent':>10}{'sample':>10}")
+        print(f"{'case':<24}{'written with':>14}{'read with':>12}{'latent':>10}{'sample':>10}")
         failed = False
-        for family, settings in FAMILIES.items():
+        for name, (family, changes) in CASES.items():
             for writer, reader in (list(pythons), list(pythons)[::-1]):
-                place = f"{folder}/{family}-{writer}"
-                said = run(pythons[writer], WRITE, ROOT, place, family, settings, cwd=folder)
+                place = f"{folder}/{name.replace(' ', '_')}-{writer}"
+                said = run(pythons[writer], WRITE, ROOT, place, family, FAMILIES[family], changes, cwd=folder)
                 said = said or run(pythons[reader], READ, place, cwd=folder)
                 try:
                     latent, sample = map(float, said.split())
@@ -91,7 +99,7 @@ def main() -> int:
                     print(said)
                 if not (latent <= 1e-6 and sample <= 1e-6):  # nan included
                     failed = True
-                print(f"{family:<24}{writer:>14}{reader:>12}{latent:>10.1e}{sample:>10.1e}")
+                print(f"{name:<24}{writer:>14}{reader:>12}{latent:>10.1e}{sample:>10.1e}")
     return int(failed)
 
 

@@ -1,6 +1,5 @@
 """scripts/convert_checkpoint.py on tiny models of every side. About a minute on a CPU."""
 
-import argparse
 import importlib.util
 import json
 import os
@@ -17,6 +16,7 @@ from torch import nn
 
 from modeling_rae import RAEConfig, RAEDecoder, RAEModel, sincos_position_table
 from rae_suite.launch import run_main
+from rae_suite.published_rae import number_of_heads, published_differences
 from rae_suite.rae_networks import image_processor_json
 
 PARITY = ROOT / "tests" / "parity"
@@ -417,7 +417,7 @@ def test_models_that_diffusers_cannot_hold(rae, tmp_path, succeed, refuse):
     assert torch.equal(twin.decoder.decoder_pred.weight, model.decoder.decoder_pred.weight)
 
 
-def test_models_that_the_published_code_cannot_hold(script, rae, tmp_path, succeed, refuse):
+def test_models_that_the_published_code_cannot_hold(rae, tmp_path, succeed, refuse):
     """Settings that neither the files nor the printed flags hold are named; a revision is among the flags."""
     changes = {"decoder_hidden_act": "relu", "decoder_layer_norm_eps": 1e-6, "scaling_factor": 0.5}
     changes |= {"encoder_final_norm": "none", "encoder_revision": "12e4567"}
@@ -436,7 +436,7 @@ def test_models_that_the_published_code_cannot_hold(script, rae, tmp_path, succe
     out = succeed("rae", "published", tmp_path / "special", tmp_path / "back", "--force")
     assert out.count("\ndiffers ") == 4 and "--encoder_revision 12e4567" in out
     model.config.encoder_prefix_tokens = 4
-    assert ("", "encoder_prefix_tokens is 4") in script.published_differences(model)
+    assert ("", "encoder_prefix_tokens is 4") in published_differences(model)
 
 
 @pytest.mark.parametrize(
@@ -446,12 +446,18 @@ def test_models_that_the_published_code_cannot_hold(script, rae, tmp_path, succe
         ({"model_type": "vit_mae"}, "the encoder's image_size is 56, in diffusers 224"),
         ({"model_type": "dinov2_with_registers", "image_size": 518, "num_register_tokens": 2}, "is 2, in diffusers 4"),
         ({"model_type": "vit_mae", "hidden_size": 32}, "under 64"),
+        (
+            {"model_type": "siglip_vision_model", "image_size": 256, "keep": True},
+            "no AutoencoderRAE holds such weights: the final LayerNorm has weight and bias (encoder_keep_final_affine)",
+        ),
     ],
 )
 def test_encoders_that_diffusers_cannot_hold(tmp_path, refuse, encoder, words):
     """No --force helps where the encoder's weights have no place in an AutoencoderRAE."""
     sizes = dict(image_size=56, patch_size=14, hidden_size=64, num_attention_heads=1, num_hidden_layers=1)
-    config = RAEConfig(encoder_config={**sizes, **encoder}, encoder_input_size=56, decoder_patch_size=2, **DECODER)
+    keep = {"encoder_keep_final_affine": encoder.pop("keep", False)}
+    sizes |= encoder
+    config = RAEConfig(encoder_config=sizes, encoder_input_size=56, decoder_patch_size=2, **DECODER, **keep)
     RAEModel(config).save_pretrained(tmp_path / "rae")
     assert words in refuse("rae", "diffusers", tmp_path / "rae", tmp_path / "back", "--force")
 
@@ -704,12 +710,12 @@ def test_published_decoders_that_do_not_fit(encoder, flags, tmp_path, refuse):
 
 
 @pytest.mark.parametrize("size, heads", [((768, 12, 3072), 12), ((1024, 24, 4096), 16), ((1152, 28, 4096), 16)])
-def test_known_sizes_have_known_heads(script, size, heads):
+def test_known_sizes_have_known_heads(size, heads):
     """ViT-B, L and XL need no flag."""
     names = ("hidden_size", "num_hidden_layers", "intermediate_size")
     sizes = {f"decoder_{name}": value for name, value in zip(names, size, strict=True)}
-    assert script.number_of_heads(sizes, argparse.Namespace(decoder_num_attention_heads=None)) == heads
-    assert script.number_of_heads(sizes, argparse.Namespace(decoder_num_attention_heads=8)) == 8
+    assert number_of_heads(sizes, None, "--") == heads
+    assert number_of_heads(sizes, 8, "--") == 8
 
 
 # Input and output -----------------------------------------------------------------------------------------------------

@@ -261,8 +261,8 @@ def test_a_config_from_before_these_settings(encoders, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     for name in ("encoder_layers", "encoder_add_spatial_mean", "encoder_prefix_tokens", "encoder_final_norm",
-                 "denormalize_output"):  # fmt: skip
-        config.pop(name, None)
+                 "denormalize_output", "encoder_keep_final_affine", "latent_stats_have_mean"):  # fmt: skip
+        del config[name]
     (tmp_path / "config.json").write_text(json.dumps(config))
     loaded = RAEModel.from_pretrained(tmp_path)
     assert loaded.config.denormalize_output and loaded.config.encoder_layers is None
@@ -341,6 +341,81 @@ def test_the_latent_is_the_mean_over_normalised_blocks(model_type, layers):
     assert blocks_left == set(range(layers[-1] + 1))  # the others are neither built, saved nor run
 
 
+@pytest.mark.parametrize("layers", [None, [1], [0, 2, 3]])
+@pytest.mark.parametrize("source", [source for source in SOURCES if source != "deit"])
+def test_the_final_norm_can_keep_its_affine_part(encoders, tmp_path, source, layers):
+    """RAEv2's SigLIP2, for every family of the registry: each chosen block's output through the stock model's own final
+    LayerNorm, averaged; in files with and without the encoder, and in a copy, without the weights being there twice."""
+    changes = {"encoder_layers": layers, "encoder_keep_final_affine": True, "image_mean": [0] * 3, "image_std": [1] * 3}
+    model = from_folder(encoders, source, **changes)
+    model_type = SOURCES[source][1]
+    prefix = FAMILIES[model_type][1]
+    stock = transformers.AutoModel.from_pretrained(encoders / source, config=vit_config(model_type)).eval()
+    (norm,) = (m for n, m in stock.named_modules() if f".{n}".endswith(f".{ENCODER_FAMILIES[model_type].final_norm}"))
+    assert (norm.weight - 1).abs().max() > 0.1 and norm.bias.abs().max() > 0.1
+    blocks, _ = stock_blocks(stock, model_type, images())
+    chosen = [norm(blocks[i])[:, prefix:] for i in layers or [BLOCKS - 1]]
+    expected = torch.stack(chosen).mean(dim=0)
+    torch.testing.assert_close(tokens_of(model.encode(images()).latent), expected, rtol=1e-4, atol=1e-4)
+
+    latent, other = model.encode(images()).latent, copy.deepcopy(model)
+    assert other.encoder_norm is not model.encoder_norm
+    for bundled in (True, False):
+        model.save_pretrained(tmp_path / str(bundled), include_encoder=bundled)
+        loaded = RAEModel.from_pretrained(tmp_path / str(bundled))
+        assert torch.equal(loaded.encode(images()).latent, latent)
+    assert not [name for name, p in loaded.encoder.named_parameters() if p.requires_grad]
+    model.encoder_norm.weight.data.zero_()
+    assert torch.equal(other.encode(images()).latent, latent)
+    names = [name for name in model.state_dict() if "encoder_norm" in name]
+    assert (
+        names == []
+        and len(model.state_dict()) == len(from_folder(encoders, source, encoder_layers=layers).state_dict()) + 2
+    )
+
+
+def test_where_no_affine_part_can_be_kept():
+    """Whether an encoder that the registry does not know applies its norm itself is not known."""
+    other = {"encoder_config": vit_config("deit"), **DECODER, **OTHER["deit"]}
+    with pytest.raises(ValueError, match="encoder_keep_final_affine: expected false with encoder_final_norm, got true"):
+        RAEConfig(**other, encoder_keep_final_affine=True)
+    with pytest.raises(ValueError, match="encoder_keep_final_affine: expected true or false, got 1"):
+        RAEConfig(encoder_config=vit_config("vit"), **DECODER, encoder_keep_final_affine=1)
+
+
+def test_pixels_can_be_normalised_otherwise(encoders, tmp_path):
+    """image_mean and image_std win over the processor's, each by itself, and together they need none."""
+    folder = shutil.copytree(encoders / "vit", tmp_path / "vit")
+    own = {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.5, 0.6, 0.7]}
+    config = RAEConfig.from_encoder(str(folder), **DECODER, image_mean=own["image_mean"])
+    assert (config.image_mean, config.image_std) == (own["image_mean"], STD)
+    config = RAEConfig.from_encoder(str(folder), **DECODER, image_std=own["image_std"])
+    assert (config.image_mean, config.image_std) == (MEAN, own["image_std"])
+    (folder / "preprocessor_config.json").unlink()
+    with pytest.raises(OSError, match="preprocessor_config.json"):
+        RAEConfig.from_encoder(str(folder), **DECODER, image_std=own["image_std"])
+    for encoder in ({"encoder": folder}, {"encoder": "vit", "encoder_weights": "random"}):
+        settings = {"encoder_weights": "pretrained", "encoder_config": "{}", "encoder_input_size": 12, **own, **encoder}
+        if settings["encoder_weights"] == "random":
+            settings["encoder_config"] = json.dumps(TINY_VIT)
+        argv = flags({f"model.{key}": value for key, value in {**settings, "image_size": 12}.items()})
+        config = build_rae_config(parse_config(argv).model)
+        assert config.image_mean == own["image_mean"] and config.image_std == own["image_std"]
+
+
+@pytest.mark.parametrize(
+    "flag, words",
+    [
+        (["--model.image_mean", "0.5", "0.5"], "model.image_mean: expected three numbers, got [0.5, 0.5]"),
+        (["--model.image_std", "1", "0", "1"], "model.image_std: expected positive numbers, got [1.0, 0.0, 1.0]"),
+    ],
+)
+def test_means_and_deviations_that_cannot_be(capsys, flag, words):
+    with pytest.raises(SystemExit):
+        parse_config(flag)
+    assert capsys.readouterr().err == f"error: {words}\n"
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("model_type", FAMILIES)
 def test_the_last_block_alone_is_the_default(model_type, dtype):
@@ -400,11 +475,12 @@ def test_no_gradient_reaches_the_encoder():
     assert model._block_outputs == []
 
 
-@pytest.mark.parametrize("how", ["copied", "whole model", "encoder", "blocks"])
-def test_several_blocks_when_copied_or_compiled(how):
+@pytest.mark.parametrize("how, keep", [(how, False) for how in ("copied", "whole model", "encoder", "blocks")]
+                         + [("whole model", True), ("encoder", True)])  # fmt: skip
+def test_several_blocks_when_copied_or_compiled(how, keep):
     """A deep copy uses its own blocks' outputs, also without the original; compiled whole (one graph), in part or block
     by block, every call gives what it gives uncompiled."""
-    model = from_architecture("dinov3_vit", encoder_layers=[0, 2, 3])
+    model = from_architecture("dinov3_vit", encoder_layers=[0, 2, 3], encoder_keep_final_affine=keep)
     batches = [images(seed=seed) for seed in range(3)]
     expected = [model.encode(pixels).latent for pixels in batches]
     other = copy.deepcopy(model)
@@ -421,10 +497,13 @@ def test_several_blocks_when_copied_or_compiled(how):
             torch.testing.assert_close(encode(pixels).latent, latent, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("how", ["DDP", "FSDP2"])
-def test_several_blocks_when_distributed(how):
-    """The chosen blocks' outputs arrive also through DistributedDataParallel's and FSDP2's own hooks."""
-    model = from_architecture("siglip_vision_model", encoder_layers=[0, 2, 3], encoder_add_spatial_mean=True)
+def test_several_blocks_when_distributed(how, keep):
+    """The chosen blocks' outputs arrive also through DistributedDataParallel's and FSDP2's own hooks, and the final
+    LayerNorm's weight and bias, where they are kept, are there after the encoder's own call."""
+    changes = {"encoder_layers": [0, 2, 3], "encoder_add_spatial_mean": True, "encoder_keep_final_affine": keep}
+    model = from_architecture("siglip_vision_model", **changes)
     expected = model(images()).sample
     init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
     try:

@@ -210,6 +210,16 @@ def test_folder_stays_complete(run, encoder, pixels, tmp_path, capsys):
     assert "24, each with its mirror image" in capsys.readouterr().out
 
 
+def test_statistics_without_a_mean_get_one(run, encoder, pixels, tmp_path):
+    """A model whose statistics have no mean, as the published ones of DINOv2-B: both are computed anew."""
+    rae = small_rae(encoder, use_latent_stats=True)
+    rae.set_latent_stats(None, torch.full((16, 1, 1), 0.5))
+    rae.save_pretrained(tmp_path / "final")
+    run(model=tmp_path / "final")
+    assert_same_stats(model_stats(tmp_path / "final"), direct_stats(rae, pixels))
+    assert RAEModel.from_pretrained(tmp_path / "final").config.latent_stats_have_mean
+
+
 def test_output_folder(run, model, tmp_path, capsys):
     """Another folder takes the model; the old one, and another model's folder, stay as they are."""
     before = folder_bytes(model)

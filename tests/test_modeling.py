@@ -1,6 +1,7 @@
 """modeling_rae.py with tiny random encoders: latents, decoder, statistics, noise, and files. Seconds on a CPU."""
 
 import ast
+import copy
 import json
 import os
 import shutil
@@ -73,6 +74,7 @@ def encoders(tmp_path_factory):
     """Folders as published encoders look: save_pretrained's files and a preprocessor config."""
     root = tmp_path_factory.mktemp("encoders")
     for i, kind in enumerate(KINDS):
+        torch.manual_seed(i)
         randomise(build_encoder(kind), i).save_pretrained(root / kind)
         mean, std = HALF if kind.startswith("siglip") else IMAGENET
         processor = transformers.ViTImageProcessor(image_mean=mean, image_std=std)
@@ -346,8 +348,8 @@ def test_config_answers_what_diffusion_code_asks():
 
 
 def test_latents_are_normalised_with_the_statistics(encoders):
-    """encode gives (z - mean) / sqrt(var + 1e-5), decode inverts it; wrong shapes and a model without statistics are
-    errors."""
+    """encode gives (z - mean) / sqrt(var + 1e-5), decode inverts it; shapes that do not broadcast and a model without
+    statistics are errors."""
     plain, model = make_rae(encoders), make_rae(encoders, stats=True)
     model.latent_var[0] = 0.0  # here the epsilon is what counts
     z = plain.encode(images()).latent
@@ -359,13 +361,36 @@ def test_latents_are_normalised_with_the_statistics(encoders):
     torch.testing.assert_close(seen[0], z, rtol=1e-5, atol=1e-5)
 
     shape = model.latent_mean.shape
-    good, bad = torch.ones(shape), torch.ones(WIDTH, 1, 1)
+    good, bad = torch.ones(shape), torch.ones(WIDTH, 2, 1)
     for mean, var, name in ((bad, good, "mean"), (good, bad, "var")):
-        with pytest.raises(ValueError, match=rf"latent {name} has shape \({WIDTH}, 1, 1\).*\({WIDTH}, 3, 3\)"):
+        with pytest.raises(ValueError, match=rf"latent {name} has shape \({WIDTH}, 2, 1\).*\({WIDTH}, 3, 3\)"):
             model.set_latent_stats(mean, var)
     assert not (model.latent_mean == 1).all()  # a refused call changes nothing
     with pytest.raises(ValueError, match="use_latent_stats"):
         plain.set_latent_stats(good, good)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_statistics_without_a_mean(encoders, tmp_path, dtype):
+    """Nothing is subtracted, noise is divided by the same deviation, and files and precisions are as with a mean."""
+    model = make_rae(encoders, stats=True, noise_tau=0.5)
+    var = model.latent_var.clone()
+    with_zeros = copy.deepcopy(model)
+    with_zeros.set_latent_stats(torch.zeros_like(var), var)
+    model.set_latent_stats(None, var)
+    models = [m.to(dtype) for m in (model, with_zeros)]
+    model.save_pretrained(tmp_path)
+    assert "latent_mean" not in load_file(tmp_path / "model.safetensors")
+    models.append(RAEModel.from_pretrained(tmp_path, dtype=dtype))
+    assert "latent_mean" not in models[-1].state_dict() and torch.equal(models[-1].latent_var, var)
+    generators = [torch.Generator().manual_seed(3) for _ in models]
+    pixels = images().to(dtype)
+    found = [m.encode(pixels, g, add_noise=True).latent for m, g in zip(models, generators, strict=True)]
+    samples = [m.decode(found[0]).sample for m in models]
+    for values in (found, samples):
+        assert all(torch.equal(value, values[0]) for value in values)
+    with pytest.raises(ValueError, match=r"\(2, 2\).*\(3, 3\)"):
+        model.decode(torch.zeros(1, WIDTH, 2, 2, dtype=dtype))
 
 
 # Noise and training mode ----------------------------------------------------------------------------------------------
