@@ -69,7 +69,7 @@ class EvalRFIDConfig:
     model: tuple[str, ...] = setting((), NOT_EMPTY)
     """Folders or Hub ids of the autoencoders."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
-    """The images. Class folders without split folders are taken whole."""
+    """The images. Data without a split level is taken whole, unless eval_split names another split than the default."""
     num_samples: Optional[int] = setting(None, POSITIVE)
     """Images that are evaluated, spread evenly over the split; none: all."""
     batch_size: int = setting(64, POSITIVE)
@@ -312,6 +312,7 @@ def report(m: Measurement, rows: list) -> None:
         "rows": rows,
         "fid_mode": {name: mode for name, mode in FID_MODES.items() if name in names},
         "quantize": config.quantize,
+        "split": m.source.split,
         "image_size": m.size,
         "crop": "ADM centre crop",
         "reference": config.reference or "the same images, through the same crop",
@@ -321,6 +322,7 @@ def report(m: Measurement, rows: list) -> None:
     }
     save_results(m.output_dir / "results.json", results)
     print(table(rows, names))
+    print(f"images    {config.data.path}, split: {m.source.split}")
     for name, mode in results["fid_mode"].items():
         print(f"{name}: Inception, {mode}; 8-bit by {config.quantize}; reference: {results['reference']}")
     if "rfdd" in names:

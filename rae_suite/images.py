@@ -1,6 +1,7 @@
 """One image: decoded to RGB, cropped for training or evaluation."""
 
 import contextlib
+import functools
 import math
 import os
 import stat
@@ -29,15 +30,25 @@ SIGNED = 2  # TIFF's SampleFormat
 TiffImagePlugin.OPEN_INFO.setdefault((TiffImagePlugin.MM, 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 
 
-def check_codec(extension, file, setting="data.path"):
-    """Raise DataError, about `setting`, where this build of Pillow does not read images with the extension of `file`,
-    which can be any of IMAGE_EXTENSIONS."""
-    codec, name = OPTIONAL_CODECS.get(extension, (None, None))
-    if codec is not None and not features.check(codec):
-        raise DataError(
-            f"{setting}: {file} is an {name} image, and this build of Pillow does not read {name}; expected Pillow "
-            "from PyPI's wheels, 11.3 or newer"
-        )
+@functools.cache
+def _missing_endings():
+    """Those of OPTIONAL_CODECS that this build of Pillow does not read."""
+    return tuple(ending for ending, (codec, _) in OPTIONAL_CODECS.items() if not features.check(codec))
+
+
+def check_codecs(files):
+    """Raise DataError where one of the files, names that end in IMAGE_EXTENSIONS, is of a format that this build of
+    Pillow does not read."""
+    missing = _missing_endings()
+    if not missing:
+        return  # the names of a million files are not looked at
+    for file in files:
+        if file.lower().endswith(missing):
+            name = OPTIONAL_CODECS[os.path.splitext(file.lower())[1]][1]
+            raise DataError(
+                f"data.path: {file} is of the format {name}, which this build of Pillow does not read; expected Pillow "
+                "from PyPI's wheels, 11.3 or newer"
+            )
 
 
 def to_rgb(image):

@@ -33,9 +33,10 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
 from rae_suite.cli import LARGEST
 from rae_suite.errors import DataError, OneLineParser, UnreadableImage
+from rae_suite.folders import class_folders
 from rae_suite.loaders import UnreadableLog
 from rae_suite.settings import MOST_TASKS
-from rae_suite.splits import class_folders, scan_folder, split_folders
+from rae_suite.splits import scan_folder, split_folders
 
 RECORD = "prepare_data.json"  # settings and counts of a finished folder
 DEFAULT_SPLITS = "train:0.8,validation:0.1,test:0.1"
