@@ -118,12 +118,16 @@ def check_one_source(path, setting):
 
 
 def _glob(pattern, setting):
-    """Existing files, sorted; what is no shard beside them (an index, a licence) is left out."""
+    """Existing files, sorted; what is no shard beside them (an index, a licence, a system's files) is left out."""
+
+    def is_meant(path):
+        return is_shard(path) and not any(map(is_system_name, set(path.split("/")) - set(pattern.split("/"))))
+
     if "://" not in pattern:
-        return [path for path in sorted(glob.glob(pattern, recursive=True)) if is_shard(path)]
+        return list(filter(is_meant, sorted(glob.glob(pattern, recursive=True))))
     try:
         system, path = fsspec.url_to_fs(pattern, **file_options(pattern))
-        return [system.unstrip_protocol(name) for name in sorted(system.glob(path)) if is_shard(name)]
+        return [system.unstrip_protocol(name) for name in sorted(system.glob(path)) if is_meant(name)]
     except (*SERVER_ERRORS, ValueError, ImportError) as error:
         raise DataError(f"{setting}: {pattern} cannot be listed: {one_line(error)}") from error
 
@@ -174,9 +178,9 @@ def check_all_in_splits(folder, splits, setting):
         names = ", ".join(sorted(left_out)[:3]) + (", ..." if len(left_out) > 3 else "")
         pattern = os.path.join(folder, f"*{os.path.splitext(left_out[0])[1]}")
         raise DataError(
-            f"{setting}: {len(left_out)} of {len(left_out) + len(taken)} shards in {folder} are of no split, as others "
-            f"have {', '.join(sorted(splits))} in their names and these do not: {names}; expected a split's name in all "
-            f"of them, or a glob of those to read, such as {pattern}"
+            f"{setting}: {len(left_out)} of {len(left_out) + len(taken)} shards in {folder} are of no split, as their "
+            f"names say none while others say {', '.join(sorted(splits))}: {names}; expected a split's name in all of "
+            f"them, or a glob of those to read, such as {pattern}"
         )
 
 

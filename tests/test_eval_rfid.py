@@ -32,7 +32,7 @@ from rae_suite.launch import measuring_accelerator, run_main
 from rae_suite.metrics import PSNR_CAP, Evaluator, to_8bit
 from rae_suite.moments import Moments
 from rae_suite.settings import ImagesConfig
-from rae_suite.splits import load_split
+from rae_suite.splits import load_eval_images
 
 SIZE = 32  # pixels
 
@@ -287,7 +287,7 @@ def test_references(evaluate, images, tmp_path):
     metric = FrechetMetric("rfid", None, 2048, "")
     assert read_references(str(cached), [metric], None, 1, "reference").known["rfid"].count == 24
 
-    source = load_split(ImagesConfig(path=str(images), train_split="none"), "train")
+    source = load_eval_images(ImagesConfig(path=str(images), eval_split="train"), 0)
     pixels = np.stack([np.array(eval_rfid.EvalImages(source, SIZE)[i]["pixels"]) for i in range(24)])
     np.savez_compressed(tmp_path / "images.npz", arr_0=pixels.transpose(0, 2, 3, 1))
     both = {"reference": tmp_path / "images.npz", "fid_mode": "[legacy_tensorflow,clean]", "batch_size": 5}
@@ -337,7 +337,7 @@ def test_diffusers_models_in_the_same_run(evaluate, model, images, tmp_path):
     models = [model, tmp_path / "kl", tmp_path / "rae"]
     results = evaluate({"features": "[inception,encoder]", "save_npz": "true"}, models=models)
     assert [row["kind"] for row in results["rows"]] == ["RAEModel", "AutoencoderKL", "AutoencoderRAE"]
-    source = load_split(ImagesConfig(path=str(images), train_split="none"), "train")
+    source = load_eval_images(ImagesConfig(path=str(images), eval_split="train"), 0)
     pixels = eval_rfid.EvalImages(source, SIZE)[0]["pixels"][None].float() / 255
     with torch.no_grad():
         latent = kl.eval().encode(2 * pixels - 1).latent_dist.mode()

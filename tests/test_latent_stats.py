@@ -22,7 +22,7 @@ from rae_suite.images import center_crop
 from rae_suite.launch import INTERRUPTED, run_main
 from rae_suite.rae_networks import build_rae, build_rae_config
 from rae_suite.settings_rae import parse_config
-from rae_suite.splits import load_split
+from rae_suite.splits import load_splits
 from scripts import compute_latent_stats
 from scripts.compute_latent_stats import LatentReader, LatentStatsConfig, check, latent_stats, load_images
 
@@ -305,7 +305,7 @@ def test_statistics_for_training(run, images, tmp_path):
     config = parse_config([part for file in files for part in ("--config", str(file))])
     rae = build_rae(config.model, config.train.seed, build_rae_config(config.model)).eval()
     config.data.path = str(images)
-    source = load_split(config.data, "train")
+    source = load_splits(config.data, 0, need_eval=False)[0]
     crops = [np.array(center_crop(source.load(i), 32)) for i in range(len(source))]
     pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():
