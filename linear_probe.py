@@ -915,7 +915,7 @@ def describe(
     lines = [
         f"{model.kind} {model.name}: {extractor.kind} features of width {extractor.width}, precision {precision}",
         f"{images}{len(evaluation.labels)} evaluation images of {len(classes)} classes, {extractor.image_size} px",
-        f"evaluated on {evaluation.source.split}",
+        f"evaluation split: {evaluation.source.split}",
     ]
     if head is not None and head.config["weights"] != extractor.weights:
         lines.append(f"note: the head was trained on other weights, those of {head.config['model']} at that time")

@@ -276,6 +276,21 @@ def test_measuring_is_without_tf32(new_accelerator):
         torch.backends.cudnn.allow_tf32 = before
 
 
+def test_which_images_were_measured(evaluate, images, capsys):
+    """Of class folders all, which is said, or those held out; a split that is not there is refused, as in training."""
+    plain = {"data.path": images / "train", "data.train_split": "train", "metrics": "[psnr]", "inception_path": None}
+    results = evaluate({**plain, "data.eval_split": "validation"})
+    assert results["num_samples"] == 24 and results["split"] == "all 24 images (no splits)"
+    assert f"images    {images}/train, split: all 24 images (no splits)" in capsys.readouterr().out
+    results = evaluate({**plain, "data.eval_split": "validation", "data.holdout_fraction": 0.25, "seed": 3})
+    assert results["num_samples"] == 6 and results["split"] == "25% held out of train, seed 3"
+    assert evaluate({"metrics": "[psnr]", "inception_path": None})["split"] == "train"
+    with pytest.raises(SystemExit) as exit_info:
+        evaluate({**plain, "data.eval_split": "val"}, "refused")
+    assert exit_info.value.code == 2
+    assert "data.eval_split: there is no split 'val': " in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------ references and cache
 
 

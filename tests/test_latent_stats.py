@@ -130,6 +130,7 @@ def test_two_processes(images, model, pixels, tmp_path):
     assert_same_stats(model_stats(model), expected)
 
     table = json.loads(outputs["json"].read_text())
+    assert table["split"] == "train" and "split              train" in done.stdout
     assert table["num_images"] == 24 and table["num_unreadable"] == 0 and table["latent_shape"] == [16, 4, 4]
     assert table["std_min"] == pytest.approx(expected["var"].min().sqrt().item(), rel=1e-5)
     assert table["mean_max"] == pytest.approx(expected["mean"].max().item(), rel=1e-5)

@@ -160,6 +160,8 @@ def test_evaluation_images_from_elsewhere(tmp_path, images):
     write_shards(tmp_path, [10, 10], write_tar)
     cfg = settings(f"{tmp_path}/train-{{000..001}}.tar", steps_per_epoch=2)
     assert len(load_stream_eval_images(replace(cfg, eval_path=str(images), image_column="png"), None)) == 8
+    # a folder without splits is meant as a whole, also where a preset names a split
+    assert len(load_stream_eval_images(replace(cfg, eval_path=f"{images}/validation", eval_split="val"), None)) == 8
     column = [{"bytes": png(5), "path": None}] * 3
     saved = datasets.Dataset.from_dict({"a": column, "b": column}).cast_column("a", datasets.Image())
     saved.cast_column("b", datasets.Image()).save_to_disk(tmp_path / "saved")
