@@ -483,7 +483,12 @@ def train(
     accumulation = config.train.gradient_accumulation_steps
     batches = step_batches(loader, accumulation, accelerator.device, log.unreadable.add)
     while state.step < total_steps:
-        steps.add(train_step(run, next(batches), state.step, steps.stop_asked))
+        step_images = steps.next(batches)
+        if step_images is None:  # the run was asked to stop and waits for images
+            save_run(accelerator, log.run_dir, state, run.parts(), loader, config.train.keep_last)
+            steps.stopped_early()
+            break
+        steps.add(train_step(run, step_images, state.step, steps.stop_asked))
 
         logging = state.step == 1 or steps.due(config.logging.every_steps)
         evaluating = steps.due(config.eval.every_steps, config.eval.every_epochs)

@@ -231,8 +231,9 @@ class Publisher:
             tqdm.write(f"not uploaded: {error}\n{self._advice()}")
 
     def finish(self, folder: Path) -> None:
-        """Upload the model that the run ends with, and wait for it. From here on SIGTERM ends this process, and the
-        upload with it: training, which takes it for a request to save, is over."""
+        """Upload the model that the run ends with, and wait for it. From here on signals end this process, and the
+        upload with it: training, which takes them for a request to save, is over."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM during the upload"))
         while self.busy():
             self.process.wait()

@@ -22,6 +22,8 @@ from tqdm.auto import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting, fail
+from rae_suite.loaders import SHARED_MEMORY_FULL, shared_memory_in_words
+from rae_suite.output import close_bars, surviving_output
 from rae_suite.settings import TrainConfig
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
@@ -32,6 +34,8 @@ def loss_of_process(error: RuntimeError) -> Optional[str]:
     text = str(error)
     who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     if "DataLoader worker" in text:
+        if f"exit code {SHARED_MEMORY_FULL}." in text or "Bus error" in text:
+            return who + shared_memory_in_words()
         return (
             f"{who}a data loading process died ({text.strip()}); when the system ended it for lack of memory, "
             "data.num_workers must be lower"
@@ -44,19 +48,25 @@ def loss_of_process(error: RuntimeError) -> Optional[str]:
 
 def run_main(function: Callable[[], None]) -> None:
     """Call `function`. Bad input ends in one line and exit code 2, what goes wrong later likewise with code 1, the loss
-    of another process too."""
-    try:
-        function()
-    except (ConfigError, DataError) as error:
-        fail(error)
-    except RunError as error:
-        fail(error, error.code, error.everywhere)
-    except RuntimeError as error:
-        message = loss_of_process(error)
-        if message is None:
+    of another process too. A closed stdout or stderr ends nothing."""
+    with surviving_output():
+        try:
+            function()
+        except BaseException as error:
+            close_bars()
+            end_in_one_line(error)
             raise
-        fail(message, code=1, everywhere=True)
-    except KeyboardInterrupt:
+
+
+def end_in_one_line(error: BaseException) -> None:
+    """End the process with the line and the exit code of an error that is known; return for any other."""
+    if isinstance(error, (ConfigError, DataError)):
+        fail(error)
+    if isinstance(error, RunError):
+        fail(error, error.code, error.everywhere)
+    if isinstance(error, RuntimeError) and loss_of_process(error) is not None:
+        fail(loss_of_process(error), code=1, everywhere=True)
+    if isinstance(error, KeyboardInterrupt):
         fail("stopped by Ctrl-C", INTERRUPTED)
 
 

@@ -9,21 +9,27 @@
 All randomness is a function of (seed, epoch, index): neither the number of workers or ranks nor a resume changes it.
 """
 
+import errno
 import functools
 import logging
+import multiprocessing.queues
 import os
 import signal
 import threading
+import traceback
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from rae_suite.errors import DataError, UnreadableImage
+from rae_suite.errors import DataError, RunError, UnreadableImage
 from rae_suite.images import center_crop, random_crop, to_tensor, training_resize_size
 from rae_suite.randomness import CROP_STREAM, ORDER_STREAM
+from rae_suite.signals import waiting_for_images
 
 logger = logging.getLogger(__name__)
+
+SHARED_MEMORY_FULL = errno.ENOSPC  # exit code of a data loading process that finds no shared memory for its images
 
 
 class TrainImages(torch.utils.data.Dataset):
@@ -255,26 +261,67 @@ def _loader(images, batches, collate_fn, num_workers):
 
 class WorkerLoader(torch.utils.data.DataLoader):
     """A DataLoader whose processes have SIGTERM blocked from their first moment: `start_worker` comes too late for the
-    threads that some libraries (Arrow) start again within a fork, and one that takes the signal ends the process."""
+    threads that some libraries (Arrow) start again within a fork, and one that takes the signal ends the process.
+    Raises RunError, here and in iteration, where there is no shared memory for its processes or their batches."""
 
     def __iter__(self):
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super().__iter__()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            return super().__iter__()
+            return _batches(super().__iter__())
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown = True  # what __del__ looks for
+            raise RunError(shared_memory_in_words(), everywhere=True) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def _batches(iterator):
+    """The batches of a DataLoader's iterator, whose error does not always say with which code a process has ended."""
+    try:
+        while True:
+            with waiting_for_images():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+    except RuntimeError as error:
+        if any(worker.exitcode == SHARED_MEMORY_FULL for worker in getattr(iterator, "_workers", ())):
+            raise RunError(shared_memory_in_words(), everywhere=True) from error
+        raise
+
+
+def shared_memory_in_words():
+    """What to say where /dev/shm is full."""
+    size = os.statvfs("/dev/shm")
+    return (
+        f"/dev/shm, through which data loading processes hand over their images, is full; it holds "
+        f"{size.f_blocks * size.f_frsize / 2**20:g} MiB in all; expected more of it (docker run --shm-size=8g, or "
+        "--ipc=host), a lower data.num_workers, or data.num_workers 0, which needs none"
+    )
+
+
 def start_worker(worker_id):
-    """One thread per worker; signals meant for the run, which reach the whole process group, are the main process's."""
+    """One thread per worker; signals meant for the run, which reach the whole process group, are the main process's.
+    A batch that cannot be handed over ends the worker: the main process would wait for it for ever."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _end_worker(error, batch):
+    """Called in the thread that sends batches, with what it has failed to send."""
+    if "shared memory" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+        os._exit(SHARED_MEMORY_FULL)
+    traceback.print_exception(error)
+    os._exit(1)
 
 
 def _obey_parent():

@@ -34,6 +34,7 @@ from rae_suite.launch import INTERRUPTED, say
 from rae_suite.metrics_file import MetricsFile
 from rae_suite.settings import check_same_config, read_run_settings
 from rae_suite.sharding import load_part
+from rae_suite.signals import StoppedWaiting
 from rae_suite.training_data import SHARDS, TrainingData
 
 
@@ -256,7 +257,8 @@ def finished_steps(accelerator: Accelerator, run_dir: Path, total_steps: int, wh
 
 @contextmanager
 def errors_name_checkpoint(run_dir: Path) -> Iterator[None]:
-    """Say what the run continues from when it ends by Ctrl-C or because something cannot be written."""
+    """Say what the run continues from when it ends by a second Ctrl-C, while it waits for images, or because something
+    cannot be written."""
     try:
         yield
     except WriteError as error:
@@ -266,3 +268,6 @@ def errors_name_checkpoint(run_dir: Path) -> Iterator[None]:
         raise RunError(
             f"stopped by Ctrl-C; {last_checkpoint(run_dir)}; the same command continues", INTERRUPTED
         ) from None
+    except StoppedWaiting as stopped:
+        message = f"stopped by {stopped} while it waited for images; {last_checkpoint(run_dir)}"
+        raise RunError(f"{message}; the same command continues", everywhere=True) from None

@@ -17,7 +17,7 @@ from rae_suite.errors import RunError
 from rae_suite.launch import say, to_device
 from rae_suite.run_folder import RunState
 from rae_suite.settings import TrainConfig
-from rae_suite.signals import StopSignal
+from rae_suite.signals import StoppedWaiting, StopSignal
 from rae_suite.updates import StepRecord
 
 
@@ -83,6 +83,18 @@ class Steps:
     def stop_asked(self) -> bool:
         """Whether this process was asked to stop."""
         return self.stop.received is not None
+
+    def next(self, batches: Iterator) -> Optional[list]:
+        """The micro-batches of the next step; None where the run was asked to stop while it waited for them, and is to
+        be saved as it is. Raises StoppedWaiting where other processes wait for this one, which must end then."""
+        try:
+            return next(batches)
+        except StoppedWaiting:
+            if self.accelerator.num_processes > 1:
+                raise
+        self.stopping = True
+        self.read(everything=True)
+        return None
 
     def add(self, record: StepRecord) -> None:
         """A step was taken; its numbers are on their way."""
