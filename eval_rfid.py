@@ -14,7 +14,6 @@ In --output_dir: results.json, comparison.png (images, reconstructions and four 
 PSNR to the best), and with --save_images and --save_npz the reconstructions themselves.
 """
 
-import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from PIL import Image
 from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
 from rae_suite.cli import ALL_AT_LEAST_0, AT_LEAST_0, POSITIVE, Limit, config_dict, parse, require, setting
 from rae_suite.errors import ConfigError, RunError, error_names_setting
-from rae_suite.files import make_folder, writing
+from rae_suite.files import make_folder, remove, writing
 from rae_suite.frechet import (
     DEFAULT_CACHE,
     FID_MODES,
@@ -211,8 +210,8 @@ class ReconstructionWriter:
         self.array_file = folder / ".reconstructions.npy"
         if accelerator.is_main_process and (self.pairs or config.save_npz):
             for name in ("images", "reconstructions"):  # of an earlier evaluation
-                shutil.rmtree(folder / name, ignore_errors=True)
-            (folder / "reconstructions.npz").unlink(missing_ok=True)
+                remove(folder / name)
+            remove(folder / "reconstructions.npz")
             folder.mkdir(parents=True, exist_ok=True)
         if config.save_npz:
             if accelerator.is_main_process:

@@ -16,7 +16,6 @@ from rae_suite.settings_rae import parse_config
 if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv):
     parse_config()  # prints the help and ends the process: the imports below take seconds
 
-import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
@@ -34,7 +33,7 @@ from rae_suite.digests import weights_digest
 from rae_suite.discriminator import DiffAug
 from rae_suite.ema import EMA
 from rae_suite.errors import DataError, error_names_setting
-from rae_suite.files import is_whole_model, write_folder
+from rae_suite.files import clear, is_whole_model, write_folder
 from rae_suite.frechet import FID_MODES, FrechetMetric, cached_references, encoder_metric, inception_metrics
 from rae_suite.hub import Publisher, check_hub, push_command, upload_is_running
 from rae_suite.images import training_resize_size
@@ -73,11 +72,12 @@ from rae_suite.run_folder import (
     save_run,
     take_run_folder,
 )
-from rae_suite.run_log import RunLog, start_trackers
+from rae_suite.run_log import RunLog
 from rae_suite.settings_rae import Config
 from rae_suite.sharding import gather_to_cpu, shard
 from rae_suite.sources import ImageSource
 from rae_suite.steps import Steps, step_batches
+from rae_suite.trackers import check_trackers, start_trackers
 from rae_suite.training_data import TrainingData, open_data, open_loader, write_shards
 from rae_suite.updates import (
     StepRecord,
@@ -544,6 +544,7 @@ def main() -> None:
                 print(f"to upload it: {push_command(config.hub, final)}")
         return
 
+    check_trackers(config.logging.report_to, accelerator)
     inception = [name for name in config.eval.metrics if name in FID_MODES]
     distances = inception_metrics(inception, config.eval.inception_path, "eval.inception_path", accelerator)
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
@@ -565,7 +566,7 @@ def main() -> None:
     say(accelerator, describe(run, data, micro_batch, total_steps))
 
     if state.step < total_steps and accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)  # of this run when it was shorter
+        clear(final)  # of this run when it was shorter
 
     with data_errors_end_this_process(accelerator), errors_name_checkpoint(run_dir):
         finished = train(run, evaluation, log, publisher, loader, total_steps)

@@ -3,11 +3,13 @@
 import errno
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
 import shutil
 import struct
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -20,6 +22,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from rae_suite.errors import ConfigError, WriteError, error_names_setting
+
+logger = logging.getLogger(__name__)
 
 # what reading a damaged file of tensors raises, and what a damaged .npz file
 TENSOR_FILE_ERRORS = (
@@ -103,6 +107,27 @@ def check_output_file(path: Optional[str], key: str) -> None:
         make_folder(str(Path(path).absolute().parent), key)
 
 
+def remove(path: Path) -> None:
+    """Delete a file or folder, where there is one. A network drive may keep a folder for as long as some process has a
+    file in it open: that is a warning, because what is left stands in nobody's way and goes another time."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        if path.exists():
+            logger.warning("%s cannot be removed now (%s), this is tried again later", path, error.strerror or error)
+
+
+def clear(path: Path) -> None:
+    """Have nothing at `path`: what cannot be deleted is renamed to .NAME.*.removed, which the next start of the run
+    deletes. Raises OSError."""
+    remove(path)
+    if path.exists():
+        path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.removed"))
+
+
 def write_folder(target: Path, write: Callable[[Path], None], main_process: bool, wait: Callable[[], None]) -> None:
     """Let `write` fill a folder beside `target` and put it in target's place. Every process calls this.
 
@@ -111,7 +136,7 @@ def write_folder(target: Path, write: Callable[[Path], None], main_process: bool
     beside = target.with_name(f".{target.name}.partial")
     with writing(target):
         if main_process:
-            shutil.rmtree(beside, ignore_errors=True)
+            clear(beside)
             beside.parent.mkdir(parents=True, exist_ok=True)
         wait()
         try:
@@ -121,17 +146,17 @@ def write_folder(target: Path, write: Callable[[Path], None], main_process: bool
                     sync(path)
         except BaseException:
             if main_process:
-                shutil.rmtree(beside, ignore_errors=True)
+                remove(beside)
             raise
         wait()
         if main_process:
             old = target.with_name(f".{target.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
+            clear(old)
             if target.exists():
                 target.rename(old)  # a folder cannot be renamed onto a filled one
             beside.rename(target)
             sync(target.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
         wait()
 
 

@@ -129,7 +129,7 @@ def _write_listing(cache, key, stamps, listing):
     names = {"key": key, "stamps": json.dumps(stamps), "left_out": json.dumps(left_out)}
     try:
         os.makedirs(INDEX_CACHE, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=INDEX_CACHE) as folder:
+        with tempfile.TemporaryDirectory(dir=INDEX_CACHE, ignore_cleanup_errors=True) as folder:
             beside = os.path.join(folder, "index.npz")
             paths = np.frombuffer(paths, np.uint8)
             np.savez(beside, **names, paths=paths, ends=ends, counts=counts)

@@ -8,7 +8,6 @@ import atexit
 import os
 import re
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -33,6 +32,7 @@ from tqdm.auto import tqdm
 
 from rae_suite.cli import require
 from rae_suite.errors import ConfigError, RunError
+from rae_suite.files import remove
 from rae_suite.settings import HubConfig
 
 PUSH_SCRIPT = Path(__file__).parent.parent / "scripts" / "push_to_hub.py"
@@ -215,7 +215,7 @@ class Publisher:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         last = scrub(lines[-1]) if lines else f"exit code {code}, nothing in {self.log}"
         if code == 0 and self.folder.parent == self.run_dir / "hub":
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove(self.folder)
         tqdm.write(last if code == 0 else f"not uploaded: {last}\n{self._advice()}")
         return False
 

@@ -25,7 +25,7 @@ import torch
 from rae_suite.errors import DataError, RunError, UnreadableImage
 from rae_suite.images import center_crop, random_crop, to_tensor, training_resize_size
 from rae_suite.randomness import CROP_STREAM, ORDER_STREAM
-from rae_suite.signals import waiting_for_images
+from rae_suite.signals import StoppedWaiting, waiting_for_images
 
 logger = logging.getLogger(__name__)
 
@@ -281,6 +281,7 @@ class WorkerLoader(torch.utils.data.DataLoader):
 
 def _batches(iterator):
     """The batches of a DataLoader's iterator, whose error does not always say with which code a process has ended."""
+    workers = getattr(iterator, "_workers", ())
     try:
         while True:
             with waiting_for_images():
@@ -289,8 +290,13 @@ def _batches(iterator):
                 return
             yield batch
     except RuntimeError as error:
-        if any(worker.exitcode == SHARED_MEMORY_FULL for worker in getattr(iterator, "_workers", ())):
+        if any(worker.exitcode == SHARED_MEMORY_FULL for worker in workers):
             raise RunError(shared_memory_in_words(), everywhere=True) from error
+        raise
+    except StoppedWaiting:  # whatever the workers wait for, this process must not wait for them when it ends
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
+        for worker in workers:
+            worker.kill()
         raise
 
 

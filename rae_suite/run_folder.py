@@ -10,8 +10,8 @@ on the disk before what it replaces goes.
 """
 
 import fcntl
+import logging
 import os
-import shutil
 import socket
 import time
 import uuid
@@ -29,13 +29,18 @@ from tqdm.auto import tqdm
 from rae_suite.checkpoints import checkpoints, last_checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint
 from rae_suite.cli import config_yaml, with_settings
 from rae_suite.errors import ConfigError, RunError, WriteError
-from rae_suite.files import step_of, write_text, writing
+from rae_suite.files import remove, step_of, write_text, writing
 from rae_suite.launch import INTERRUPTED, say
 from rae_suite.metrics_file import MetricsFile
 from rae_suite.settings import check_same_config, read_run_settings
 from rae_suite.sharding import load_part
 from rae_suite.signals import StoppedWaiting
 from rae_suite.training_data import SHARDS, TrainingData
+
+logger = logging.getLogger(__name__)
+
+# what a start leaves in a new run folder before the run has anything to show: it may be that of another run then
+LEFT_BY_A_START = {"config.yaml", SHARDS, "wandb_run_id.txt", "wandb", "logs", "checkpoints", "hub.log", "hub"}
 
 
 @dataclass
@@ -63,16 +68,25 @@ def restore_folders(run_dir: Path) -> None:
     for folder in (run_dir, run_dir / "checkpoints", run_dir / "hub"):
         for old in folder.glob(".*.old"):
             target = folder / old.name.removeprefix(".").removesuffix(".old")
-            shutil.rmtree(old) if target.exists() else old.rename(target)
-        for partial in folder.glob(".*.partial"):
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            remove(old) if target.exists() else old.rename(target)
+        for path in (*folder.glob(".*.partial"), *folder.glob(".*.removed")):
+            remove(path)
 
 
 def lock_run_folder(run_dir: Path) -> TextIO:
     """Hold the run folder until the returned file is closed or the process ends. Raises BlockingIOError when another
-    process holds it."""
+    process holds it. A file system without locks (Lustre and NFS can be mounted so) is a warning."""
     file = (run_dir / ".lock").open("a")  # what the process that holds it wrote stays
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise
+    except OSError as error:
+        logger.warning(
+            "%s: this file system has no locks (%s), so take care that no other process works in it",
+            run_dir,
+            error.strerror,
+        )
     held = weakref.ref(file)
 
     def let_go() -> None:
@@ -87,20 +101,36 @@ def resolve_config(config: Any, accelerator: Accelerator) -> Any:
     """The config with what the launch and the beginning of the run decide: the precision, and a stream's lanes."""
     values = {"train.mixed_precision": accelerator.mixed_precision}
     if config.data.streaming and config.data.stream_lanes is None:
-        saved = Path(config.train.output_dir) / "config.yaml"
-        began = read_run_settings(saved).get("data.stream_lanes") if saved.exists() else None
+        run_dir = Path(config.train.output_dir)
+        began = None if is_nobodys(run_dir) else read_run_settings(run_dir / "config.yaml").get("data.stream_lanes")
         values["data.stream_lanes"] = began or accelerator.num_processes * max(1, config.data.num_workers)
     return with_settings(config, values)
 
 
+def is_nobodys(run_dir: Path) -> bool:
+    """Whether a folder is no run's: there is none, it has no config.yaml, or it has that of a run and nothing but what
+    a start leaves that ended before the run had evaluated anything."""
+    saved = run_dir / "config.yaml"
+    if not saved.exists():
+        return True
+    names = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")}
+    if checkpoints(run_dir) or not names <= LEFT_BY_A_START:
+        return False
+    try:
+        return "train.output_dir" in read_run_settings(saved)
+    except ConfigError:
+        return False
+
+
 def check_run_folder(config: Any) -> Path:
-    """The run folder: a new one, or one of the same config. Raises ConfigError for anything else."""
+    """The run folder: a new one, one of a start that failed, or one of the same config. Raises ConfigError for anything
+    else."""
     run_dir = Path(config.train.output_dir)
     saved = run_dir / "config.yaml"
     place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(f"train.output_dir: {run_dir} cannot be made, {place} is no folder that can be written to")
-    if saved.exists():
+    if saved.exists() and not is_nobodys(run_dir):
         check_same_config(config, saved)
         MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()  # or names the line that is damaged
     elif run_dir.exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):

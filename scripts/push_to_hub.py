@@ -420,7 +420,7 @@ def main() -> None:
     model = Path(settings.model).expanduser().resolve()
     if not settings.dry_run:
         check_access(settings.repo_id, "repo_id")
-    with tempfile.TemporaryDirectory(prefix="push-to-hub-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="push-to-hub-", ignore_cleanup_errors=True) as temporary:
         push(settings, model, Path(temporary))
 
 
