@@ -38,7 +38,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
 from rae_suite.cli import ALL_AT_LEAST_0, POSITIVE, Limit, config_dict, parse, require, setting

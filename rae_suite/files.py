@@ -107,6 +107,18 @@ def check_output_file(path: Optional[str], key: str) -> None:
         make_folder(str(Path(path).absolute().parent), key)
 
 
+def locks_are_missing(error: Exception) -> bool:
+    """Whether a lock cannot be had because the file system has none, as NFS and Lustre can be mounted, or autofs says.
+    The package filelock, of which `datasets` and `evaluate` make use, says so in its own way."""
+    autofs = 524
+    return isinstance(error, NotImplementedError) or getattr(error, "errno", None) in (
+        errno.ENOLCK,
+        errno.ENOSYS,
+        errno.EOPNOTSUPP,
+        autofs,
+    )
+
+
 def remove(path: Path) -> None:
     """Delete a file or folder, where there is one. A network drive may keep a folder for as long as some process has a
     file in it open: that is a warning, because what is left stands in nobody's way and goes another time."""

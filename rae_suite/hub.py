@@ -28,7 +28,7 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from rae_suite.cli import require
 from rae_suite.errors import ConfigError, RunError

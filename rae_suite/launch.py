@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting, fail
@@ -34,7 +34,8 @@ def loss_of_process(error: RuntimeError) -> Optional[str]:
     text = str(error)
     who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     if "DataLoader worker" in text:
-        if f"exit code {SHARED_MEMORY_FULL}." in text or "Bus error" in text:
+        whole = f"{text} {error.__cause__}"  # which may know the code with which it ended
+        if f"exit code {SHARED_MEMORY_FULL}." in whole or "Bus error" in whole:
             return who + shared_memory_in_words()
         return (
             f"{who}a data loading process died ({text.strip()}); when the system ended it for lack of memory, "
@@ -132,7 +133,8 @@ def compute_deterministically() -> None:
 
 
 def progress_bar(items: Iterable, accelerator: Accelerator, name: Optional[str] = None) -> tqdm:
-    """The items, with a bar on the main process's terminal; none in a log file."""
+    """The items, with a bar on the main process's terminal; none in a log file. (tqdm.auto's bar would begin to iterate
+    twice, which loads the first images twice.)"""
     return tqdm(items, name, leave=False, disable=not (accelerator.is_main_process and sys.stderr.isatty()))
 
 

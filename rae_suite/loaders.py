@@ -9,9 +9,11 @@
 All randomness is a function of (seed, epoch, index): neither the number of workers or ranks nor a resume changes it.
 """
 
+import contextlib
 import errno
 import functools
 import logging
+import multiprocessing
 import multiprocessing.queues
 import os
 import signal
@@ -262,14 +264,18 @@ def _loader(images, batches, collate_fn, num_workers):
 class WorkerLoader(torch.utils.data.DataLoader):
     """A DataLoader whose processes have SIGTERM blocked from their first moment: `start_worker` comes too late for the
     threads that some libraries (Arrow) start again within a fork, and one that takes the signal ends the process.
-    Raises RunError, here and in iteration, where there is no shared memory for its processes or their batches."""
+    Raises RunError where there is no shared memory for what they are started with."""
 
     def __iter__(self):
+        with _waiting_for_workers():  # a second pass waits for all of them
+            return _batches(super().__iter__())
+
+    def _get_iterator(self):  # torch's: where the processes are started
         if not hasattr(signal, "pthread_sigmask"):  # Windows
-            return super().__iter__()
+            return super()._get_iterator()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            return _batches(super().__iter__())
+            return super()._get_iterator()
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
@@ -280,22 +286,25 @@ class WorkerLoader(torch.utils.data.DataLoader):
 
 
 def _batches(iterator):
-    """The batches of a DataLoader's iterator, whose error does not always say with which code a process has ended."""
-    workers = getattr(iterator, "_workers", ())
+    """The batches of a DataLoader's iterator."""
+    while True:
+        with _waiting_for_workers():
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
+
+
+@contextlib.contextmanager
+def _waiting_for_workers():
+    """Within this context, a run that is asked to stop does not wait for ever (see waiting_for_images), and when it
+    ends not for its data loading processes either, whatever they wait for."""
     try:
-        while True:
-            with waiting_for_images():
-                batch = next(iterator, None)
-            if batch is None:
-                return
-            yield batch
-    except RuntimeError as error:
-        if any(worker.exitcode == SHARED_MEMORY_FULL for worker in workers):
-            raise RunError(shared_memory_in_words(), everywhere=True) from error
-        raise
-    except StoppedWaiting:  # whatever the workers wait for, this process must not wait for them when it ends
+        with waiting_for_images():
+            yield
+    except StoppedWaiting:
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
-        for worker in workers:
+        for worker in multiprocessing.active_children():
             worker.kill()
         raise
 

@@ -24,12 +24,12 @@ from typing import Any, Optional, TextIO, get_args
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from rae_suite.checkpoints import checkpoints, last_checkpoint, newest_checkpoint, read_checkpoint, save_checkpoint
 from rae_suite.cli import config_yaml, with_settings
 from rae_suite.errors import ConfigError, RunError, WriteError
-from rae_suite.files import remove, step_of, write_text, writing
+from rae_suite.files import locks_are_missing, remove, step_of, write_text, writing
 from rae_suite.launch import INTERRUPTED, say
 from rae_suite.metrics_file import MetricsFile
 from rae_suite.settings import check_same_config, read_run_settings
@@ -79,9 +79,9 @@ def lock_run_folder(run_dir: Path) -> TextIO:
     file = (run_dir / ".lock").open("a")  # what the process that holds it wrote stays
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise
     except OSError as error:
+        if not locks_are_missing(error):
+            raise
         logger.warning(
             "%s: this file system has no locks (%s), so take care that no other process works in it",
             run_dir,
@@ -130,10 +130,10 @@ def check_run_folder(config: Any) -> Path:
     place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(f"train.output_dir: {run_dir} cannot be made, {place} is no folder that can be written to")
-    if saved.exists() and not is_nobodys(run_dir):
+    if not is_nobodys(run_dir):
         check_same_config(config, saved)
         MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()  # or names the line that is damaged
-    elif run_dir.exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
+    elif not saved.exists() and run_dir.exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
         raise ConfigError(f"train.output_dir: {run_dir} is not empty and has no config.yaml of a run")
     return run_dir
 

@@ -10,7 +10,7 @@ from typing import Optional
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from rae_suite.checkpoints import last_checkpoint
 from rae_suite.errors import RunError

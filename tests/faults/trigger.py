@@ -9,6 +9,7 @@ that Python's audit hooks see: open (with its mode, `open w PATH`), os.mkdir, os
 
     kill, term, usr1, hup, int  that signal to itself, just before the operation ("term term" sends it twice)
     pause                       longer than the moment in which Ctrl-C counts once
+    halt                        stop its data loading processes, as a server that no longer answers does
     half                        kill, and leave the file half-written
     fill                        fill the file system `disk`, except for `leave` bytes
     remove, garbage             delete the file or folder `disk`; put something else in the file's place
@@ -25,6 +26,8 @@ import sys
 import time
 from pathlib import Path
 from typing import Optional
+
+import psutil
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
@@ -66,6 +69,9 @@ def strike(fault: dict, path: Optional[Path], mode: Optional[str]) -> None:
         disk.write_text("no image")
     elif action == "read-only":
         subprocess.run(["chattr", "+i", disk], check=True)
+    elif action == "halt":
+        for worker in psutil.Process().children():
+            worker.suspend()
     else:
         for name in action.split():
             time.sleep(1.2) if name == "pause" else os.kill(os.getpid(), SIGNALS[name])
