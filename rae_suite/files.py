@@ -1,6 +1,7 @@
 """Files and folders: read without trusting them, written whole or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import json
 import logging
@@ -9,6 +10,7 @@ import pickle
 import re
 import shutil
 import struct
+import tempfile
 import uuid
 import zipfile
 import zlib
@@ -108,15 +110,19 @@ def check_output_file(path: Optional[str], key: str) -> None:
 
 
 def locks_are_missing(error: Exception) -> bool:
-    """Whether a lock cannot be had because the file system has none, as NFS and Lustre can be mounted, or autofs says.
-    The package filelock, of which `datasets` and `evaluate` make use, says so in its own way."""
-    autofs = 524
-    return isinstance(error, NotImplementedError) or getattr(error, "errno", None) in (
-        errno.ENOLCK,
-        errno.ENOSYS,
-        errno.EOPNOTSUPP,
-        autofs,
-    )
+    """Whether a lock cannot be had because the file system has none: NFS and Lustre can be mounted so. 524 is what
+    autofs says."""
+    return getattr(error, "errno", None) in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524)
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether files in a folder can be locked. Raises OSError where none can be made in it."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return not locks_are_missing(error)
+    return True
 
 
 def remove(path: Path) -> None:

@@ -5,6 +5,7 @@ import itertools
 import os
 import re
 import tarfile
+import tempfile
 import time
 from collections import defaultdict
 
@@ -14,6 +15,7 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from rae_suite.errors import DataError, one_line
+from rae_suite.files import locks_are_missing
 from rae_suite.folders import is_system_name
 from rae_suite.images import IMAGE_EXTENSIONS, check_codecs
 from rae_suite.splits import SAVED_DATASET_FILES
@@ -142,8 +144,15 @@ def list_splits(path, config_name, setting):
             f"{setting}: {path} is a saved data set, which is mapped from disk; data.streaming is not for it"
         )
     try:
-        builder = datasets.load_dataset_builder(path, name=config_name)
+        # nothing is kept in this cache but a lock, for which the usual one's file system may have no support
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+            builder = datasets.load_dataset_builder(path, name=config_name, cache_dir=cache)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        if locks_are_missing(error):
+            raise DataError(
+                f"{setting}: `datasets`, which finds the splits of {path}, needs a temporary folder with file locks "
+                f"({one_line(error)}); expected a glob of shards, or TMPDIR on a local disk"
+            ) from error
         raise DataError(
             f"{setting}: {path} is no folder, glob or URL of parquet or tar shards, nor a Hub data set that can be "
             f"reached: {one_line(error)}"

@@ -134,7 +134,8 @@ def test_shards_of_a_hub_data_set(tmp_path, monkeypatch):
         builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
         monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, b=builder, **k: asked.append((a, k)) or b)
         stream = open_(settings("user/name", config_name="small"))
-        assert asked.pop() == (("user/name",), {"name": "small"}) and stream.num_images == 20
+        arguments, options = asked.pop()
+        assert arguments == ("user/name",) and options["name"] == "small" and stream.num_images == 20
         fingerprints.append(stream.fingerprint())
     assert fingerprints[0] == fingerprints[1]
 
