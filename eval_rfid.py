@@ -14,7 +14,6 @@ In --output_dir: results.json, comparison.png (images, reconstructions and four 
 PSNR to the best), and with --save_images and --save_npz the reconstructions themselves.
 """
 
-import shutil
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,7 +28,7 @@ from PIL import Image
 from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
 from rae_suite.cli import ALL_AT_LEAST_0, AT_LEAST_0, POSITIVE, Limit, config_dict, parse, require, setting
 from rae_suite.errors import ConfigError, RunError, error_names_setting
-from rae_suite.files import make_folder, writing
+from rae_suite.files import make_folder, remove, writing
 from rae_suite.frechet import (
     DEFAULT_CACHE,
     cached_references,
@@ -70,7 +69,7 @@ class EvalRFIDConfig:
     model: tuple[PathText, ...] = setting((), NOT_EMPTY)
     """Folders or Hub ids of the autoencoders."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
-    """The images. Class folders without split folders are taken whole."""
+    """The images. Data without a split level is taken whole, unless eval_split names another split than the default."""
     num_samples: Optional[int] = setting(None, POSITIVE)
     """Images that are evaluated, spread evenly over the split; none: all."""
     batch_size: int = setting(64, POSITIVE)
@@ -215,8 +214,8 @@ class ReconstructionWriter:
         self.array_file = folder / ".reconstructions.npy"
         if accelerator.is_main_process and (self.pairs or config.save_npz):
             for name in ("images", "reconstructions"):  # of an earlier evaluation
-                shutil.rmtree(folder / name, ignore_errors=True)
-            (folder / "reconstructions.npz").unlink(missing_ok=True)
+                remove(folder / name)
+            remove(folder / "reconstructions.npz")
             folder.mkdir(parents=True, exist_ok=True)
         if config.save_npz:
             if accelerator.is_main_process:
@@ -316,6 +315,7 @@ def report(m: Measurement, rows: list) -> None:
         "rows": rows,
         "fid_mode": {name: mode for name, mode in FID_MODES.items() if name in names},
         "quantize": config.quantize,
+        "split": m.source.split,
         "image_size": m.size,
         "crop": "ADM centre crop",
         "reference": config.reference or "the same images, through the same crop",
@@ -325,6 +325,7 @@ def report(m: Measurement, rows: list) -> None:
     }
     save_results(m.output_dir / "results.json", results)
     print(table(rows, names))
+    print(f"images    {config.data.path}, split: {m.source.split}")
     for name, mode in results["fid_mode"].items():
         print(f"{name}: Inception, {mode}; 8-bit by {config.quantize}; reference: {results['reference']}")
     if "rfdd" in names:

@@ -67,7 +67,8 @@ class LinearProbeConfig:
     model: Optional[PathText] = None
     """Folder or Hub id of the autoencoder; with eval_only none: the one that the head was trained on."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
-    """The images. With eval_only, class folders without split folders are taken whole."""
+    """The images. With eval_only, data without a split level is taken whole, unless eval_split names another split than
+    the default."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     train: HeadTrainingConfig = field(default_factory=HeadTrainingConfig)
     eval_only: bool = False
@@ -289,6 +290,7 @@ def main(argv: Optional[list] = None) -> None:
     results = {
         **figures,
         "num_classes": len(classes),
+        "split": eval_images.source.split,
         "num_unreadable": len(eval_features.unreadable),
         "absent_classes": absent,
         "most_confused": most_confused(confusion, classes),
@@ -321,6 +323,7 @@ def describe(
     lines = [
         f"{model.kind} {model.name}: {extractor.kind} features of width {extractor.width}, precision {precision}",
         f"{images}{len(evaluation.labels)} evaluation images of {len(classes)} classes, {extractor.image_size} px",
+        f"evaluation split: {evaluation.source.split}",
     ]
     if head is not None and head.config["weights"] != extractor.weights:
         lines.append(f"note: the head was trained on other weights, those of {head.config['model']} at that time")

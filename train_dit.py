@@ -16,7 +16,6 @@ from rae_suite.settings_dit import parse_config
 if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv):
     parse_config()  # prints the help and ends the process: the imports below take seconds
 
-import shutil
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -48,7 +47,7 @@ from rae_suite.dit_networks import (
 )
 from rae_suite.ema import EMA
 from rae_suite.errors import error_names_setting
-from rae_suite.files import write_folder
+from rae_suite.files import clear, write_folder
 from rae_suite.flow import (
     Draws,
     draw_by_place,
@@ -87,12 +86,13 @@ from rae_suite.run_folder import (
     save_run,
     take_run_folder,
 )
-from rae_suite.run_log import RunLog, start_trackers, upload
+from rae_suite.run_log import RunLog, upload
 from rae_suite.settings_dit import Config
 from rae_suite.sharding import gather_to_cpu, shard
 from rae_suite.sources import ImageSource
 from rae_suite.start_notes import batch_line, start_notes
 from rae_suite.steps import Steps, step_batches
+from rae_suite.trackers import check_trackers, start_trackers
 from rae_suite.training_data import TrainingData, open_data, open_loader, write_shards
 from rae_suite.updates import (
     StepRecord,
@@ -265,15 +265,9 @@ class Evaluation:
 
 def build_evaluation(run: Run, images: ImageSource) -> Evaluation:
     config, accelerator, size = run.config, run.accelerator, run.rae.config.image_size
-    loader = eval_loader(
-        images,
-        size,
-        config.eval.batch_size,
-        config.data.num_workers,
-        accelerator.process_index,
-        accelerator.num_processes,
-        config.eval.num_samples,
-    )
+    batch, workers, num_samples = config.eval.batch_size, config.data.num_workers, config.eval.num_samples
+    processes = accelerator.process_index, accelerator.num_processes
+    loader = eval_loader(images, size, batch, workers, *processes, num_samples)
 
     def tokens(pixels: torch.Tensor) -> torch.Tensor:
         return run.rae.encode(pixels, add_noise=False, normalize=False).latent
@@ -393,8 +387,12 @@ def train(
     steps = Steps(config, accelerator, state, total_steps, run.steps_per_epoch, log.run_dir)
     accumulation = config.train.gradient_accumulation_steps
     batches = step_batches(loader, accumulation, accelerator.device, log.unreadable.add)
+    save = partial(save_run, accelerator, log.run_dir, state, run.parts(), loader, config.train.keep_last)
     while state.step < total_steps:
-        steps.add(train_step(run, prepare(run, next(batches), state.step), state.step, steps.stop_asked))
+        step_batch = steps.next(batches, save)
+        if step_batch is None:  # the run was asked to stop while it waited for images
+            break
+        steps.add(train_step(run, prepare(run, step_batch, state.step), state.step, steps.stop_asked))
 
         due = steps.due()
         record = steps.read(everything=any(due))  # what is written down is of steps that are known to be good
@@ -410,7 +408,7 @@ def train(
             elif due.upload:
                 upload(accelerator, publisher, log, partial(export, run))
             if due.checkpoint or steps.stopping:
-                save_run(accelerator, log.run_dir, state, run.parts(), loader, config.train.keep_last)
+                save()
         if steps.stopped_early():
             break
     steps.bar.close()
@@ -439,6 +437,7 @@ def main() -> None:
     if is_finished(accelerator, run_dir, total_steps, is_whole_pipeline, config.hub):
         return
 
+    check_trackers(config.logging.report_to, accelerator)
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
     lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
     check_shared_folder(run_dir, lock)
@@ -461,7 +460,7 @@ def main() -> None:
     say(accelerator, describe(run, data, micro_batch, total_steps))
 
     if state.step < total_steps and accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)  # of this run when it was shorter
+        clear(final)  # of this run when it was shorter
 
     with data_errors_end_this_process(accelerator), errors_name_checkpoint(run_dir):
         finished = train(run, evaluation, log, publisher, loader, total_steps)

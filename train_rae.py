@@ -16,7 +16,6 @@ from rae_suite.settings_rae import parse_config
 if __name__ == "__main__" and not {"-h", "--help"}.isdisjoint(sys.argv):
     parse_config()  # prints the help and ends the process: the imports below take seconds
 
-import shutil
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -34,7 +33,7 @@ from rae_suite.digests import weights_digest
 from rae_suite.discriminator import DiffAug
 from rae_suite.ema import EMA
 from rae_suite.errors import error_names_setting
-from rae_suite.files import is_whole_model, write_folder
+from rae_suite.files import clear, is_whole_model, write_folder
 from rae_suite.frechet import FrechetMetric, cached_references, encoder_metric, inception_metrics
 from rae_suite.hub import Publisher, check_hub
 from rae_suite.images import training_resize_size
@@ -80,12 +79,13 @@ from rae_suite.run_folder import (
     save_run,
     take_run_folder,
 )
-from rae_suite.run_log import RunLog, start_trackers, upload
+from rae_suite.run_log import RunLog, upload
 from rae_suite.settings_rae import Config
 from rae_suite.sharding import gather_to_cpu, shard
 from rae_suite.sources import ImageSource
 from rae_suite.start_notes import batch_line, start_notes
 from rae_suite.steps import Steps, step_batches
+from rae_suite.trackers import check_trackers, start_trackers
 from rae_suite.training_data import TrainingData, open_data, open_loader, write_shards
 from rae_suite.updates import (
     StepRecord,
@@ -486,8 +486,12 @@ def train(
     steps = Steps(config, accelerator, state, total_steps, run.steps_per_epoch, log.run_dir)
     accumulation = config.train.gradient_accumulation_steps
     batches = step_batches(loader, accumulation, accelerator.device, log.unreadable.add)
+    save = partial(save_run, accelerator, log.run_dir, state, run.parts(), loader, config.train.keep_last)
     while state.step < total_steps:
-        pixels = [images for images, _ in next(batches)]  # labels play no part here
+        step_batch = steps.next(batches, save)
+        if step_batch is None:  # the run was asked to stop while it waited for images
+            break
+        pixels = [images for images, _ in step_batch]  # labels play no part here
         steps.add(train_step(run, pixels, state.step, steps.stop_asked))
 
         due = steps.due()
@@ -504,7 +508,7 @@ def train(
             elif due.upload:
                 upload(accelerator, publisher, log, partial(export, run))
             if due.checkpoint or steps.stopping:
-                save_run(accelerator, log.run_dir, state, run.parts(), loader, config.train.keep_last)
+                save()
         if steps.stopped_early():
             break
     steps.bar.close()
@@ -531,6 +535,7 @@ def main() -> None:
     if is_finished(accelerator, run_dir, total_steps, partial(is_whole_model, code=CODE), config.hub):
         return
 
+    check_trackers(config.logging.report_to, accelerator)
     inception = [name for name in config.eval.metrics if name in FID_MODES]
     distances = inception_metrics(inception, config.eval.inception_path, "eval.inception_path", accelerator)
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
@@ -552,7 +557,7 @@ def main() -> None:
     say(accelerator, describe(run, data, micro_batch, total_steps))
 
     if state.step < total_steps and accelerator.is_main_process:
-        shutil.rmtree(final, ignore_errors=True)  # of this run when it was shorter
+        clear(final)  # of this run when it was shorter
 
     with data_errors_end_this_process(accelerator), errors_name_checkpoint(run_dir):
         finished = train(run, evaluation, log, publisher, loader, total_steps)

@@ -7,7 +7,7 @@
     python examples/latent_diffusion.py --model user/my-rae --data /data/flowers/train --output runs/flowers \\
             --depth 12 --batch_size 128 --steps 50000 --lr 2e-4 --trust_remote_code
         any RAE, a folder or a Hub id, whose modeling_rae.py is run (--trust_remote_code allows it), and any images
-        <data>/<class>/*.png; images without labels are one class, a folder in a folder. A GPU is used when there is
+        <data>/<class>/**/*.png; where images lie in <data> itself, all are of one class. A GPU is used when there is
         one, in float32.
 
 Written in --output: samples.png, a column for each of the first ten classes; transformer/ and scheduler/, for the
@@ -25,22 +25,32 @@ import math
 import os
 import sys
 import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import NoReturn, Optional
+from typing import NamedTuple, NoReturn, Optional
 
+import numpy as np
 import torch
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from diffusers.optimization import get_cosine_schedule_with_warmup
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, RandomSampler, TensorDataset
-from torchvision import datasets, transforms
+from torchvision import transforms
 from torchvision.utils import save_image
 from transformers import AutoModel
 
 HEAD_WIDTH = 64  # channels of an attention head
 LABEL_DROPOUT = 0.1  # share of the training images whose class the transformer is not told, for guidance
 GRID_CLASSES, GRID_ROWS = 10, 6
+FORMATS = ("JPEG", "PNG", "WEBP", "AVIF", "JPEG2000", "BMP", "GIF", "TIFF", "PPM")  # not EPS, which is a program
+ENDINGS = {ending for ending, format in Image.registered_extensions().items() if format in (*FORMATS, "MPO")}
+TEXT = {".txt", ".json", ".csv", ".xml", ".md"}  # beside the images
+# what network drives, archives and systems leave among them, beside names with a dot in front
+SYSTEM = ("@eadir", "#recycle", "@recycle", "$recycle.bin", "__macosx", "system volume information", "lost+found",
+          "thumbs.db", "desktop.ini")  # fmt: skip
 
 
 def parse_args() -> argparse.Namespace:
@@ -57,7 +67,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--num_sampling_steps", type=int, default=50, help="steps from noise to an image")
     parser.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1: none")
-    parser.add_argument("--num_workers", type=int, default=2, help="processes that read images")
+    parser.add_argument("--num_workers", type=int, default=2, help="threads that read images")
     parser.add_argument("--seed", type=int, default=0, help="of weights, order, noise and samples")
     args = parser.parse_args()
     args.output = Path(args.output)
@@ -73,14 +83,61 @@ def fail(message: str) -> NoReturn:
     sys.exit(2)
 
 
-def load_images(folder: str) -> datasets.ImageFolder:
+class Images(NamedTuple):
+    paths: list
+    labels: list  # places in `classes`
+    classes: list
+
+
+def visible_files(folder: Path) -> list:
+    """All files below a folder, sorted, but hidden and system ones."""
+    found = []
+    for path in sorted(folder.iterdir()):
+        if not path.name.startswith(".") and path.name.lower() not in SYSTEM:
+            found += visible_files(path) if path.is_dir() else [path]
+    return found
+
+
+def list_images(folder: Path) -> Images:
+    """The images below a folder, each of the class that its first folder names; all of one class where an image lies
+    in the folder itself. Says what other files there are."""
     try:
-        images = datasets.ImageFolder(folder)
+        files = visible_files(folder)
     except OSError as error:
         fail(f"--data: expected images in {folder}/<class>/ ({error})")
+    paths = [path for path in files if path.suffix.lower() in ENDINGS]
+    others = Counter(path.suffix.lower() for path in files if path.suffix.lower() not in ENDINGS | TEXT)
+    if others:
+        print("left out:", ", ".join(f"{count} {ending or 'without ending'}" for ending, count in others.items()))
+    if not paths:
+        fail(f"--data: expected images in {folder}/<class>/, found none")
     if any(path.is_dir() for path in Path(folder, "train").glob("*")):
         fail(f"--data: expected one split, such as {folder}/train, got the folder of all splits {folder}")
-    return images
+    names = [path.relative_to(folder).parts for path in paths]
+    if any(len(parts) == 1 for parts in names):
+        return Images(paths, [0] * len(paths), [folder.name])
+    classes = sorted({parts[0] for parts in names})
+    return Images(paths, [classes.index(parts[0]) for parts in names], classes)
+
+
+def read_image(path: Path) -> Image.Image:
+    """An image as the suite's rae_suite/images.py reads it: RGB, upright, its first frame, transparent pixels on white,
+    grey of 16 bits scaled. Raises ValueError for what that reads in ways that are left out here."""
+    with Image.open(path, formats=FORMATS) as image:
+        deep = image.mode.startswith("I") and image.format in ("PNG", "PPM")  # 16 bits, 0 is black
+        known = deep or image.mode in ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "CMYK", "YCbCr")
+        signed = image.format == "TIFF" and 2 in image.tag_v2.get(339, ())
+        keyed = image.mode != "P" and "transparency" in image.info
+        if signed or keyed or not known:
+            which = "signed" if signed else "with a transparent colour" if keyed else f"of mode {image.mode}"
+            raise ValueError(f"a {image.format} {which}")
+        image = ImageOps.exif_transpose(image)
+    if deep:
+        return Image.fromarray(((np.asarray(image).astype(int) + 128) // 257).astype(np.uint8)).convert("RGB")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
 
 
 def load_rae(name: str, trust_remote_code: bool, device: torch.device):
@@ -96,18 +153,28 @@ def load_rae(name: str, trust_remote_code: bool, device: torch.device):
 
 
 @torch.no_grad()
-def encode_images(rae, images: datasets.ImageFolder, batch_size: int, num_workers: int) -> tuple:
+def encode_images(rae, images: Images, batch_size: int, num_workers: int) -> tuple:
     """All latents (N, C, h, w), on the CPU, and their class indices (N,)."""
     size = rae.config.image_size
-    images.transform = transforms.Compose(
+    transform = transforms.Compose(
         [transforms.Resize(size), transforms.CenterCrop(size), transforms.ToTensor()]  # (3, S, S) in [0, 1]
     )
-    batches = DataLoader(images, batch_size, num_workers=num_workers)
-    try:
-        latents = torch.cat([rae.encode(pixels.to(rae.device)).latent.cpu() for pixels, _ in batches])
-    except OSError as error:  # of Pillow, in a process that reads; its last line has the reason
-        fail(f"--data: an image cannot be read: {str(error).strip().splitlines()[-1]}")
-    return latents, torch.tensor(images.targets)
+
+    def read(path: Path) -> torch.Tensor:
+        try:
+            return transform(read_image(path))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise ValueError(f"{path} ({error})") from error
+
+    latents = []
+    with ThreadPoolExecutor(max(1, num_workers)) as threads:
+        for start in range(0, len(images.paths), batch_size):
+            try:
+                pixels = torch.stack(list(threads.map(read, images.paths[start : start + batch_size])))
+            except ValueError as error:
+                fail(f"--data: an image cannot be read: {error}")
+            latents.append(rae.encode(pixels.to(rae.device)).latent.cpu())
+    return torch.cat(latents), torch.tensor(images.labels)
 
 
 def choose_width(asked: Optional[int], latent_channels: int) -> int:
@@ -194,7 +261,7 @@ def sample(transformer, scheduler, labels: torch.Tensor, args: argparse.Namespac
 def main() -> None:
     args, start = parse_args(), time.perf_counter()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    images = load_images(args.data)
+    images = list_images(Path(args.data))
     rae = load_rae(args.model, args.trust_remote_code, device)
     width = choose_width(args.width, rae.config.latent_channels)
     try:

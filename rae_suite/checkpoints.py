@@ -3,7 +3,6 @@ that a damaged file is known. They hold whole tensors, however the processes of 
 number of processes, with or without FSDP."""
 
 import json
-import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, Optional
@@ -12,7 +11,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import save_file
 
-from rae_suite.files import list_steps, read_saved, sha256, write_folder, writing
+from rae_suite.files import clear, list_steps, read_saved, remove, sha256, write_folder, writing
 from rae_suite.sharding import gather_to_cpu
 
 
@@ -50,8 +49,8 @@ def save_checkpoint(accelerator: Accelerator, run_dir: Path, step: int, states: 
     path = run_dir / "checkpoints" / f"step-{step:08d}"
     write_folder(path, write, accelerator.is_main_process, accelerator.wait_for_everyone)
     if accelerator.is_main_process:
-        for old in checkpoints(run_dir)[:-keep_last]:
-            shutil.rmtree(old)
+        for old in checkpoints(run_dir)[:-keep_last]:  # also those that could not be removed the time before
+            remove(old)
     return path
 
 
@@ -108,7 +107,7 @@ def newest_checkpoint(run_dir: Path, parts: Iterable, warn: Callable[[str], None
             for broken, why in damaged.items():
                 aside = broken.with_name(f"damaged-{broken.name}")
                 with writing(aside):
-                    shutil.rmtree(aside, ignore_errors=True)
+                    clear(aside)
                     broken.rename(aside)
                 warn(f"checkpoint {broken} is damaged ({why}), now {aside.name}; the one before is used")
             return path

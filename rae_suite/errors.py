@@ -73,10 +73,15 @@ def one_line(error: Union[str, Exception], limit: int = 300) -> str:
     return scrub(" ".join(str(error).split()))[:limit] or type(error).__name__
 
 
+def is_first_of_machine() -> bool:
+    """Whether this is the process that says what every process of a machine finds alike."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def fail(message: Union[str, Exception], code: int = 2, everywhere: bool = False) -> NoReturn:
     """End the process with one line on stderr. What every process of a machine finds alike is said by its first, unless
     `everywhere`."""
-    if everywhere or os.environ.get("LOCAL_RANK", "0") == "0":
+    if everywhere or is_first_of_machine():
         sys.stderr.write(f"error: {scrub(' '.join(str(message).split()))}\n")
     sys.exit(code)
 

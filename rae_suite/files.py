@@ -1,13 +1,17 @@
 """Files and folders: read without trusting them, written whole or not at all."""
 
 import errno
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import pickle
 import re
 import shutil
 import struct
+import tempfile
+import uuid
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -20,6 +24,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from rae_suite.errors import ConfigError, WriteError, error_names_setting
+
+logger = logging.getLogger(__name__)
 
 # what reading a damaged file of tensors raises, and what a damaged .npz file
 TENSOR_FILE_ERRORS = (
@@ -118,6 +124,43 @@ def check_links(folder: Path, paths: Iterable[Path], key: str) -> None:
             raise ConfigError(f"{key}: {path} is a link to {target}, expected files of the model's folder itself")
 
 
+def locks_are_missing(error: Exception) -> bool:
+    """Whether a lock cannot be had because the file system has none: NFS and Lustre can be mounted so. 524 is what
+    autofs says."""
+    return getattr(error, "errno", None) in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, 524)
+
+
+def has_locks(folder: Path) -> bool:
+    """Whether files in a folder can be locked. Raises OSError where none can be made in it."""
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            return not locks_are_missing(error)
+    return True
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder, where there is one. A network drive may keep a folder for as long as some process has a
+    file in it open: that is a warning, because what is left stands in nobody's way and goes another time."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except OSError as error:
+        if path.exists():
+            logger.warning("%s cannot be removed now (%s), this is tried again later", path, error.strerror or error)
+
+
+def clear(path: Path) -> None:
+    """Have nothing at `path`: what cannot be deleted is renamed to .NAME.*.removed, which the next start of the run
+    deletes. Raises OSError."""
+    remove(path)
+    if path.exists():
+        path.rename(path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.removed"))
+
+
 def write_folder(target: Path, write: Callable[[Path], None], main_process: bool, wait: Callable[[], None]) -> None:
     """Let `write` fill a folder beside `target` and put it in target's place. Every process calls this.
 
@@ -126,7 +169,7 @@ def write_folder(target: Path, write: Callable[[Path], None], main_process: bool
     beside = target.with_name(f".{target.name}.partial")
     with writing(target):
         if main_process:
-            shutil.rmtree(beside, ignore_errors=True)
+            clear(beside)
             beside.parent.mkdir(parents=True, exist_ok=True)
         wait()
         try:
@@ -136,17 +179,17 @@ def write_folder(target: Path, write: Callable[[Path], None], main_process: bool
                     sync(path)
         except BaseException:
             if main_process:
-                shutil.rmtree(beside, ignore_errors=True)
+                remove(beside)
             raise
         wait()
         if main_process:
             old = target.with_name(f".{target.name}.old")
-            shutil.rmtree(old, ignore_errors=True)
+            clear(old)
             if target.exists():
                 target.rename(old)  # a folder cannot be renamed onto a filled one
             beside.rename(target)
             sync(target.parent)
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
         wait()
 
 

@@ -7,7 +7,6 @@ says is scrubbed of it.
 import atexit
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -28,10 +27,11 @@ from huggingface_hub import (
 )
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, HTTPError
 from huggingface_hub.utils import validate_repo_id
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from rae_suite.cli import require
 from rae_suite.errors import ConfigError, RunError, error_names_setting, scrub
+from rae_suite.files import remove
 from rae_suite.settings import HubConfig
 
 PUSH_SCRIPT = Path(__file__).parent.parent / "scripts" / "push_to_hub.py"
@@ -224,7 +224,7 @@ class Publisher:
         lines = self.log.read_text(errors="replace").splitlines() if self.log.exists() else []
         last = scrub(lines[-1]) if lines else f"exit code {code}, nothing in {self.log}"
         if code == 0 and self.folder.parent == self.run_dir / "hub":
-            shutil.rmtree(self.folder, ignore_errors=True)
+            remove(self.folder)
         tqdm.write(last if code == 0 else f"not uploaded: {last}\n{self._advice()}")
         return False
 
@@ -240,8 +240,9 @@ class Publisher:
             tqdm.write(f"not uploaded: {error}\n{self._advice()}")
 
     def finish(self, folder: Path) -> None:
-        """Upload the model that the run ends with, and wait for it. From here on SIGTERM ends this process, and the
-        upload with it: training, which takes it for a request to save, is over."""
+        """Upload the model that the run ends with, and wait for it. From here on signals end this process, and the
+        upload with it: training, which takes them for a request to save, is over."""
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, lambda *_: sys.exit("stopped by SIGTERM during the upload"))
         while self.busy():
             self.process.wait()

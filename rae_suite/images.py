@@ -1,6 +1,7 @@
 """One image: decoded to RGB, cropped for training or evaluation."""
 
 import contextlib
+import functools
 import math
 import os
 import stat
@@ -11,14 +12,46 @@ from typing import Optional
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, TiffImagePlugin, features
 from torch.nn import functional as F
 
 from rae_suite.errors import DataError
 
+JPEG_2000 = (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
+# Not EPS, which is a program that Ghostscript would have to run
 IMAGE_EXTENSIONS = (
-    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".pbm",
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".avif", ".avifs", *JPEG_2000, ".bmp", ".gif", ".tif",
+    ".tiff", ".ppm", ".pgm", ".pbm", ".pnm",
 )  # fmt: skip
+# what a build of Pillow may lack: its name there, and in words
+OPTIONAL_CODECS = {
+    **dict.fromkeys((".avif", ".avifs"), ("avif", "AVIF")),
+    **dict.fromkeys(JPEG_2000, ("jpg_2000", "JPEG 2000")),
+}
+SIGNED = 2  # TIFF's SampleFormat
+# Pillow reads this kind of file with another byte order or sense of grey, but not with both (as of 13.0)
+TiffImagePlugin.OPEN_INFO.setdefault((TiffImagePlugin.MM, 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
+
+
+@functools.cache
+def _missing_endings():
+    """Those of OPTIONAL_CODECS that this build of Pillow does not read."""
+    return tuple(ending for ending, (codec, _) in OPTIONAL_CODECS.items() if not features.check(codec))
+
+
+def check_codecs(files):
+    """Raise DataError where one of the files, names that end in IMAGE_EXTENSIONS, is of a format that this build of
+    Pillow does not read."""
+    missing = _missing_endings()
+    if not missing:
+        return  # the names of a million files are not looked at
+    for file in files:
+        if file.lower().endswith(missing):
+            name = OPTIONAL_CODECS[os.path.splitext(file.lower())[1]][1]
+            raise DataError(
+                f"data.path: {file} is of the format {name}, which this build of Pillow does not read; expected Pillow "
+                "from PyPI's wheels, 11.3 or newer"
+            )
 
 
 def to_rgb(image):
@@ -26,26 +59,64 @@ def to_rgb(image):
 
     Transparent pixels (RGBA, LA, palette or colour-key transparency) are composited on white, as image viewers show
     them; plain `convert("RGB")` would uncover whatever colour is stored under them. Grayscale of 16 bits (I;16, and I,
-    in which Pillow keeps 16-bit PGM) is scaled from [0, 65535], floats (F) from [0, 1], 1.0 being white, both clipped:
-    the range follows from the mode, never from the values. An animation gives its first frame. EXIF orientation is
-    applied, ICC profiles are not. Raises what Pillow raises for a damaged or truncated file.
+    in which Pillow keeps 16-bit PGM) is scaled from [0, 65535], of 12 bits from [0, 4095], floats (F) from [0, 1], 1.0
+    being white, all clipped: the range follows from the kind of file, never from the values. A TIFF whose 0 is white is
+    turned round. An animation gives its first frame. EXIF orientation is applied, ICC profiles are not. Raises
+    ValueError for samples that have no defined black and white, and what Pillow raises for a damaged file.
     """
     image.seek(0)
+    bits = _bits_of_sample(image)  # before loading, which forgets them
     image.load()  # here, so that a truncated file fails before anything could hide it
-    orientation = _orientation(image)
-    if image.mode.startswith("I"):
-        values = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        values[values == image.info.get("transparency")] = 65535  # a PNG's transparent grey
-        image = Image.fromarray(((values + 128) // 257).astype(np.uint8))  # rounded; 65535 -> 255
+    orientation, key = _orientation(image), image.info.get("transparency")
+    if image.mode in ("1", "L") and isinstance(key, int):  # a grey that is transparent
+        values = np.array(image.convert("L"))
+        values[values == _grey_8bit(key, bits)] = 255
+        image = Image.fromarray(values)
+    elif image.mode.startswith("I"):
+        white = 4095 if bits == 12 else 65535
+        values = np.clip(np.asarray(image).astype(np.int64), 0, white)
+        values[values == key] = white
+        values = white - values if _zero_is_white(image) else values
+        image = Image.fromarray(((values * 255 + white // 2) // white).astype(np.uint8))  # rounded
     elif image.mode == "F":
         values = np.clip(np.nan_to_num(np.asarray(image)), 0.0, 1.0)
+        values = 1.0 - values if _zero_is_white(image) else values
         image = Image.fromarray(np.rint(values * 255.0).astype(np.uint8))
+    elif image.mode == "La":  # premultiplied grey
+        values, alpha = np.moveaxis(np.asarray(image).astype(np.int64), 2, 0)
+        image = Image.fromarray(np.minimum(values + 255 - alpha, 255).astype(np.uint8))
     elif image.has_transparency_data:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     if image.mode != "RGB":  # else it would be copied
         image = image.convert("RGB")
     return image if orientation is None else image.transpose(orientation)
+
+
+def _bits_of_sample(image):
+    """Bits of a grey value in the file, before it is loaded; 8 where it makes no difference. Raises ValueError for
+    samples of a TIFF whose black and white are not defined, and for a PNG's transparent colour that Pillow cuts."""
+    if isinstance(image, TiffImagePlugin.TiffImageFile):
+        bits = image.tag_v2.get(TiffImagePlugin.BITSPERSAMPLE, (1,))[0]
+        if SIGNED in image.tag_v2.get(TiffImagePlugin.SAMPLEFORMAT, ()) or (image.mode == "I" and bits == 32):
+            raise ValueError(f"TIFF samples that are signed or integers of 32 bits ({bits} bits): which is white?")
+        return bits
+    stored = str(image.tile[0][3]) if image.format == "PNG" and image.tile else ""
+    if stored == "RGB;16B" and "transparency" in image.info:
+        raise ValueError("a transparent colour of 16 bits, of which 8 are read")
+    return {"L;2": 2, "L;4": 4}.get(stored, 8)
+
+
+def _zero_is_white(image):
+    """Whether a TIFF stores black as the highest value. Pillow turns those of at most 8 bits round itself."""
+    tags = getattr(image, "tag_v2", {})
+    return tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
+
+
+def _grey_8bit(value, bits):
+    """A grey value of 2 or 4 bits as Pillow scales those of the pixels; of others as it is. Pillow leaves a PNG's
+    transparent grey unscaled (as of 13.0), and a scaled one is too large to be mistaken for that."""
+    return value * 255 // (2**bits - 1) if value < 2**bits else value
 
 
 def _orientation(image):

@@ -20,10 +20,12 @@ import torch
 from accelerate import Accelerator, DistributedDataParallelKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs, ProjectConfiguration
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting, fail, scrub
+from rae_suite.loaders import SHARED_MEMORY_FULL, shared_memory_in_words
+from rae_suite.output import close_bars, surviving_output
 from rae_suite.settings import TrainConfig
 
 INTERRUPTED = 128 + signal.SIGINT  # exit code after Ctrl-C, as shells have it
@@ -34,6 +36,9 @@ def loss_of_process(error: RuntimeError) -> Optional[str]:
     text = str(error)
     who = f"process {os.environ['RANK']}: " if int(os.environ.get("WORLD_SIZE", "1")) > 1 else ""
     if "DataLoader worker" in text:
+        whole = f"{text} {error.__cause__}"  # which may know the code with which it ended
+        if f"exit code {SHARED_MEMORY_FULL}." in whole or "Bus error" in whole:
+            return who + shared_memory_in_words()
         return (
             f"{who}a data loading process died ({text.strip()}); when the system ended it for lack of memory, "
             "data.num_workers must be lower"
@@ -51,20 +56,26 @@ def print_scrubbed(kind: type, error: BaseException, trace: Optional[TracebackTy
 
 def run_main(function: Callable[[], None]) -> None:
     """Call `function`. Bad input ends in one line and exit code 2, what goes wrong later likewise with code 1, the loss
-    of another process too."""
+    of another process too. A closed stdout or stderr ends nothing."""
     sys.excepthook = print_scrubbed
-    try:
-        function()
-    except (ConfigError, DataError) as error:
-        fail(error)
-    except RunError as error:
-        fail(error, error.code, error.everywhere)
-    except RuntimeError as error:
-        message = loss_of_process(error)
-        if message is None:
+    with surviving_output():
+        try:
+            function()
+        except BaseException as error:
+            close_bars()
+            end_in_one_line(error)
             raise
-        fail(message, code=1, everywhere=True)
-    except KeyboardInterrupt:
+
+
+def end_in_one_line(error: BaseException) -> None:
+    """End the process with the line and the exit code of an error that is known; return for any other."""
+    if isinstance(error, (ConfigError, DataError)):
+        fail(error)
+    if isinstance(error, RunError):
+        fail(error, error.code, error.everywhere)
+    if isinstance(error, RuntimeError) and loss_of_process(error) is not None:
+        fail(loss_of_process(error), code=1, everywhere=True)
+    if isinstance(error, KeyboardInterrupt):
         fail("stopped by Ctrl-C", INTERRUPTED)
 
 
@@ -130,7 +141,8 @@ def compute_deterministically() -> None:
 
 
 def progress_bar(items: Iterable, accelerator: Accelerator, name: Optional[str] = None) -> tqdm:
-    """The items, with a bar on the main process's terminal; none in a log file."""
+    """The items, with a bar on the main process's terminal; none in a log file. (tqdm.auto's bar would begin to iterate
+    twice, which loads the first images twice.)"""
     return tqdm(items, name, leave=False, disable=not (accelerator.is_main_process and sys.stderr.isatty()))
 
 

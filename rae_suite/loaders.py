@@ -9,22 +9,30 @@
 All randomness is a function of (seed, epoch, index): neither the number of workers or ranks nor a resume changes it.
 """
 
+import contextlib
+import errno
 import functools
 import logging
+import multiprocessing
+import multiprocessing.queues
 import os
 import signal
 import threading
+import traceback
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from rae_suite.errors import DataError, UnreadableImage
+from rae_suite.errors import DataError, RunError, UnreadableImage
 from rae_suite.images import center_crop, to_tensor
 from rae_suite.randomness import CROP_STREAM, ORDER_STREAM
+from rae_suite.signals import StoppedWaiting, waiting_for_images
 from rae_suite.sources import ImageSource
 
 logger = logging.getLogger(__name__)
+
+SHARED_MEMORY_FULL = errno.ENOSPC  # exit code of a data loading process that finds no shared memory for its images
 
 
 class TrainImages(torch.utils.data.Dataset):
@@ -269,26 +277,80 @@ def _loader(images, batches, collate_fn, num_workers):
 
 class WorkerLoader(torch.utils.data.DataLoader):
     """A DataLoader whose processes have SIGTERM blocked from their first moment: `start_worker` comes too late for the
-    threads that some libraries (Arrow) start again within a fork, and one that takes the signal ends the process."""
+    threads that some libraries (Arrow) start again within a fork, and one that takes the signal ends the process.
+    Raises RunError where there is no shared memory for what they are started with."""
 
     def __iter__(self):
+        with _waiting_for_workers():  # a second pass waits for all of them
+            return _batches(super().__iter__())
+
+    def _get_iterator(self):  # torch's: where the processes are started
         if not hasattr(signal, "pthread_sigmask"):  # Windows
-            return super().__iter__()
+            return super()._get_iterator()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         try:
-            return super().__iter__()
+            return super()._get_iterator()
+        except OSError as error:
+            if error.errno != errno.ENOSPC:
+                raise
+            torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown = True  # what __del__ looks for
+            raise RunError(shared_memory_in_words(), everywhere=True) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+def _batches(iterator):
+    """The batches of a DataLoader's iterator."""
+    while True:
+        with _waiting_for_workers():
+            batch = next(iterator, None)
+        if batch is None:
+            return
+        yield batch
+
+
+@contextlib.contextmanager
+def _waiting_for_workers():
+    """Within this context, a run that is asked to stop does not wait for ever (see waiting_for_images), and when it
+    ends not for its data loading processes either, whatever they wait for."""
+    try:
+        with waiting_for_images():
+            yield
+    except StoppedWaiting:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
+
+
+def shared_memory_in_words():
+    """What to say where /dev/shm is full."""
+    size = os.statvfs("/dev/shm")
+    return (
+        f"/dev/shm, through which data loading processes hand over their images, is full; it holds "
+        f"{size.f_blocks * size.f_frsize / 2**20:g} MiB in all; expected more of it (docker run --shm-size=8g, or "
+        "--ipc=host), a lower data.num_workers, or data.num_workers 0, which needs none"
+    )
+
+
 def start_worker(worker_id):
-    """One thread per worker; signals meant for the run, which reach the whole process group, are the main process's."""
+    """One thread per worker; signals meant for the run, which reach the whole process group, are the main process's.
+    A batch that cannot be handed over ends the worker: the main process would wait for it for ever."""
     torch.set_num_threads(1)
-    for number in (signal.SIGINT, signal.SIGUSR1):
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_obey_parent, daemon=True).start()
+
+
+def _end_worker(error, batch):
+    """Called in the thread that sends batches, with what it has failed to send."""
+    if "shared memory" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
+        os._exit(SHARED_MEMORY_FULL)
+    traceback.print_exception(error)
+    os._exit(1)
 
 
 def _obey_parent():

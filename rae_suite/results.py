@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Optional
 
-from rae_suite.files import writing
+from rae_suite.files import has_locks, writing
 
 
 def git_revision() -> Optional[str]:
@@ -27,10 +27,11 @@ def save_results(path: Path, results: dict) -> None:
 
     packages = ("torch", "transformers", "diffusers", "accelerate", "clean-fid", "torchmetrics", "lpips", "pillow")
     results = {**results, "versions": {name: version(name) for name in packages}, "git_revision": git_revision()}
-    if shutil.which("git") is None:  # evaluate.save asks it for the working directory's commit
-        with writing(path):
+    with writing(path):
+        # evaluate.save asks git for the working directory's commit, and locks the file
+        if shutil.which("git") is None or not has_locks(path.parent):
             path.write_text(json.dumps(results))
-        return
+            return
     with writing(path), open(os.devnull, "w") as null:  # git says on stderr that the working directory is no checkout
         stderr = os.dup(2)
         os.dup2(null.fileno(), 2)

@@ -10,8 +10,8 @@ on the disk before what it replaces goes.
 """
 
 import fcntl
+import logging
 import os
-import shutil
 import socket
 import time
 import uuid
@@ -24,7 +24,7 @@ from typing import Any, Optional, TextIO, get_args
 
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from rae_suite.checkpoints import (
     checkpoints,
@@ -36,17 +36,22 @@ from rae_suite.checkpoints import (
 )
 from rae_suite.cli import config_yaml, with_settings
 from rae_suite.errors import ConfigError, RunError, WriteError
-from rae_suite.files import step_of, write_text, writing
+from rae_suite.files import locks_are_missing, remove, step_of, write_text, writing
 from rae_suite.hub import push_command
 from rae_suite.launch import INTERRUPTED, say
 from rae_suite.metrics_file import MetricsFile
 from rae_suite.settings import HubConfig, check_same_config, differing_settings, read_run_settings
 from rae_suite.sharding import load_part
+from rae_suite.signals import StoppedWaiting
 from rae_suite.training_data import SHARDS, TrainingData
+
+logger = logging.getLogger(__name__)
 
 CHECKPOINT_FORMAT = 1  # to be raised when older versions could not continue from a new checkpoint
 # what state.json of older formats lacks
 OLDER_STATE = {"format": 0, "images": None}
+# what a start leaves in a new run folder before the run has anything to show: it may be that of another run then
+LEFT_BY_A_START = {"config.yaml", SHARDS, "wandb_run_id.txt", "wandb", "logs", "checkpoints", "hub.log", "hub"}
 
 
 @dataclass
@@ -76,16 +81,25 @@ def restore_folders(run_dir: Path) -> None:
     for folder in (run_dir, run_dir / "checkpoints", run_dir / "hub"):
         for old in folder.glob(".*.old"):
             target = folder / old.name.removeprefix(".").removesuffix(".old")
-            shutil.rmtree(old) if target.exists() else old.rename(target)
-        for partial in folder.glob(".*.partial*"):
-            shutil.rmtree(partial) if partial.is_dir() else partial.unlink()
+            remove(old) if target.exists() else old.rename(target)
+        for path in (*folder.glob(".*.partial*"), *folder.glob(".*.removed")):
+            remove(path)
 
 
 def lock_run_folder(run_dir: Path) -> TextIO:
     """Hold the run folder until the returned file is closed or the process ends. Raises BlockingIOError when another
-    process holds it."""
+    process holds it. A file system without locks (Lustre and NFS can be mounted so) is a warning."""
     file = (run_dir / ".lock").open("a")  # what the process that holds it wrote stays
-    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if not locks_are_missing(error):
+            raise
+        logger.warning(
+            "%s: this file system has no locks (%s), so take care that no other process works in it",
+            run_dir,
+            error.strerror,
+        )
     held = weakref.ref(file)
 
     def let_go() -> None:
@@ -102,23 +116,38 @@ def resolve_config(config: Any, accelerator: Accelerator) -> Any:
     if config.data.streaming and config.data.stream_lanes is None:
         fork = config.train.fork_from
         run_dir = Path(config.train.output_dir) if fork is None else Path(fork).parent.parent
-        saved = run_dir / "config.yaml"
-        began = read_run_settings(saved).get("data.stream_lanes") if saved.exists() else None
+        began = None if is_nobodys(run_dir) else read_run_settings(run_dir / "config.yaml").get("data.stream_lanes")
         values["data.stream_lanes"] = began or accelerator.num_processes * max(1, config.data.num_workers)
     return with_settings(config, values)
 
 
+def is_nobodys(run_dir: Path) -> bool:
+    """Whether a folder is no run's: there is none, it has no config.yaml, or it has that of a run and nothing but what
+    a start leaves that ended before the run had evaluated anything."""
+    saved = run_dir / "config.yaml"
+    if not saved.exists():
+        return True
+    names = {path.name for path in run_dir.iterdir() if not path.name.startswith(".")}
+    if checkpoints(run_dir) or not names <= LEFT_BY_A_START:
+        return False
+    try:
+        return "train.output_dir" in read_run_settings(saved)
+    except ConfigError:
+        return False
+
+
 def check_run_folder(config: Any) -> Path:
-    """The run folder: a new one, or one of the same config. Raises ConfigError for anything else."""
+    """The run folder: a new one, one of a start that failed, or one of the same config. Raises ConfigError for anything
+    else."""
     run_dir = Path(config.train.output_dir)
     saved = run_dir / "config.yaml"
     place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
     if not place.is_dir() or not os.access(place, os.W_OK):
         raise ConfigError(f"train.output_dir: {run_dir} cannot be made, {place} is no folder that can be written to")
-    if saved.exists():
+    if not is_nobodys(run_dir):
         check_same_config(config, saved)
         MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()  # or names the line that is damaged
-    elif run_dir.exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
+    elif not saved.exists() and run_dir.exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
         raise ConfigError(f"train.output_dir: {run_dir} is not empty and has no config.yaml of a run")
     if config.train.fork_from is not None and not checkpoints(run_dir):
         fork = Path(config.train.fork_from)
@@ -333,7 +362,8 @@ def is_finished(
 
 @contextmanager
 def errors_name_checkpoint(run_dir: Path) -> Iterator[None]:
-    """Say what the run continues from when it ends by Ctrl-C or because something cannot be written."""
+    """Say what the run continues from when it ends by a second Ctrl-C, while it waits for images, or because something
+    cannot be written."""
     try:
         yield
     except WriteError as error:
@@ -343,3 +373,6 @@ def errors_name_checkpoint(run_dir: Path) -> Iterator[None]:
         raise RunError(
             f"stopped by Ctrl-C; {last_checkpoint(run_dir)}; the same command continues", INTERRUPTED
         ) from None
+    except StoppedWaiting as stopped:
+        message = f"stopped by {stopped} while it waited for images; {last_checkpoint(run_dir)}"
+        raise RunError(f"{message}; the same command continues", everywhere=True) from None

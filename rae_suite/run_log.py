@@ -1,12 +1,7 @@
-"""What a run writes down while it goes on: metrics.jsonl, trackers, sample grids, curves; which model is the best."""
+"""What a run writes down while it goes on: metrics.jsonl, sample grids, curves; which model is the best."""
 
-import logging
 import math
-import shutil
-import sys
-import threading
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Optional
@@ -17,41 +12,13 @@ from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 from PIL import Image
 
-from rae_suite.cli import config_dict
-from rae_suite.errors import scrub
-from rae_suite.files import list_steps, step_of, write_text, writing
+from rae_suite.files import list_steps, remove, step_of, writing
 from rae_suite.hub import Publisher
 from rae_suite.launch import say
 from rae_suite.loaders import UnreadableLog
 from rae_suite.metrics_file import MetricsFile
 from rae_suite.pictures import GridLayout, plot_curves, progress_strip
 from rae_suite.run_folder import RunState
-
-logger = logging.getLogger(__name__)
-
-
-def start_trackers(config: object, accelerator: Accelerator, run_dir: Path, step: int) -> None:
-    """Start the trackers; a run that continues at `step` goes on in the same wandb run, and tensorboard forgets what it
-    has of later steps."""
-    sys.argv = [scrub(word) for word in sys.argv]  # wandb publishes the command line
-    options = {"tensorboard": {"purge_step": step + 1 if step else 0}}  # step 0 is evaluated again
-    if "wandb" in config.logging.report_to and accelerator.is_main_process:
-        id_file = run_dir / "wandb_run_id.txt"
-        if not id_file.exists():
-            write_text(id_file, uuid.uuid4().hex[:8])
-        run_id = id_file.read_text().strip()
-        options["wandb"] = {"id": run_id, "resume": "allow", "name": run_dir.name, "dir": str(run_dir)}
-    with writing(run_dir / "logs"):
-        accelerator.init_trackers(config.logging.project, init_kwargs=options)
-    # tensorboard writes in a thread, whose traceback would bury the one line that its error, raised here again, ends in
-    show = threading.excepthook
-    threading.excepthook = lambda failed: type(failed.thread).__name__ == "_AsyncWriterThread" or show(failed)
-    if accelerator.is_main_process:
-        for tracker in accelerator.trackers:
-            if tracker.name != "tensorboard":  # its hyperparameter table takes no nested settings
-                tracker.store_init_configuration(config_dict(config))
-            if not hasattr(tracker, "log_images"):
-                logger.warning("tracker %s takes no images: sample grids are in %s/samples", tracker.name, run_dir)
 
 
 class RunLog:
@@ -94,7 +61,7 @@ class RunLog:
                 *list_steps(self.run_dir / "pairs", "-(raw|ema)"),
             ):
                 if step_of(path) > step:
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+                    remove(path)
         self.accelerator.wait_for_everyone()  # other processes write pictures of the same names
 
     def picture(self, name: str, grid: np.ndarray, layout: GridLayout) -> None:

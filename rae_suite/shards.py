@@ -5,7 +5,9 @@ import itertools
 import os
 import re
 import tarfile
+import tempfile
 import time
+from collections import defaultdict
 
 import aiohttp
 import fsspec
@@ -13,7 +15,9 @@ import pyarrow.parquet as pq
 from fsspec.implementations.local import LocalFileSystem
 
 from rae_suite.errors import SECRET, URL_USER, DataError, one_line
-from rae_suite.images import IMAGE_EXTENSIONS
+from rae_suite.files import locks_are_missing
+from rae_suite.folders import is_system_name
+from rae_suite.images import IMAGE_EXTENSIONS, check_codecs
 from rae_suite.splits import SAVED_DATASET_FILES
 
 MAX_WAIT = 60  # seconds between two attempts at a shard
@@ -21,6 +25,7 @@ READ_AHEAD = 2**20  # bytes of a parquet column that are read at a time
 ROWS = 16  # of a parquet file that are unpacked at a time
 SERVER_TIMEOUT = 60  # seconds in which a web server must give something
 MAX_SHARDS = 10**6  # that one path, range or glob may name
+FIELD_NAMES = 256  # of a tar, from which its fields are known: to see all of them it would be read to its end
 SERVER_ERRORS = (OSError, aiohttp.ClientError)
 
 
@@ -120,6 +125,7 @@ def list_shards(path, setting, within=()):
     check_address(path, setting)
     check_listed(path, within, setting)
     shards = []
+    check_one_source(path, setting)
     if is_list(path):
         if path in within:
             raise DataError(f"{setting}: list {path} names itself")
@@ -147,13 +153,28 @@ def list_shards(path, setting, within=()):
     return shards
 
 
+def check_one_source(path, setting):
+    """Raise DataError for sources that are joined with `::`, as open_clip takes them: fsspec would read the first one
+    alone. (Its own chains, such as simplecache::https://host/a.tar or tar://a.parquet::b.tar, begin otherwise.)"""
+    for part in path.split("::")[:-1]:
+        if (is_shard(part) or part.endswith(".txt")) and not part.startswith(("tar://", "zip://", "libarchive://")):
+            raise DataError(
+                f"{setting}: {path} joins several sources with '::'; expected a .txt file that lists them, one a line, "
+                "or data.mixture with a weight for each"
+            )
+
+
 def _glob(pattern, setting):
-    """Existing files, sorted; what is no shard beside them (an index, a licence) is left out."""
+    """Existing files, sorted; what is no shard beside them (an index, a licence, a system's files) is left out."""
+
+    def is_meant(path):
+        return is_shard(path) and not any(map(is_system_name, set(path.split("/")) - set(pattern.split("/"))))
+
     if "://" not in pattern:
-        return [path for path in sorted(glob.glob(pattern, recursive=True)) if is_shard(path)]
+        return list(filter(is_meant, sorted(glob.glob(pattern, recursive=True))))
     try:
         system, path = fsspec.url_to_fs(pattern, **file_options(pattern))
-        return [system.unstrip_protocol(name) for name in sorted(system.glob(path)) if is_shard(name)]
+        return [system.unstrip_protocol(name) for name in sorted(system.glob(path)) if is_meant(name)]
     except (*SERVER_ERRORS, ValueError, ImportError) as error:
         raise DataError(f"{setting}: {pattern} cannot be listed: {one_line(error)}") from error
 
@@ -168,13 +189,22 @@ def list_splits(path, config_name, setting):
             f"{setting}: {path} is a saved data set, which is mapped from disk; data.streaming is not for it"
         )
     try:
-        builder = datasets.load_dataset_builder(path, name=config_name)
+        # nothing is kept in this cache but a lock, for which the usual one's file system may have no support
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as cache:
+            builder = datasets.load_dataset_builder(path, name=config_name, cache_dir=cache)
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        if locks_are_missing(error):
+            raise DataError(
+                f"{setting}: `datasets`, which finds the splits of {path}, needs a temporary folder with file locks "
+                f"({one_line(error)}); expected a glob of shards, or TMPDIR on a local disk"
+            ) from error
         raise DataError(
             f"{setting}: {path} is no folder, glob or URL of parquet or tar shards, nor a Hub data set that can be "
             f"reached: {one_line(error)}"
         ) from error
     splits = {str(split): [str(file) for file in files] for split, files in (builder.config.data_files or {}).items()}
+    if os.path.isdir(path):
+        check_all_in_splits(path, splits, setting)
     for shard in itertools.chain(*splits.values()):
         if not is_shard(shard):
             raise DataError(
@@ -182,6 +212,30 @@ def list_splits(path, config_name, setting):
                 "(the Hub keeps data sets as parquet too: hf://datasets/<id>@refs%2Fconvert%2Fparquet/<config>/<split>/*)"
             )
     return splits
+
+
+def check_all_in_splits(folder, splits, setting):
+    """Raise DataError where `datasets` has left out shards of a folder: once it finds the name of a split in a file's
+    name, it takes those files alone. The folder's README.md may say that this is meant."""
+    from huggingface_hub import DatasetCard
+
+    readme = os.path.join(folder, "README.md")
+    if os.path.isfile(readme) and DatasetCard.load(readme, ignore_metadata_errors=True).data.get("configs"):
+        return
+    taken = {os.path.realpath(file) for files in splits.values() for file in files}
+    left_out = []
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if not is_system_name(name) and not name.startswith("__")]
+        paths = (os.path.join(place, name) for name in files if is_shard(name) and not is_system_name(name))
+        left_out += [os.path.relpath(path, folder) for path in paths if os.path.realpath(path) not in taken]
+    if left_out:
+        names = ", ".join(sorted(left_out)[:3]) + (", ..." if len(left_out) > 3 else "")
+        pattern = os.path.join(folder, f"*{os.path.splitext(left_out[0])[1]}")
+        raise DataError(
+            f"{setting}: {len(left_out)} of {len(left_out) + len(taken)} shards in {folder} are of no split, as their "
+            f"names say none while others say {', '.join(sorted(splits))}: {names}; expected a split's name in all of "
+            f"them, or a glob of those to read, such as {pattern}"
+        )
 
 
 def find_shards(path, split, cfg, setting="data.path"):
@@ -256,25 +310,27 @@ def read_parquet(shard, column, label_column, start):
                 row += len(values)
 
 
-def read_tar(shard, column, label_column, start):
-    """(row, name, bytes, label) of the images from number `start` on. A sample is the files in a row with the same name
-    up to the first dot. `column`: the extension, what comes after that dot, of its image; None: any of
-    IMAGE_EXTENSIONS. `label_column`: the extension of the file that holds its label as a number; None: cls. Raises
-    DataError for samples with several images, and for a label that is no number where the column was asked for."""
+def read_tar(shard, column, label_column, fields, start):
+    """(row, name, bytes, label) of the images from number `start` on. A sample is the files in a row with one name, see
+    split_member; hidden and system files are left out.
+
+    Args:
+        column: the extension of a sample's image; None: any of IMAGE_EXTENSIONS.
+        label_column: the extension of the file that holds its label as a number; None: cls.
+        fields: what read_fields gives.
+
+    Raises DataError for samples with several images, and for a label that is no number where the column was asked for.
+    """
     with open_file(shard) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as archive:
         row, sample, image, label = -1, None, None, None  # `image`: name and bytes, of the sample that is being read
         for member, problem in members(archive):
-            folder, _, base = ("", "", "") if member is None else member.name.rpartition("/")
-            name, _, extension = base.partition(".")
-            extension = extension.lower()
-            if (folder, name) != sample:
+            name, extension = (None, "") if member is None else split_member(member.name, fields)
+            if name != sample:
                 if image is not None and row >= start:
                     yield row, *image, label
-                sample, image, label = (folder, name), None, None
+                sample, image, label = name, None, None
             if problem is not None:
                 raise problem  # after what came before the damage
-            if member is None or not member.isfile() or not name:
-                continue
             if extension == (label_column or "cls"):
                 label = read_label(
                     archive.extractfile(member).read(), f"{shard_name(shard)}:{member.name}", label_column
@@ -282,16 +338,75 @@ def read_tar(shard, column, label_column, start):
             elif extension == column if column else f".{extension.rpartition('.')[2]}" in IMAGE_EXTENSIONS:
                 if image is not None:
                     raise DataError(
-                        f"data.image_column: sample {name} of {shard_name(shard)} has several images, one of them "
-                        f"'{extension}'; name the extension to use"
+                        f"data.image_column: sample {name[1]} of {shard_name(shard)} has several images, one of them "
+                        f"'{extension}'; expected one, or here the extension of those to train on, which leaves out "
+                        "the others"
                     )
+                check_codecs([member.name])
                 row += 1
                 content = archive.extractfile(member).read() if row >= start else b""
                 image = f"{shard_name(shard)}:{member.name}", content
 
 
+def split_member(path, fields):
+    """((folder, sample), extension) of a file in a tar. The sample is named by all before the last dot; where the part
+    between the first and the last dot is one of the `fields`, as in 0001.mask.png, that belongs to the extension."""
+    folder, _, base = path.rpartition("/")
+    name, _, extension = base.rpartition(".")
+    stem, dot, middle = name.partition(".")
+    if dot and middle.lower() in fields:
+        name, extension = stem, f"{middle}.{extension}"
+    return (folder, name or extension), extension.lower() if name else ""
+
+
+def find_fields(paths, columns):
+    """What in the names of a tar's files is a field, such as `mask` in 0001.mask.png: a list of texts.
+
+    WebDataset ends a sample's name at its first dot, so files with other dots in their names (photo 0.1.png, photo
+    0.2.png) would fall together into one sample. Here, what stands between the first and the last dot is a field if it
+    begins with a letter, and several samples have it or one has it beside a file without such a part (0001.png). What
+    `columns`, the extensions that were asked for, name is a field too; if it begins with a digit, of several samples
+    only."""
+    samples, plain = defaultdict(set), set()
+    for path in paths:
+        folder, _, base = path.rpartition("/")
+        stem, _, extension = base.partition(".")
+        middle, dot, _ = extension.rpartition(".")
+        if dot:
+            samples[middle.lower()].add((folder, stem))
+        else:
+            plain.add((folder, stem))
+    asked = {column.rpartition(".")[0] for column in columns if column and "." in column}
+    fields = {middle for middle in asked if middle[:1].isalpha() or len(samples[middle]) > 1}
+    for middle, names in samples.items():
+        if middle[:1].isalpha() and (len(names) > 1 or names & plain):
+            fields.add(middle)
+    return sorted(fields)
+
+
+def read_fields(shard, columns, retries):
+    """What `find_fields` gives for the first FIELD_NAMES files of a tar. Raises UnreadableShard."""
+    for failures in itertools.count():
+        paths = []
+        try:
+            with open_file(shard) as file, tarfile.open(fileobj=file, mode="r|*", tarinfo=StrictTarInfo) as archive:
+                for member, problem in itertools.islice(members(archive), FIELD_NAMES):
+                    if problem is not None and not paths:
+                        raise problem
+                    paths += [] if member is None else [member.name]
+            return find_fields(paths, columns)
+        except Exception as error:  # as in read_shard
+            _wait_or_give_up(failures, retries, 0, error)
+
+
+def is_content(member):
+    """Whether a tar's member is a file of its data set: no folder, link or pipe, and not a system's own."""
+    parts = member.name.split("/")
+    return member.isfile() and not any(is_system_name(part) for part in parts if part not in ("", ".", ".."))
+
+
 def members(archive):
-    """(member, None) for all of a tar, then (None, what is wrong with it or None)."""
+    """(member, None) for all files of a tar's data set, then (None, what is wrong with it or None)."""
     while True:
         try:
             member = archive.next()
@@ -299,7 +414,8 @@ def members(archive):
             yield None, error
             return
         archive.members.clear()  # tarfile would keep them all
-        yield member, None
+        if member is None or is_content(member):
+            yield member, None
         if member is None:
             return
 
@@ -316,7 +432,7 @@ def read_label(content, name, asked):
 
 def read_shard(shard, columns, start, stop, step, retries):
     """(row, (name, undecoded image, label)) of the rows start, start + step, ... below `stop` (None: to the end).
-    `columns`: of image and label, see read_parquet and read_tar.
+    `columns`: the arguments of read_parquet or read_tar between shard and start.
 
     After an error it goes on at the row where it broke, `retries` times in a row, with growing pauses. Raises
     UnreadableShard then; at once for a file that isn't there, and where read_tar raises DataError.

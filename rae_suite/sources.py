@@ -26,10 +26,11 @@ class ImageSource:
     `class_names` is the list that label indexes, or None. `check_labels()` raises DataError where it cannot be known
     which labels are meant: those who need labels call it, the others find none. `fingerprint(indices)` changes when
     images are added, removed, renamed or replaced, of those with the given indices or of all: a key for what was
-    computed from them.
+    computed from them. `split` says in words which images of the data these are, as splits.py has found them.
     """
 
     class_names = None
+    split = None
 
     def check_labels(self):
         pass
@@ -113,7 +114,7 @@ class ColumnSource(ImageSource):
 
         if len(dataset) == 0:
             raise DataError(f"data.path: split '{split}' has no rows")
-        self.split = split
+        self.split = self._split = split
         self._dataset = dataset
         self._label_column, self._label_problem = None, None
         try:
@@ -131,7 +132,7 @@ class ColumnSource(ImageSource):
         return len(self._dataset)
 
     def name(self, i):
-        return f"{self.split}[{i}]"
+        return f"{self._split}[{i}]"
 
     def check_labels(self):
         if self._label_problem is not None:
@@ -164,7 +165,7 @@ class ColumnSource(ImageSource):
     def fingerprint(self, indices=None):
         """That of `datasets`, which follows from the data's origin and all that was done to it, with sizes and times of
         the files that hold the rows, and of those that a column of paths names."""
-        digest = hashlib.sha256(f"{self._dataset._fingerprint} {self.split} {self._column}".encode())
+        digest = hashlib.sha256(f"{self._dataset._fingerprint} {self._split} {self._column}".encode())
         rows = self._dataset
         if indices is not None:
             digest.update(np.asarray(indices, dtype=np.int64).tobytes())

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple, Optional
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from rae_suite.checkpoints import last_checkpoint
 from rae_suite.errors import RunError
 from rae_suite.launch import say, to_device
 from rae_suite.run_folder import RunState
-from rae_suite.signals import StopSignal
+from rae_suite.signals import StoppedWaiting, StopSignal
 from rae_suite.updates import StepRecord
 
 
@@ -92,6 +92,20 @@ class Steps:
     def stop_asked(self) -> bool:
         """Whether this process was asked to stop."""
         return self.stop.received is not None
+
+    def next(self, batches: Iterator, save: Callable[[], None]) -> Optional[list]:
+        """The micro-batches of the next step; None where the run was asked to stop while it waited for them, and is
+        saved as it is. Raises StoppedWaiting where other processes wait for this one, which must end then."""
+        try:
+            return next(batches)
+        except StoppedWaiting:
+            if self.accelerator.num_processes > 1:
+                raise
+        self.stopping = True
+        self.read(everything=True)
+        save()
+        self.stopped_early()
+        return None
 
     def add(self, record: StepRecord) -> None:
         """A step was taken; its numbers are on their way."""

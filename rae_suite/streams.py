@@ -29,6 +29,7 @@ from rae_suite.errors import DataError
 from rae_suite.lanes import Lane
 from rae_suite.loaders import UnreadableLog, WorkerLoader, start_worker
 from rae_suite.randomness import PASS_STREAM, SHARD_STREAM
+from rae_suite.settings import DataConfig
 from rae_suite.shards import (
     UnreadableShard,
     find_shards,
@@ -36,12 +37,13 @@ from rae_suite.shards import (
     is_saved,
     is_shard,
     names_shards,
+    read_fields,
     read_footer,
     read_shard,
     shard_name,
 )
 from rae_suite.sources import HeldSource, find_image_column, find_label_column
-from rae_suite.splits import load_eval_images
+from rae_suite.splits import WHOLE, find_splits, load_eval_images
 
 FOOTER_THREADS = 16
 
@@ -53,9 +55,9 @@ FOOTER_THREADS = 16
 @dataclass
 class Source:
     """Shards of one origin. `lengths`: rows of each, or None where that is not known beforehand. `columns`: of image
-    and label, see read_parquet and read_tar. `weight`: share of the drawn images, in (0, 1]. `unreadable`: what is
-    wrong with shards whose length could not be read; they count as empty. `class_names`: of the labels, where they
-    have names."""
+    and label, and of tars the fields, see read_parquet and read_tar. `weight`: share of the drawn images, in (0, 1].
+    `unreadable`: what is wrong with shards whose length could not be read; they count as empty. `class_names`: of the
+    labels, where they have names."""
 
     shards: list
     lengths: Optional[list]
@@ -85,7 +87,7 @@ def open_source(shards, cfg, setting, weight=1.0, began=None):
     nothing can be read or too many shards cannot.
 
     `began`: what Stream.record gave of it when the run began. A shard that is gone or cannot be read now keeps its
-    length, and is skipped where it is read; one that could not be read then stays out.
+    length, and is skipped where it is read; one that could not be read then stays out. Fields of tars stay the same.
     """
     lengths_then = [None] * len(shards)
     if began is not None:
@@ -95,10 +97,11 @@ def open_source(shards, cfg, setting, weight=1.0, began=None):
     if not all(map(is_parquet, shards)):
         if any(map(is_parquet, shards)):
             raise DataError(f"{setting}: expected either parquet files or tar shards, found both")
-        columns = cfg.image_column and cfg.image_column.lower(), cfg.label_column
-        unreadable = []
+        asked = cfg.image_column and cfg.image_column.lower(), cfg.label_column
+        fields, unreadable = (began or {}).get("fields"), []
         for shard in shards[: cfg.max_unreadable_shards + 1]:
             try:
+                columns = *asked, read_fields(shard, asked, cfg.shard_retries) if fields is None else fields
                 # two: a sample with several images is noticed at the second
                 first = list(itertools.islice(read_shard(shard, columns, 0, None, 1, cfg.shard_retries), 2))
                 if first:
@@ -206,7 +209,14 @@ class Stream:
 
     def record(self):
         """What `open_stream` needs to find the same shards again when some of them are gone. Plain values."""
-        return [{"shards": list(map(shard_name, source.shards)), "lengths": source.lengths} for source in self.sources]
+        return [
+            {
+                "shards": list(map(shard_name, source.shards)),
+                "lengths": source.lengths,
+                **({"fields": source.columns[2]} if source.lengths is None else {}),
+            }
+            for source in self.sources
+        ]
 
     def share(self, source, lane, number):
         """The part of pass `number` through a source that is this lane's: a list of (shard, start, stop, step), rows
@@ -389,8 +399,11 @@ def load_stream_eval_images(cfg, num_samples):
     saved = is_saved(path)
     if cfg.eval_path is not None and os.path.isdir(path) and (saved or not _has_shards(path)):
         column = cfg.image_column if saved else None  # image files have none
+        cfg = replace(cfg, path=path, image_column=column)
         try:
-            return load_eval_images(replace(cfg, path=path, image_column=column), seed=0)
+            if WHOLE in find_splits(cfg):  # then they are meant as a whole, also where a preset names a split
+                cfg = replace(cfg, eval_split=DataConfig.eval_split)
+            return load_eval_images(cfg, seed=0)
         except DataError as error:
             raise DataError(str(error).replace("data.path", "data.eval_path")) from error
     if cfg.eval_path is None and names_shards(path) and cfg.eval_split != cfg.train_split:

@@ -225,13 +225,17 @@ def write_file(path: Path, stats: dict, check: Callable, accelerator: Accelerato
         accelerator.wait_for_everyone()
 
 
-def report(config: LatentStatsConfig, stats: dict, num_images: int, num_unreadable: int, fresh: dict) -> None:
-    """Print the table, and write it for machines if asked. `fresh`: what `check_normalised` found."""
+def report(
+    config: LatentStatsConfig, split: str, stats: dict, num_images: int, num_unreadable: int, fresh: dict
+) -> None:
+    """Print the table, and write it for machines if asked. `split`: which images these are, in words; `fresh`: what
+    `check_normalised` found."""
     std = stats["var"].double().sqrt()
     results = {
         "model": config.model,
         "train_config": list(config.train_config),
         "data": config.data.path,
+        "split": split,
         "num_images": num_images,
         "num_unreadable": num_unreadable,
         "flip": config.flip,
@@ -252,6 +256,7 @@ def report(config: LatentStatsConfig, stats: dict, num_images: int, num_unreadab
     skipped = f", {num_unreadable} unreadable skipped" if num_unreadable else ""
     rows = {
         "images": f"{num_images}{mirrored}{skipped}",
+        "split": split,
         "latents (C, h, w)": " x ".join(map(str, std.shape)),
         "mean of an entry": f"{stats['mean'].min():.4f} to {stats['mean'].max():.4f}",
         "std of an entry": f"{std.min():.4f} to {std.max():.4f}, on average {std.mean():.4f}",
@@ -293,7 +298,7 @@ def main() -> None:
         write_file(Path(config.stats_file), stats, check_file, accelerator)
     if accelerator.is_main_process:
         num_unreadable = len(chosen_images(images, config.num_samples)) - num_images
-        report(config, stats, num_images, num_unreadable, fresh)
+        report(config, images.split, stats, num_images, num_unreadable, fresh)
     accelerator.end_training()
 
 

@@ -90,7 +90,8 @@ def main(argv: Optional[list] = None) -> None:
     if source.differences and not args.force:
         reasons = "; ".join(text for _, text in source.differences)
         raise ConfigError(f"--to {args.target}: {reasons}; --force converts nevertheless")
-    with tempfile.TemporaryDirectory(prefix=".convert-", dir=existing_parent(args.output)) as beside:
+    place = {"prefix": ".convert-", "dir": existing_parent(args.output), "ignore_cleanup_errors": True}
+    with tempfile.TemporaryDirectory(**place) as beside:
         folder = Path(beside) / "model"
         folder.mkdir()
         WRITERS[args.target](source.model, folder)

@@ -23,9 +23,9 @@ import functools
 import json
 import math
 import os
-import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -33,9 +33,12 @@ from PIL import Image, ImageDraw
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
 from rae_suite.cli import LARGEST
 from rae_suite.errors import DataError, OneLineParser, UnreadableImage
+from rae_suite.files import remove
+from rae_suite.folders import class_folders
 from rae_suite.loaders import UnreadableLog
+from rae_suite.output import surviving_output
 from rae_suite.settings import MOST_TASKS
-from rae_suite.splits import class_folders, scan_folder, split_folders
+from rae_suite.splits import scan_folder, split_folders
 
 RECORD = "prepare_data.json"  # settings and counts of a finished folder
 DEFAULT_SPLITS = "train:0.8,validation:0.1,test:0.1"
@@ -175,7 +178,7 @@ def build(output, settings, write, count):
         write_json(os.path.join(partial, RECORD), {"settings": settings, "counts": counts})
         os.rename(partial, os.path.abspath(output))
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        remove(Path(partial))
     return counts
 
 
@@ -394,4 +397,6 @@ def write_dataset(sources, folder, num_workers):
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with surviving_output():
+        code = main()
+    sys.exit(code)

@@ -44,6 +44,7 @@ from rae_suite.launch import quiet_transformers, run_main
 from rae_suite.metric_names import METRICS
 from rae_suite.rae_networks import image_processor_json
 from rae_suite.run_folder import MetricsFile
+from rae_suite.splits import held_out_in_words
 from rae_suite.values import PathText, dump
 
 MODELING_FILE = "modeling_rae.py"
@@ -81,7 +82,7 @@ class Figures:
 
     values: dict
     data: str  # path or Hub id
-    split: str
+    split: Optional[str]  # its name, or in words which images they were; None: unknown
     num_samples: int
     how: str
     picture: Path
@@ -176,7 +177,7 @@ def figures_of_results(file: Path, model: Path) -> Figures:
             Figures(
                 values=measured(row, results["config"]["vgg_weights"]),
                 data=results["config"]["data"]["path"],
-                split=results["config"]["data"]["eval_split"],
+                split=results.get("split") or split_in_words(results["config"]["data"], results["config"]["seed"]),
                 num_samples=row["num_samples"],
                 how=f"{results['crop']} to {results['image_size']} pixels, 8 bit by {results['quantize']}",
                 picture=file.parent / Path(row["comparison"]).name,
@@ -192,6 +193,15 @@ def figures_of_results(file: Path, model: Path) -> Figures:
     if not found:
         raise ConfigError(f"results: {file} has no row of {model} without latent noise, it is about {models}")
     return found[0]
+
+
+def split_in_words(data: dict, seed: int) -> Optional[str]:
+    """Which images an evaluation with the settings `data` was of, as far as they tell: a local `eval_path` may have
+    splits or not."""
+    if data.get("eval_path") is not None and hub_id(data["eval_path"]) is None:
+        return None
+    fraction = data.get("holdout_fraction", 0)
+    return held_out_in_words(fraction, data["train_split"], seed) if fraction > 0 else data["eval_split"]
 
 
 def figures_of_run(run_dir: Path, settings: dict, model: Path) -> Optional[Figures]:
@@ -216,8 +226,8 @@ def figures_of_run(run_dir: Path, settings: dict, model: Path) -> Optional[Figur
         line = max(comparable, key=lambda row: sign * row[metric])  # the first of equal ones
     return Figures(
         values=measured(line, settings["perceptual"]["weights"]),
-        data=settings["data"]["path"],
-        split=settings["data"]["eval_split"],
+        data=settings["data"].get("eval_path") or settings["data"]["path"],
+        split=split_in_words(settings["data"], settings["train"]["seed"]),
         num_samples=line["num_samples"],
         how=f"at step {line['step']} of training",
         picture=run_dir / "samples" / f"step-{line['step']:08d}.png",
@@ -317,9 +327,10 @@ def model_card(
     parts.append(f"## Usage\n\n```python\n{usage(settings.repo_id, config)}\n```")
     if figures:
         rows = "\n".join(f"| {METRICS[metric].title} | {value:.4f} |" for metric, value in figures.values.items())
+        split = f"; split: {figures.split}" if figures.split else ""
         parts.append(
-            f"## Reconstruction\n\n{figures.num_samples} images of `{data_name(figures.data)}`, split "
-            f"`{figures.split}`, {figures.how}.\n\n| metric | value |\n|---|---|\n{rows}"
+            f"## Reconstruction\n\n{figures.num_samples} images of `{data_name(figures.data)}`{split}; {figures.how}."
+            f"\n\n| metric | value |\n|---|---|\n{rows}"
         )
     if run_settings:
         parts.append(
@@ -403,7 +414,7 @@ def main() -> None:
     model = Path(settings.model).resolve()
     if not settings.dry_run:
         check_access(settings.repo_id, "repo_id")
-    with tempfile.TemporaryDirectory(prefix="push-to-hub-") as temporary:
+    with tempfile.TemporaryDirectory(prefix="push-to-hub-", ignore_cleanup_errors=True) as temporary:
         push(settings, model, Path(temporary))
 
 

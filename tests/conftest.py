@@ -75,11 +75,11 @@ ENVIRONMENT = imported_environment()
 
 
 def run_command(
-    *args, launch: tuple = (), processes: int = 1, check: bool = True, **variables
+    *args, launch: tuple = (), processes: int = 1, check: bool = True, surroundings: tuple = (), **variables
 ) -> subprocess.CompletedProcess:
     """A command of this repository, run to its end, in at most 300 seconds. A script by itself starts in processes that
     have the libraries already, told what a launcher tells them where there are several; under accelerate launch, or
-    with environment variables of its own, it imports them."""
+    with environment variables of its own, it imports them. `surroundings`: see forked.run_script."""
     line = command(*args, launch=launch)
     if launch or variables or imported_environment() != ENVIRONMENT:
         assert processes == 1, "several processes without a launcher need the tests' own environment"
@@ -87,15 +87,17 @@ def run_command(
         done = subprocess.run(line, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=300)
     else:
         with tempfile.TemporaryDirectory() as folder:
-            done = run_forked(line, Path(folder), processes)
+            done = run_forked(line, Path(folder), processes, surroundings=surroundings)
     if check:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
 
 
-def run_forked(line: list, folder: Path, processes: int, seconds: int = 300) -> subprocess.CompletedProcess:
+def run_forked(
+    line: list, folder: Path, processes: int, seconds: int = 300, surroundings: tuple = ()
+) -> subprocess.CompletedProcess:
     own = [{**os.environ, **variables} for variables in rank_environments(processes)]
-    ranks = [forks().Process(target=run_script, args=(line[1:], folder, variables)) for variables in own]
+    ranks = [forks().Process(target=run_script, args=(line[1:], folder, variables, surroundings)) for variables in own]
     for rank in ranks:
         rank.start()
     deadline = time.monotonic() + seconds

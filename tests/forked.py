@@ -1,6 +1,7 @@
 """Processes that have the libraries, and more (preloaded.py), before they begin: most of a tiny command's time."""
 
 import atexit
+import ctypes
 import functools
 import multiprocessing
 import os
@@ -8,6 +9,7 @@ import random
 import runpy
 import signal
 import socket
+import subprocess
 import sys
 from multiprocessing import forkserver
 from pathlib import Path
@@ -54,9 +56,31 @@ def rank_environments(processes: int) -> list:
     return [{**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(processes)]
 
 
-def run_script(argv: list, folder: Path, variables: dict) -> None:
-    """In a forked process: the script argv[0], as `python argv...` in the repository runs it."""
+def shrink_shared_memory(size: str) -> None:
+    """Give this process, and those that it starts, a /dev/shm of that size, as containers have it; see mount(8). Exits
+    with code 99 where that is not permitted."""
+    new_mounts = 0x00020000  # CLONE_NEWNS
+    allowed = ctypes.CDLL(None, use_errno=True).unshare(new_mounts) == 0
+    for arguments in (["--make-rprivate", "/"], ["-t", "tmpfs", "-o", f"size={size}", "tmpfs", "/dev/shm"]):
+        if not allowed or subprocess.run(["mount", *arguments], stderr=subprocess.DEVNULL).returncode:
+            sys.exit(99)
+
+
+def close_readers() -> None:
+    """Let stdout and stderr be pipes that nobody reads."""
+    for stream in (sys.stdout, sys.stderr):
+        reader, writer = os.pipe()
+        os.dup2(writer, stream.fileno())
+        os.close(reader)
+        stream.reconfigure(line_buffering=True)
+
+
+def run_script(argv: list, folder: Path, variables: dict, surroundings: tuple = ()) -> None:
+    """In a forked process: the script argv[0], as `python argv...` in the repository runs it. `surroundings`: function
+    that makes them and its arguments."""
     become_command(argv, folder / "out", folder / "err")
+    if surroundings:
+        surroundings[0](*surroundings[1:])
     os.environ.clear()
     os.environ.update(variables)
     os.chdir(TESTS.parent)

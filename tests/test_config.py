@@ -449,6 +449,7 @@ def test_the_lanes_of_a_continued_run(tmp_path):
     accelerator = SimpleNamespace(num_processes=3, mixed_precision="no")
     assert resolve_config(left_open, accelerator).data.stream_lanes == 3  # of a new run: 3 processes, 1 worker
     saved.write_text(config_yaml(config))
+    (tmp_path / "metrics.jsonl").touch()  # a start alone leaves none
     check_same_config(config, saved)
     assert resolve_config(left_open, accelerator) == config
     assert left_open.data.stream_lanes is None

@@ -8,11 +8,13 @@ import pathlib
 import re
 import shutil
 import signal
+import struct
 import subprocess
 import sys
 import threading
 import time
 import types
+import zlib
 
 import datasets
 import numpy as np
@@ -24,7 +26,7 @@ from hypothesis.strategies import booleans, floats, integers, sampled_from
 from PIL import Image, ImageOps
 from sklearn.datasets import load_sample_images
 
-from rae_suite import errors, images, loaders, randomness, sources, splits
+from rae_suite import errors, folders, images, loaders, randomness, sources, splits
 
 PARITY_DIR = pathlib.Path(os.environ.get("PARITY_DIR", pathlib.Path(__file__).parent / "parity"))
 
@@ -36,6 +38,11 @@ def config(path, **changes):
         image_column=None, label_column=None, resize_size=None, max_unreadable=10, num_workers=0,
     )  # fmt: skip
     return types.SimpleNamespace(**{**settings, **changes})
+
+
+def load_split(cfg, split="train"):
+    """The images that an evaluation of this split measures."""
+    return splits.load_eval_images(types.SimpleNamespace(**{**vars(cfg), "eval_split": split}), seed=0)
 
 
 def picture(width=40, height=30, seed=0):
@@ -167,6 +174,108 @@ def test_16_bit_pgm_and_float_tiff():
     assert decoded(encoded(Image.fromarray(values), "TIFF"))[0, :, 0].tolist() == [0, 0, 128, 255, 255, 0]
 
 
+def tiff(values, zero_is_white=False, order="<", bits=None, data=None):
+    """A grey TIFF, uncompressed, of the array's type and byte order; `bits` and `data` where it has no such type."""
+    values = np.atleast_2d(np.asarray(values))
+    data = values.astype(values.dtype.newbyteorder(order)).tobytes() if data is None else data
+    height, width = values.shape
+    sample_format = {"u": 1, "i": 2, "f": 3}[values.dtype.kind]
+    shorts = {258: bits or 8 * values.itemsize, 259: 1, 262: int(not zero_is_white), 277: 1, 339: sample_format}
+    longs = {256: width, 257: height, 273: 8 + 2 + 12 * 10 + 4, 278: height, 279: len(data)}
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(order + "IH", 8, len(shorts | longs))
+    for tag in sorted(shorts | longs):
+        entry = (3, 1, shorts[tag], 0) if tag in shorts else (4, 1, longs[tag])
+        head += struct.pack(order + ("HHIHH" if tag in shorts else "HHII"), tag, *entry)
+    return head + struct.pack(order + "I", 0) + data
+
+
+@pytest.mark.parametrize("order", "<>")
+def test_grey_tiffs_are_black_to_white_whatever_they_store(order):
+    """16 bits and floats of either byte order, with 0 for black or for white, like those of 8 bits; 12 bits."""
+    shades = np.array([0, 1, 100, 254, 255])
+    for values in (shades.astype(np.uint8), (257 * shades).astype(np.uint16), (shades / 255).astype(np.float32)):
+        assert decoded(tiff(values, order=order))[0, :, 0].tolist() == shades.tolist()
+        assert decoded(tiff(values, True, order))[0, :, 0].tolist() == (255 - shades).tolist()
+    for compression in ("tiff_lzw", "packbits"):
+        content = encoded(Image.fromarray((257 * shades[None]).astype(np.uint16)), "TIFF", compression=compression,
+                          tiffinfo={262: 0})  # fmt: skip
+        assert decoded(content)[0, :, 0].tolist() == (255 - shades).tolist()
+    packed = tiff(np.zeros((1, 2), np.uint16), bits=12, data=bytes([0x80, 0x0F, 0xFF]))  # 2048 and 4095
+    assert decoded(packed)[0, :, 0].tolist() == [128, 255]
+
+
+@pytest.mark.parametrize("kind", ["i1", "i2", "i4", "u4", "f2", "f8"])
+def test_tiffs_without_a_known_white_are_unreadable(tmp_path, kind):
+    (tmp_path / "a.tif").write_bytes(tiff(np.zeros((4, 4), kind)))
+    source = load_split(config(tmp_path))
+    with pytest.raises(errors.UnreadableImage, match="which is white|no image of a known format"):
+        source.load(0)
+
+
+def test_premultiplied_grey():
+    values = np.array([[[100, 255], [100, 100], [0, 0], [50, 200]]], np.uint8)  # grey and alpha
+    image = Image.fromarray(values, "LA")
+    premultiplied = Image.frombytes("La", (4, 1), values.tobytes())
+    assert np.asarray(images.to_rgb(premultiplied))[0, :, 0].tolist() == [100, 255, 255, 105]
+    assert np.asarray(images.to_rgb(image))[0, 0].tolist() == [100, 100, 100]
+
+
+def png(bits, color_type, values, transparent):
+    """A PNG of one row; grey values, or triples, one of which is transparent."""
+    per_sample = [sample for value in values for sample in (value if color_type == 2 else (value,))]
+    row = "".join(f"{sample:0{bits}b}" for sample in per_sample)
+    row = row.ljust(-(-len(row) // 8) * 8, "0")
+    row = bytes(int(row[i : i + 8], 2) for i in range(0, len(row), 8))
+    key = transparent if color_type == 2 else (transparent,)
+    chunks = {
+        b"IHDR": struct.pack(">IIBBBBB", len(values), 1, bits, color_type, 0, 0, 0),
+        b"tRNS": struct.pack(f">{len(key)}H", *key),
+        b"IDAT": zlib.compress(b"\0" + row),
+        b"IEND": b"",
+    }
+    parts = (struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks.items())
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+def test_a_transparent_grey_is_white(bits):
+    """Of every depth, whichever grey it is; the others stay."""
+    most = 2**bits - 1
+    values = sorted({0, 1, most // 3, most - 1, most})
+    shades = [round(255 * value / most) for value in values]
+    for place, value in enumerate(values):
+        found = decoded(png(bits, 0, values, value))[0, :, 0].tolist()
+        if bits == 16:  # other greys may fall together with the transparent one only after it was found
+            assert found[place] == 255
+        assert found == [255 if shade_of == value else shade for shade_of, shade in zip(values, shades, strict=True)]
+
+
+def test_a_transparent_colour(tmp_path):
+    assert decoded(png(8, 2, [(1, 2, 3), (4, 5, 6)], (1, 2, 3))).tolist() == [[[255, 255, 255], [4, 5, 6]]]
+    (tmp_path / "a.png").write_bytes(png(16, 2, [(257, 514, 771), (258, 514, 771)], (257, 514, 771)))
+    with pytest.raises(errors.UnreadableImage, match="a transparent colour of 16 bits"):
+        load_split(config(tmp_path)).load(0)
+
+
+@pytest.mark.parametrize("ending", [".avif", ".jp2", ".j2k"])
+def test_avif_and_jpeg_2000(tmp_path, ending, monkeypatch):
+    """They are listed beside other images; where Pillow lacks the decoder, one line says so."""
+    class_tree(tmp_path, ("a",), count=2)
+    expected = picture(seed=5)
+    expected.save(tmp_path / "a" / f"x{ending.upper()}")
+    source = load_split(config(tmp_path))
+    assert len(source) == 3
+    assert np.abs(np.asarray(source.load(2)).astype(int) - np.asarray(expected)).mean() < 5
+    monkeypatch.setattr(images.features, "check", lambda name: False)
+    images._missing_endings.cache_clear()
+    try:
+        words = f"x{ending.upper()} is of the format {'AVIF' if ending == '.avif' else 'JPEG 2000'}, which this build"
+        one_line_error(lambda: load_split(config(tmp_path)), words, "11.3 or newer")
+    finally:
+        monkeypatch.undo()
+        images._missing_endings.cache_clear()
+
+
 def test_animation_gives_its_first_frame():
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     content = encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])
@@ -197,7 +306,7 @@ def test_truncated_and_foreign_files_are_unreadable(tmp_path, file_format):
     (tmp_path / "1.png").write_text("not an image")
     (tmp_path / "2.png").write_bytes(b"")
     (tmp_path / "3.png").symlink_to(tmp_path / "missing")
-    source = splits.load_split(config(tmp_path), "train")
+    source = load_split(config(tmp_path), "train")
     for i in range(4):
         with pytest.raises(errors.UnreadableImage) as caught:
             source.load(i)
@@ -299,7 +408,7 @@ def test_class_folders_match_torchvision(tmp_path):
     (tmp_path / "a" / "ant" / ".hidden.png").write_text("x")
     (tmp_path / "a" / ".cache").mkdir()
     (tmp_path / "a" / "ant" / "link.png").symlink_to(tmp_path / "a" / "zebra" / "0.png")
-    source = splits.load_split(config(tmp_path / "a"), "any")
+    source = load_split(config(tmp_path / "a"))
     expected = torchvision.datasets.ImageFolder(tmp_path / "a", is_valid_file=lambda path: "/." not in path
                                                 and not path.endswith(".txt"), allow_empty=True)  # fmt: skip
     classes = [name for name in expected.classes if not name.startswith(".")]
@@ -321,7 +430,7 @@ def test_split_folders_share_one_class_numbering(tmp_path):
     assert [evaluation.label(i) for i in range(2)] == [1, 2]
     assert evaluation.name(0) == str(tmp_path / "validation" / "bee" / "0.png")
     assert evaluation.load(0).size == (40, 30)
-    assert len(splits.load_split(config(tmp_path), "test")) == 3
+    assert len(load_split(config(tmp_path), "test")) == 3
 
 
 def test_split_folders_without_classes(tmp_path):
@@ -337,14 +446,14 @@ def test_plain_folder_has_no_labels(tmp_path):
     save(tmp_path / "b.png")
     save(tmp_path / "a.JPG")
     save(tmp_path / "nested" / "c.webp")
-    source = splits.load_split(config(tmp_path), "train")
+    source = load_split(config(tmp_path), "train")
     assert [os.path.relpath(source.name(i), tmp_path) for i in range(3)] == ["a.JPG", "b.png", "nested/c.webp"]
     assert source.class_names is None and source.label(0) is None
 
 
 def test_class_called_train_is_a_class(tmp_path):
     class_tree(tmp_path, ("car", "train", "boat"))
-    source = splits.load_split(config(tmp_path), "train")
+    source = load_split(config(tmp_path), "train")
     assert source.class_names == ["boat", "car", "train"] and len(source) == 9
 
 
@@ -353,7 +462,7 @@ def test_linked_folders_are_followed_but_not_in_circles(tmp_path):
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "cat").symlink_to(tmp_path / "real" / "cat")
     (tmp_path / "real" / "cat" / "loop").symlink_to(tmp_path / "real")
-    source = splits.load_split(config(tmp_path / "links"), "train")
+    source = load_split(config(tmp_path / "links"), "train")
     assert len(source) == 3 and source.class_names == ["cat"]
 
 
@@ -361,8 +470,41 @@ def test_names_that_are_not_utf8(tmp_path):
     save(tmp_path / "cat" / "0.png")
     os.rename(tmp_path / "cat" / "0.png", os.fsencode(tmp_path / "cat") + b"/\xff\xe9.png")
     save(tmp_path / "cat" / "grün.png")
-    source = splits.load_split(config(tmp_path), "train")
+    source = load_split(config(tmp_path), "train")
     assert {source.load(i).size for i in range(2)} == {(40, 30)}
+
+
+def test_hidden_and_system_files_are_left_out(tmp_path):
+    """Thumbnails of network drives and desktops, waste baskets, what archives of a Mac have beside the files."""
+    class_tree(tmp_path, count=4)
+    for name in ("@eaDir", "@EADIR", "__MACOSX", ".thumbnails", "@Recycle", "$RECYCLE.BIN", "#recycle", "lost+found",
+                 "System Volume Information"):  # fmt: skip
+        save(tmp_path / "cat" / name / "0.png" / "SYNOPHOTO_THUMB_M.jpg")
+        save(tmp_path / name / "1.png")
+    save(tmp_path / "dog" / "._0.png")
+    source = load_split(config(tmp_path))
+    assert len(source) == 8 and source.class_names == ["cat", "dog"]
+    assert not any("@" in source.name(i) or "._" in source.name(i) for i in range(8))
+
+
+def test_other_files_are_counted_by_extension(tmp_path, caplog, walked):
+    """Also in folders that hold nothing else, and from the list that is kept; text beside the images is not counted."""
+    class_tree(tmp_path / "a", count=2)
+    others = ("cat/x.heic", "cat/y.HEIC", "cat/z.tga", "fox/0.heic", "raw", "cat/0.txt", "labels.csv", "cat/0.json",
+              "cat/Thumbs.db", "cat/.DS_Store")  # fmt: skip
+    for name in others:
+        (tmp_path / "a" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "a" / name).touch()
+    for _ in range(2):
+        caplog.clear()
+        assert content(tmp_path / "a")[1] == ["cat", "dog"]
+        said = "5 files left out: 3 .heic, 1 without extension, 1 .tga"
+        assert [record.getMessage() for record in caplog.records] == [f"{tmp_path}/a: {said}"]
+        walked.clear()
+    assert not walked
+    (tmp_path / "a" / "fox" / "0.heic").rename(tmp_path / "a" / "fox" / "0.txt")
+    caplog.clear()
+    assert content(tmp_path / "a") and "4 files left out: 2 .heic" in caplog.text
 
 
 # Lists of large folders -----------------------------------------------------------------------------------------------
@@ -371,23 +513,23 @@ def test_names_that_are_not_utf8(tmp_path):
 @pytest.fixture
 def walked(tmp_path, monkeypatch):
     """Lists of all folders are kept; gives the folders that were listed."""
-    monkeypatch.setattr(splits, "INDEX_CACHE", str(tmp_path / "home" / "indexes"))
-    monkeypatch.setattr(splits, "INDEXED_FROM", 1)
-    monkeypatch.setattr(splits, "SETTLED", 0.0)
-    folders, walk = [], splits._walk
+    monkeypatch.setattr(folders, "INDEX_CACHE", str(tmp_path / "home" / "indexes"))
+    monkeypatch.setattr(folders, "INDEXED_FROM", 1)
+    monkeypatch.setattr(folders, "SETTLED", 0.0)
+    listed, walk = [], folders._walk
 
-    def recorded(path, prefix, stamps):
-        folders.append(os.path.basename(path))
-        return walk(path, prefix, stamps)
+    def recorded(path, *rest):
+        listed.append(os.path.basename(path))
+        return walk(path, *rest)
 
-    monkeypatch.setattr(splits, "_walk", recorded)
-    return folders
+    monkeypatch.setattr(folders, "_walk", recorded)
+    return listed
 
 
 def content(path):
     """All names and labels; a moment later than what was done to the folder before, so that its times tell."""
     time.sleep(0.02)
-    source = splits.load_split(config(path), "train")
+    source = load_split(config(path), "train")
     return [(source.name(i), source.label(i)) for i in range(len(source))], source.class_names
 
 
@@ -429,7 +571,7 @@ def test_list_of_files_is_kept_until_a_folder_changes(tmp_path, walked, monkeypa
     found = content(root)
     assert found != first and walked
     assert content(root) == found
-    monkeypatch.setattr(splits, "INDEX_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(folders, "INDEX_CACHE", str(tmp_path / "other"))
     assert content(root) == found
 
 
@@ -469,10 +611,10 @@ def test_list_of_files_without_a_place_for_it(tmp_path, walked, caplog):
 
 def test_list_of_files_is_not_kept_of_few_or_while_they_change(tmp_path, walked, monkeypatch):
     root = class_tree(tmp_path / "images")
-    monkeypatch.setattr(splits, "SETTLED", 60.0)
+    monkeypatch.setattr(folders, "SETTLED", 60.0)
     content(root)
-    monkeypatch.setattr(splits, "SETTLED", 0.0)
-    monkeypatch.setattr(splits, "INDEXED_FROM", 7)
+    monkeypatch.setattr(folders, "SETTLED", 0.0)
+    monkeypatch.setattr(folders, "INDEXED_FROM", 7)
     content(root)
     assert not (tmp_path / "home").exists()
 
@@ -501,7 +643,7 @@ def test_saved_dataset_dict(tmp_path):
 
 def test_single_saved_dataset_is_one_split(tmp_path):
     rows(6).save_to_disk(tmp_path)
-    assert len(splits.load_split(config(tmp_path), "whatever")) == 6
+    assert len(load_split(config(tmp_path))) == 6
     train, evaluation = splits.load_splits(config(tmp_path, holdout_fraction=0.3), seed=0)
     assert (len(train), len(evaluation)) == (4, 2)
     one_line_error(lambda: splits.load_splits(config(tmp_path), 0), "data.eval_split", "no split level", "validation")
@@ -604,18 +746,18 @@ def test_hub_errors_are_one_line(monkeypatch, tmp_path):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     one_line_error(
-        lambda: splits.load_split(config("user/surely_not_there"), "train"),
+        lambda: load_split(config("user/surely_not_there"), "train"),
         "data.path", "'user/surely_not_there'", "neither a local folder nor a Hub data set", "HF_HUB_OFFLINE",
     )  # fmt: skip
     monkeypatch.chdir(tmp_path)
-    call = lambda: splits.load_split(config("data/digits"), "train")  # noqa: E731
+    call = lambda: load_split(config("data/digits"), "train")  # noqa: E731
     one_line_error(call, "scripts/prepare_data.py digits --output data/digits")
 
     def bad_config(path, name):
         raise ValueError("BuilderConfig 'x' not found.\nAvailable: ['a']")
 
     monkeypatch.setattr(datasets, "load_dataset", bad_config)
-    call = lambda: splits.load_split(config("user/name", config_name="x"), "train")  # noqa: E731
+    call = lambda: load_split(config("user/name", config_name="x"), "train")  # noqa: E731
     one_line_error(call, "data.config_name 'x'", "not found. Available: ['a']")
 
 
@@ -647,6 +789,37 @@ def test_evaluation_on_training_images_must_be_asked_for(tmp_path):
     one_line_error(lambda: splits.load_splits(config(tmp_path), 0), "data.eval_split", "data.holdout_fraction")
 
 
+def test_a_split_that_was_asked_for_must_be_there(tmp_path):
+    """Measured alone, data without a split level is taken whole only where no split was asked for. What the images are
+    is said in words."""
+    class_tree(tmp_path / "plain", count=5)
+    datasets.Dataset.from_dict({"image": [None] * 4}).cast_column("image", datasets.Image()).save_to_disk(
+        tmp_path / "saved"
+    )
+
+    def split(path, seed=0, **changes):
+        return splits.load_eval_images(config(tmp_path / path, **changes), seed).split
+
+    assert split("plain") == split("plain", eval_split="train") == "all 10 images (no splits)"
+    assert split("saved") == "all 4 images (no splits)"
+    assert split("plain", 7, holdout_fraction=0.1) == "10% held out of train, seed 7"
+    train, _ = splits.load_splits(config(tmp_path / "plain", holdout_fraction=0.125), 3)
+    assert train.split == "train without the 12.5% held out of train, seed 3"
+    for path in ("plain", "saved"):
+        one_line_error(
+            lambda path=path: split(path, eval_split="val"),
+            "data.eval_split: there is no split 'val'", "no split level", "or no data.eval_split, which means all",
+        )  # fmt: skip
+        one_line_error(
+            lambda path=path: splits.load_splits(config(tmp_path / path, train_split="fit"), 0, need_eval=False),
+            "data.train_split: there is no split 'fit'", "or no data.train_split",
+        )  # fmt: skip
+    class_tree(tmp_path / "split" / "train")
+    class_tree(tmp_path / "split" / "val")
+    assert split("split", eval_split="val") == "val" and split("split", eval_split="train") == "train"
+    assert "no data.eval_split" not in one_line_error(lambda: split("split"), "'validation'", "train, val")
+
+
 def test_similar_split_names_are_not_guessed(tmp_path):
     class_tree(tmp_path / "train")
     class_tree(tmp_path / "val")
@@ -656,7 +829,7 @@ def test_similar_split_names_are_not_guessed(tmp_path):
     )  # fmt: skip
     assert len(splits.load_splits(config(tmp_path, eval_split="val"), 0)[1]) == 6
     one_line_error(lambda: splits.load_splits(config(tmp_path, train_split="fit"), 0), "data.train_split", "'fit'")
-    one_line_error(lambda: splits.load_split(config(tmp_path), "test"), "'test'", "train, val")
+    one_line_error(lambda: load_split(config(tmp_path), "test"), "'test'", "train, val")
     train, held_out = splits.load_splits(config(tmp_path, holdout_fraction=0.5), 0)
     assert (len(train), len(held_out)) == (3, 3)
 
@@ -678,7 +851,7 @@ def test_holdout_errors(tmp_path):
 
 def test_path_errors(tmp_path):
     def load(path, **changes):
-        return lambda: splits.load_split(config(path, **changes), "train")
+        return lambda: load_split(config(path, **changes), "train")
 
     one_line_error(load(tmp_path / "missing"), "data.path", tmp_path / "missing", "does not exist")
     one_line_error(load("./missing"), "data.path", "./missing", "does not exist")
@@ -725,7 +898,7 @@ def test_unreadable_training_image_is_replaced_by_the_next():
 def test_batches_carry_labels(tmp_path):
     """Of class folders and of data sets, for training and evaluation; -1 where there is none."""
     class_tree(tmp_path / "files", count=3)
-    files = splits.scan_folder(str(tmp_path / "files"), splits.class_folders(str(tmp_path / "files")))
+    files = splits.scan_folder(str(tmp_path / "files"), folders.class_folders(str(tmp_path / "files")))
     column = sources.ColumnSource(rows(6, label=False, labels=([4, -1, 2, 0, 1, 3], datasets.Value("int32"))), "train")
     for source in (files, sources.SubsetSource(files, [1, 4]), column, sources.ColumnSource(rows(6, label=False), "t")):
         labels = [-1 if source.label(i) is None else source.label(i) for i in range(len(source))]
@@ -845,7 +1018,7 @@ def test_evaluation_counts_every_image_once(world_size, num_samples):
 
 def test_evaluation_loader_can_be_read_twice_with_workers(tmp_path):
     datasets.DatasetDict(train=rows(5)).save_to_disk(tmp_path)
-    source = splits.load_split(config(tmp_path), "train")
+    source = load_split(config(tmp_path), "train")
     loader = loaders.eval_loader(source, 16, 2, num_workers=2)
     first, second = list(loader), list(loader)
     assert [batch["index"].tolist() for batch in first] == [[0, 1], [2, 3], [4]]

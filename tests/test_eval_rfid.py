@@ -35,7 +35,7 @@ from rae_suite.metrics import Evaluator, image_metrics, to_8bit
 from rae_suite.moments import Moments
 from rae_suite.settings import ImagesConfig
 from rae_suite.settings_rae import parse_config
-from rae_suite.splits import load_split
+from rae_suite.splits import load_eval_images
 
 SIZE = 32  # pixels
 
@@ -299,6 +299,21 @@ def test_measuring_is_without_tf32(new_accelerator):
         torch.backends.cudnn.allow_tf32 = before
 
 
+def test_which_images_were_measured(evaluate, images, capsys):
+    """Of class folders all, which is said, or those held out; a split that is not there is refused, as in training."""
+    plain = {"data.path": images / "train", "data.train_split": "train", "metrics": "[psnr]", "inception_path": None}
+    results = evaluate({**plain, "data.eval_split": "validation"})
+    assert results["num_samples"] == 24 and results["split"] == "all 24 images (no splits)"
+    assert f"images    {images}/train, split: all 24 images (no splits)" in capsys.readouterr().out
+    results = evaluate({**plain, "data.eval_split": "validation", "data.holdout_fraction": 0.25, "seed": 3})
+    assert results["num_samples"] == 6 and results["split"] == "25% held out of train, seed 3"
+    assert evaluate({"metrics": "[psnr]", "inception_path": None})["split"] == "train"
+    with pytest.raises(SystemExit) as exit_info:
+        evaluate({**plain, "data.eval_split": "val"}, "refused")
+    assert exit_info.value.code == 2
+    assert "data.eval_split: there is no split 'val': " in capsys.readouterr().err
+
+
 # ------------------------------------------------------------------------------------------------ references and cache
 
 
@@ -310,7 +325,7 @@ def test_references(evaluate, images, tmp_path):
     metric = FrechetMetric("rfid", None, 2048, "")
     assert read_references(str(cached), [metric], None, 1, "reference").known["rfid"].count == 24
 
-    source = load_split(ImagesConfig(path=str(images), train_split="none"), "train")
+    source = load_eval_images(ImagesConfig(path=str(images), eval_split="train"), 0)
     pixels = np.stack([np.array(eval_rfid.EvalImages(source, SIZE)[i]["pixels"]) for i in range(24)])
     np.savez_compressed(tmp_path / "images.npz", arr_0=pixels.transpose(0, 2, 3, 1))
     both = {"reference": tmp_path / "images.npz", "fid_mode": "[legacy_tensorflow,clean]", "batch_size": 5}
@@ -360,7 +375,7 @@ def test_diffusers_models_in_the_same_run(evaluate, model, images, tmp_path):
     models = [model, tmp_path / "kl", tmp_path / "rae"]
     results = evaluate({"features": "[inception,encoder]", "save_npz": "true"}, models=models)
     assert [row["kind"] for row in results["rows"]] == ["RAEModel", "AutoencoderKL", "AutoencoderRAE"]
-    source = load_split(ImagesConfig(path=str(images), train_split="none"), "train")
+    source = load_eval_images(ImagesConfig(path=str(images), eval_split="train"), 0)
     pixels = eval_rfid.EvalImages(source, SIZE)[0]["pixels"][None].float() / 255
     with torch.no_grad():
         latent = kl.eval().encode(2 * pixels - 1).latent_dist.mode()

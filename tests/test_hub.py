@@ -423,6 +423,22 @@ def test_card_of_a_run(push, run_dir):
     assert yaml.safe_load(settings) == yaml.safe_load((run_dir / "config.yaml").read_text())
 
 
+def test_card_says_which_images(push, run_dir):
+    """A part that was held out; images of another data set, whose splits, if it is a folder, nobody knows any more."""
+    config, text = run_dir / "config.yaml", (run_dir / "config.yaml").read_text()
+    for old, new, data, split in (
+        ("holdout_fraction: 0.0", "holdout_fraction: 0.1", "user/photos", "10% held out of train, seed 0"),
+        ("eval_path: null", "eval_path: /data/imagenet/val", "val", None),
+        ("eval_path: null", "eval_path: user/other", "user/other", "validation"),
+    ):
+        assert old in text
+        config.write_text(text.replace(old, new))
+        card = written_card(push, run_dir / "final")
+        assert (card.data.eval_results[0].dataset_type, card.data.eval_results[0].dataset_split) == (data, split)
+        said = f"; split: {split}" if split else ""
+        assert f"8 images of `{data}`{said}; at step 9 of training." in card.text
+
+
 def test_card_of_a_step_that_was_not_evaluated(push, run_dir):
     """No figures and no picture, rather than those of another step."""
     (run_dir / "hub" / "step-00000006").rename(run_dir / "hub" / "step-00000007")
@@ -487,9 +503,18 @@ def test_card_with_results_of_eval_rfid(push, run_dir, images, monkeypatch, tmp_
     values = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert values == {name: round(rows[3][name], 4) for name in ("psnr", "ssim")}
     assert card.data.eval_results[0].dataset_type == images.name
-    assert "ADM centre crop to 32 pixels, 8 bit by round" in card.text
+    assert "split: validation; ADM centre crop to 32 pixels, 8 bit by round." in card.text
     picture = final.with_name("final-upload") / "reconstructions.png"
     assert picture.read_bytes() == (results / "comparison-3.png").read_bytes()
+
+    file, found = tmp_path / "changed.json", json.loads((results / "results.json").read_text())
+    file.write_text(json.dumps({**found, "split": "all 60 images (no splits)"}))
+    card = written_card(push, final, "--results", file)
+    assert card.data.eval_results[0].dataset_split == "all 60 images (no splits)"
+    found["config"]["data"]["holdout_fraction"] = 0.5
+    del found["split"]  # as older ones, which can say what their settings say
+    file.write_text(json.dumps(found))
+    assert "split: 50% held out of train, seed 0;" in written_card(push, final, "--results", file).text
 
     other = run_dir / "hub" / "step-00000006"
     message = error_line(push(other, "--results", results / "results.json", "--dry_run"))

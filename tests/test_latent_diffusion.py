@@ -11,9 +11,11 @@ from conftest import flags, run_command, tiny_rae
 from diffusers import DiTTransformer2DModel, FlowMatchEulerDiscreteScheduler
 from PIL import Image
 from safetensors.torch import load_file
+from test_data import png, tiff
 
 from examples import latent_diffusion
-from examples.latent_diffusion import GRID_ROWS, build_transformer, choose_width, encode_images, load_images
+from examples.latent_diffusion import GRID_ROWS, build_transformer, choose_width, encode_images, list_images, read_image
+from rae_suite.splits import scan_folder
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +42,7 @@ def test_a_copy_of_the_file_trains_draws_and_saves(model, images, tmp_path):
     assert lines[-1].endswith(str(grid))
 
     rae = tiny_rae().eval()
-    latents, _ = encode_images(rae, load_images(images / "train"), batch_size=5, num_workers=0)
+    latents, _ = encode_images(rae, list_images(images / "train"), batch_size=5, num_workers=0)
     stats = load_file(tmp_path / "out" / "latent_stats.safetensors")
     torch.testing.assert_close(stats["mean"].flatten(), latents.transpose(0, 1).flatten(1).mean(dim=1))
     torch.testing.assert_close(stats["std"].flatten(), latents.transpose(0, 1).flatten(1).std(dim=1))
@@ -113,6 +115,55 @@ def test_classes_are_learnt(capsys):
     assert (z.mean(dim=(1, 2, 3)) - (1 - 2.0 * labels[:16])).abs().max() < 0.3
     first, last = (float(line.split("loss ")[1].split(",")[0]) for line in capsys.readouterr().out.splitlines())
     assert last < first
+
+
+def test_images_are_those_of_the_suite(tmp_path, capsys):
+    """All of them, in subfolders and beside them, without a system's files, and pixel for pixel."""
+    pixels = np.random.default_rng(0).integers(0, 256, (20, 30, 4), dtype=np.uint8)
+    image, deep = Image.fromarray(pixels), Image.fromarray(pixels[..., 0].astype(np.uint16) * 200)
+    exif = Image.Exif()
+    exif[274] = 6
+    made = {
+        "alpha.png": lambda file: image.save(file),
+        "a/turned.jpg": lambda file: image.convert("RGB").save(file, exif=exif),
+        "a/deep.png": lambda file: deep.save(file),
+        "a/b/palette.gif": lambda file: image.convert("RGB").quantize(16).save(file),
+        "grey.pgm": lambda file: deep.save(file),
+        "c/ink.tiff": lambda file: image.convert("RGB").convert("CMYK").save(file),
+        "c/new.avif": lambda file: image.convert("RGB").save(file),
+        "a/@eaDir/alpha.png/thumb.jpg": lambda file: image.convert("RGB").save(file),
+        "a/._turned.jpg": lambda file: file.write_bytes(b"x"),
+        "a/x.heic": lambda file: file.write_bytes(b"x"),
+        "a/x.txt": lambda file: file.write_bytes(b"x"),
+    }
+    for name, make in made.items():
+        (tmp_path / "data" / name).parent.mkdir(parents=True, exist_ok=True)
+        make(tmp_path / "data" / name)
+    found = list_images(tmp_path / "data")
+    assert {str(path.relative_to(tmp_path / "data")) for path in found.paths} == set(list(made)[:7])
+    assert found.classes == ["data"] and capsys.readouterr().out == "left out: 1 .heic\n"
+    suite = scan_folder(str(tmp_path / "data"))
+    assert {suite.name(i) for i in range(len(suite))} == {str(path) for path in found.paths}
+    for i in range(len(suite)):
+        assert np.array_equal(np.asarray(read_image(suite.name(i))), np.asarray(suite.load(i))), suite.name(i)
+    for name in ("alpha.png", "grey.pgm"):
+        (tmp_path / "data" / name).unlink()
+    found = list_images(tmp_path / "data")
+    assert found.classes == ["a", "c"] and sorted(found.labels) == [0, 0, 0, 1, 1]
+
+
+def test_images_that_the_example_cannot_read_are_refused(tmp_path):
+    """Rather than read otherwise than by the suite."""
+    made = {
+        "white_is_zero.tif": tiff(np.zeros((4, 4), np.uint16), True),
+        "float.tif": tiff(np.zeros((4, 4), np.float32)),
+        "signed.tif": tiff(np.zeros((4, 4), np.int8)),
+        "key.png": png(4, 0, [0, 5, 15], 5),
+    }
+    for name, content in made.items():
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(ValueError, match="^a (TIFF|PNG) (of mode|signed|with a transparent)"):
+            read_image(tmp_path / name)
 
 
 def test_width_follows_from_the_latents():

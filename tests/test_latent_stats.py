@@ -23,7 +23,7 @@ from rae_suite.latent_stats import LatentReader
 from rae_suite.launch import INTERRUPTED, run_main
 from rae_suite.rae_networks import build_rae, build_rae_config
 from rae_suite.settings_rae import parse_config
-from rae_suite.splits import load_split
+from rae_suite.splits import load_splits
 from scripts import compute_latent_stats
 from scripts.compute_latent_stats import LatentStatsConfig, check, load_images
 
@@ -131,6 +131,7 @@ def test_two_processes(images, model, pixels, tmp_path):
     assert_same_stats(model_stats(model), expected)
 
     table = json.loads(outputs["json"].read_text())
+    assert table["split"] == "train" and "split              train" in done.stdout
     assert table["num_images"] == 24 and table["num_unreadable"] == 0 and table["latent_shape"] == [16, 4, 4]
     assert table["std_min"] == pytest.approx(expected["var"].min().sqrt().item(), rel=1e-5)
     assert table["mean_max"] == pytest.approx(expected["mean"].max().item(), rel=1e-5)
@@ -369,7 +370,7 @@ def test_statistics_for_training(run, images, tmp_path):
     config = parse_config([part for file in files for part in ("--config", str(file))])
     rae = build_rae(config.model, config.train.seed, build_rae_config(config.model)).eval()
     config.data.path = str(images)
-    source = load_split(config.data, "train")
+    source = load_splits(config.data, 0, need_eval=False)[0]
     crops = [np.array(center_crop(source.load(i), 32)) for i in range(len(source))]
     pixels = torch.from_numpy(np.stack(crops)).permute(0, 3, 1, 2).float() / 255
     with torch.no_grad():

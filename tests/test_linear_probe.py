@@ -511,6 +511,11 @@ def test_held_out_images_and_the_head_that_has_not_seen_them(probe, refused, sma
     head = ("--eval_only", "--head", str(tmp_path / "out" / "head"))
     again, _ = probe(*head, **images, output_dir=tmp_path / "again")
     assert again["top1"] == results["top1"] and again["num_samples"] == 8
+    assert again["split"] == results["split"] == "34% held out of train, seed 3"
+    whole, printed = probe(*head, data__path=small / "train", output_dir=tmp_path / "whole")
+    assert whole["num_samples"] == 24 and whole["split"] == "all 24 images (no splits)" and whole["split"] in printed
+    message = refused(*head, data__path=small / "train", data__eval_split="val", output_dir=tmp_path / "whole")
+    assert "data.eval_split: there is no split 'val'" in message
     message = refused(*head, **images | {"train__seed": 4}, output_dir=tmp_path / "again")
     assert "train.seed: expected 3" in message and "got 4" in message
 

@@ -12,6 +12,7 @@ import types
 import numpy as np
 import pytest
 from PIL import Image
+from test_data import load_split
 
 from rae_suite import splits
 from scripts import convert_checkpoint, prepare_data
@@ -122,7 +123,7 @@ def test_dummy_is_deterministic_and_balanced(dummy, tmp_path, run):
         assert run(*command, "--output", folder, "--seed", seed)[0] == 0
     assert digest(again) == digest(dummy) != digest(other)
     train, evaluation = splits.load_splits(config(dummy), 0)
-    assert (len(train), len(evaluation), len(splits.load_split(config(dummy), "test"))) == (30, 18, 12)
+    assert (len(train), len(evaluation), len(load_split(config(dummy), "test"))) == (30, 18, 12)
     assert np.bincount([train.label(i) for i in range(30)]).tolist() == [10, 10, 10]
     assert train.load(0).size == (24, 24)
     pixels = np.stack([np.asarray(train.load(i), dtype=float) for i in range(30)])
@@ -140,7 +141,7 @@ def test_convert_keeps_bytes_and_labels(dummy, tmp_path, run, fail):
     assert saved["train"].features == datasets.Features(
         image=datasets.Image(), label=datasets.ClassLabel(names=["class_0", "class_1", "class_2"])
     )
-    before, after = splits.load_split(config(dummy), "train"), splits.load_split(config(output), "train")
+    before, after = load_split(config(dummy), "train"), load_split(config(output), "train")
     undecoded = saved["train"].cast_column("image", datasets.Image(decode=False))
     for i in range(30):
         assert undecoded[i]["image"]["bytes"] == pathlib.Path(before.name(i)).read_bytes()

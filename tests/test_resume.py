@@ -2,6 +2,7 @@
 
 import functools
 import json
+import signal
 import time
 
 import psutil
@@ -21,15 +22,15 @@ SETTINGS = {
     "logging.report_to": "[]",
 }
 # What stops each part of a run in turn, how many processes load its data, and the step that its last checkpoint has.
-# The signal comes at the `count`-th call of a function since the part began; SIGTERM and SIGUSR1 end it one step later.
+# The signal comes at the `count`-th call of a function since the part began; all but SIGKILL end it one step later.
 STOPS = [
     ("usr1", "generator_gradient", 3, 0, 3),  # between the micro-batches of step 2; ends at an epoch's end
-    ("term", "discriminator_step", 1, 2, 5),  # GAN phase; ends mid-epoch
+    ("hup", "discriminator_step", 1, 2, 5),  # GAN phase; ends mid-epoch
     ("kill", "generator_gradient", 2, 2, 5),  # between the micro-batches of step 6
     ("kill", "discriminator_step", 2, 0, 6),
     ("term", "measure", 1, 2, 9),  # of step 8
     ("kill", "train_step", 1, 0, 9),  # an epoch's end
-    ("term usr1", "save_checkpoint", 1, 0, 11),  # of step 10
+    ("int int usr1", "save_checkpoint", 1, 0, 11),  # of step 10
 ]
 
 
@@ -67,8 +68,8 @@ def whole(images, streams, tmp_path_factory):
 @pytest.mark.parametrize("streaming", [False, True])
 @pytest.mark.parametrize("processes", [1, 2])
 def test_resume_is_exact(processes, streaming, images, streams, whole, tmp_path):
-    """Stopped by SIGTERM, SIGUSR1 and SIGKILL to one process, in the middle of an epoch and at its end, in
-    accumulation, GAN phase, evaluation and checkpoint writing, each part with another number of workers."""
+    """Stopped by SIGTERM, SIGUSR1, SIGHUP, Ctrl-C and SIGKILL to one process, in the middle of an epoch and at its end,
+    in accumulation, GAN phase, evaluation and checkpoint writing, each part with another number of workers."""
     training = Training(tmp_path / "run", images, **{**SETTINGS, **(streams[processes] if streaming else {})})
     for i, (signals, function, count, workers, step) in enumerate(STOPS):
         rank = i % processes
@@ -84,15 +85,15 @@ def test_resume_is_exact(processes, streaming, images, streams, whole, tmp_path)
 
 
 def test_signals_before_the_loop_and_ctrl_c(images, whole, tmp_path):
-    """SIGTERM ends a run at once that has nothing to save yet; Ctrl-C ends it with one line that names the checkpoint
-    that it goes on from. Nothing is lost by either."""
+    """SIGTERM and Ctrl-C end a run at once that has nothing to save yet; in the loop a second Ctrl-C ends it with one
+    line that names the checkpoint that it goes on from. Nothing is lost by either."""
     training = Training(tmp_path / "run", images, **SETTINGS)
     assert training.go(faults=({"place": "call load_splits", "count": 1, "action": "term"},)) == [-15]
     assert not training.run_dir.exists()
     assert training.go(faults=({"place": "call measure", "count": 1, "action": "term"},)) == [-15]
     assert training.go(faults=({"place": "call build_run", "count": 1, "action": "int"},)) == [130]
     assert training.error() == "error: stopped by Ctrl-C"
-    interrupt = {"place": "call generator_gradient", "count": 10, "action": "int"}
+    interrupt = {"place": "call generator_gradient", "count": 10, "action": "int pause int"}
     assert training.go(faults=(interrupt,), **{"data.num_workers": 2}) == [130]
     saved = training.run_dir / "checkpoints/step-00000004"
     line = f"error: stopped by Ctrl-C; the last good checkpoint is {saved}; the same command continues"
@@ -102,22 +103,24 @@ def test_signals_before_the_loop_and_ctrl_c(images, whole, tmp_path):
 
 
 def test_stopping_a_launch_of_two(images, whole, tmp_path):
-    """SIGTERM to accelerate launch alone, which passes it on, then to every process there is, as Slurm sends it: both
-    times the run saves and ends, and nothing is left running."""
+    """SIGTERM to accelerate launch alone, which passes it on, then to every process there is, as Slurm sends it, and
+    Ctrl-C, which a terminal sends to all of them and the launcher once more: each time the run saves and ends, and
+    nothing is left running."""
     training = Training(tmp_path / "run", images, **SETTINGS)
-    for everyone in (False, True):
+    for how in ("launcher", "everyone", "Ctrl-C"):
         begin = training.step()
         launcher = training.launch(2, **{"data.num_workers": 1})
         while training.step() <= max(begin, 0):
             assert launcher.poll() is None, training.output()
             time.sleep(0.01)
         processes = [psutil.Process(launcher.pid), *psutil.Process(launcher.pid).children(recursive=True)]
-        for process in processes if everyone else processes[:1]:
-            process.terminate()
+        for process in processes if how != "launcher" else processes[:1]:
+            process.send_signal(signal.SIGINT if how == "Ctrl-C" else signal.SIGTERM)
         launcher.wait(120)
         assert psutil.wait_procs(processes, 60)[1] == []
         step = training.step()
-        assert f"stopped by SIGTERM after step {step}, saved" in training.output() or step == 12, training.output()
+        by = "Ctrl-C" if how == "Ctrl-C" else "SIGTERM"
+        assert f"stopped by {by} after step {step}, saved" in training.output() or step == 12, training.output()
         assert step_of(checkpoints(training.run_dir)[-1]) == step
     assert training.go(2) == [0, 0]
     assert differences(training.run_dir, whole(2)) == []

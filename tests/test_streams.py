@@ -140,7 +140,8 @@ def test_shards_of_a_hub_data_set(tmp_path, monkeypatch):
         builder = SimpleNamespace(config=SimpleNamespace(data_files=files))
         monkeypatch.setattr(datasets, "load_dataset_builder", lambda *a, b=builder, **k: asked.append((a, k)) or b)
         stream = open_(settings("user/name", config_name="small"))
-        assert asked.pop() == (("user/name",), {"name": "small"}) and stream.num_images == 20
+        arguments, options = asked.pop()
+        assert arguments == ("user/name",) and options["name"] == "small" and stream.num_images == 20
         fingerprints.append(stream.fingerprint())
     assert fingerprints[0] == fingerprints[1]
 
@@ -166,6 +167,8 @@ def test_evaluation_images_from_elsewhere(tmp_path, images):
     write_shards(tmp_path, [10, 10], write_tar)
     cfg = settings(f"{tmp_path}/train-{{000..001}}.tar", steps_per_epoch=2)
     assert len(load_stream_eval_images(replace(cfg, eval_path=str(images), image_column="png"), None)) == 8
+    # a folder without splits is meant as a whole, also where a preset names a split
+    assert len(load_stream_eval_images(replace(cfg, eval_path=f"{images}/validation", eval_split="val"), None)) == 8
     column = [{"bytes": png(5), "path": None}] * 3
     saved = datasets.Dataset.from_dict({"a": column, "b": column}).cast_column("a", datasets.Image())
     saved.cast_column("b", datasets.Image()).save_to_disk(tmp_path / "saved")
@@ -176,6 +179,124 @@ def test_evaluation_images_from_elsewhere(tmp_path, images):
         "train-000.tar:000000.png", "train-000.tar:000001.png", "train-001.tar:000010.png", "train-001.tar:000011.png",
     ]  # fmt: skip
     assert len(load_stream_eval_images(replace(cfg, eval_split="train"), 5)) == 5
+
+
+def test_shards_that_no_split_takes(tmp_path):
+    """`datasets` takes the shards with a split's name alone, once one has it: the others are named, a glob takes all,
+    and so does a folder whose README.md says so."""
+    for write, ending, odd in ((write_parquet, "parquet", "train-00000"), (write_tar, "tar", "steam-train-0")):
+        folder = tmp_path / ending
+        for i, name in enumerate((odd, "extra-00000", "more/extra-00001")):
+            write(folder / f"{name}.{ending}", range(16 * i, 16 * i + 16))
+        write(folder / f"@eaDir/extra.{ending}", range(4))
+        cfg = settings(folder, steps_per_epoch=6, shuffle_buffer=48)
+        names = f"extra-00000.{ending}, more/extra-00001.{ending};"
+        with pytest.raises(DataError, match=f"data.path: 2 of 3 shards in {folder} are of no split.*: {names}"):
+            open_(cfg)
+        glob = replace(cfg, path=f"{folder}/**/*.{ending}", stream_lanes=1)
+        assert sorted(numbers(torch.cat(steps(glob, 6)[0]))) == list(range(48))
+    (tmp_path / "parquet/README.md").write_text(
+        "---\nconfigs:\n- config_name: default\n  data_files:\n  - split: train\n    path: extra-*.parquet\n---\n"
+    )
+    assert open_(settings(tmp_path / "parquet")).num_images == 16
+
+
+def test_sources_joined_as_in_open_clip(tmp_path):
+    """fsspec would read the first of them once for each of the second; its own chains are not meant."""
+    write_shards(tmp_path, [10, 10], write_tar)
+    first, second = f"{tmp_path}/train-{{000..001}}.tar", f"{tmp_path}/train-001.tar"
+    (tmp_path / "list.txt").write_text(f"{second}::{second}\n")
+    for path in (f"{first}::{second}", f"https://host/a.tar::{second}", f"{tmp_path}/list.txt::{second}",
+                 f"{tmp_path}/list.txt"):  # fmt: skip
+        with pytest.raises(DataError, match="data.path: .* joins several sources with '::'; expected a .txt file that"):
+            open_(settings(path, steps_per_epoch=1))
+    assert list_shards(f"simplecache::file://{second}", "data.path") == [f"simplecache::file://{second}"]
+
+
+# Names in tars --------------------------------------------------------------------------------------------------------
+
+
+def write_names(path, names):
+    """A tar of these files, the images numbered in their order."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with tarfile.open(path, "w") as archive:
+        for name in names:
+            is_image = name.endswith((".png", ".jpg"))
+            content = png(count) if is_image else name.rpartition("/")[2].encode()
+            count += is_image
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+
+
+def names_read(path, **changed):
+    """Names of the images that a stream reads, in the order of the tar."""
+    cfg = settings(path, steps_per_epoch=1, stream_lanes=1, **changed)
+    held = load_stream_eval_images(replace(cfg, eval_split="train"), 100)
+    return [held.name(i).rpartition(":")[2] for i in range(len(held))]
+
+
+NAMES = {
+    "dots and numbers": ([f"photo 0.{i}.png" for i in range(8)], None),
+    "versions": (["v1.5_cat 1.png", "v1.5_cat 2.png", "v1.6_dog 1.png"], None),
+    "initials": (["J.K. Rowling.png", "J.R. Tolkien.png", "A.A. Milne.png"], None),
+    "a field in several": (["1.jpg", "1.mask.png", "2.jpg", "2.mask.png"], ["1.jpg", "2.jpg"]),
+    "a word in several": (["cat.final.png", "dog.final.png"], None),
+    "labels": ([f"photo 0.{i}.{ending}" for i in range(3) for ending in ("png", "cls")],
+               [f"photo 0.{i}.png" for i in range(3)]),
+    "folders": (["a/photo 0.1.png", "b/photo 0.1.png", "./c/photo 0.2.png"], None),
+    "system files": (["a/1.png", "._a/1.png", "a/._1.png", "__MACOSX/a/1.png", "a/@eaDir/1.png/THUMB.jpg", "./.x.png",
+                      "./a/2.png", "a/Thumbs.db"], ["a/1.png", "./a/2.png"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_dots_in_names(tmp_path, name):
+    """Every image is read, whatever dots its name has; only what is a field of several samples belongs to one."""
+    names, expected = NAMES[name]
+    write_names(tmp_path / "a.tar", names)
+    column = "jpg" if "field" in name else None
+    assert names_read(tmp_path / "a.tar", image_column=column) == (names if expected is None else expected)
+
+
+def test_several_images_of_one_sample(tmp_path):
+    """An error, also in a tar of one sample; its advice leaves nothing out that it does not name."""
+    for names in (["1.jpg", "1.mask.png", "2.jpg", "2.mask.png"], ["a.jpg", "a.mask.png"], ["a.jpg", "a.png"]):
+        write_names(tmp_path / "a.tar", names)
+        with pytest.raises(DataError, match="data.image_column: sample . of .* several images.* leaves out the others"):
+            open_(settings(tmp_path / "a.tar", steps_per_epoch=1))
+    write_names(tmp_path / "a.tar", ["1.jpg", "1.mask.png", "2.jpg", "2.mask.png"])
+    assert names_read(tmp_path / "a.tar", image_column="mask.png") == ["1.mask.png", "2.mask.png"]
+    write_names(tmp_path / "views.tar", [f"{i}.{view}.png" for i in range(3) for view in range(2)])
+    assert names_read(tmp_path / "views.tar", image_column="1.png") == ["0.1.png", "1.1.png", "2.1.png"]
+    write_names(tmp_path / "dots.tar", [f"photo 0.{i}.png" for i in range(8)])
+    with pytest.raises(DataError, match="none of the first 1 shards gives an image"):  # not one of eight
+        open_(settings(tmp_path / "dots.tar", steps_per_epoch=1, image_column="1.png"))
+
+
+def test_fields_are_those_of_the_beginning(tmp_path):
+    """All lanes, and a run that continues without the shard that they were found in, read the same names."""
+    write_names(tmp_path / "0.tar", [f"{i}.{end}" for i in range(8) for end in ("jpg", "mask.png")])
+    write_names(tmp_path / "1.tar", [f"{i}.mask.png" for i in range(1)] + [f"{i}.jpg" for i in range(1, 9)])
+    cfg = settings(f"{tmp_path}/*.tar", steps_per_epoch=2, image_column="jpg", max_unreadable_shards=1)
+    stream = open_(cfg)
+    record = json.loads(json.dumps(stream.record()))
+    assert record[0]["fields"] == ["mask"]
+    _, states = steps(cfg, 4)
+    (tmp_path / "0.tar").unlink()
+    again = open_(cfg, began=record)
+    assert again.sources[0].columns == stream.sources[0].columns and again.fingerprint() == stream.fingerprint()
+    assert open_(cfg).sources[0].columns[2] == []  # without the record, the second shard would decide
+    loader = StreamLoader(again, cfg, SIZE, 0, 1, 1, states[-1])
+    assert set(numbers(next(iter(loader))["pixels"])) <= set(range(1, 9))  # no mask, which is number 0
+
+
+def test_images_that_pillow_cannot_read_in_a_tar(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards, "check_codecs", lambda files: (_ for _ in ()).throw(DataError(f"no codec {files}")))
+    write_names(tmp_path / "a.tar", ["1.png"])
+    with pytest.raises(DataError, match=r"no codec \['1.png'\]"):
+        open_(settings(tmp_path / "a.tar", steps_per_epoch=1))
 
 
 # Exactly once ---------------------------------------------------------------------------------------------------------
@@ -600,7 +721,7 @@ def test_nothing_left_to_read_is_an_error(tmp_path):
     with pytest.raises(DataError, match=r"data.path: none of 4 shards gives an image.*train-00\d.tar: FileNotFound"):
         next(iter(StreamLoader(stream, cfg, SIZE, 0, 1, 1)))
     write_shards(tmp_path, [10, 10, 10, 10], write_tar)
-    other = replace(stream, sources=[replace(stream.sources[0], columns=("jpg", None))])
+    other = replace(stream, sources=[replace(stream.sources[0], columns=("jpg", None, []))])
     with pytest.raises(DataError, match=r"data.path: none of 4 shards gives an image, the first is .*train-000.tar$"):
         next(iter(StreamLoader(other, cfg, SIZE, 0, 1, 1)))
 

@@ -7,7 +7,9 @@
 that Python's audit hooks see: open (with its mode, `open w PATH`), os.mkdir, os.rename, os.remove, shutil.rmtree.
 `count` says which of the matching ones (1 is the first), `rank` in which process (0). `action` is
 
-    kill, term, usr1, int       that signal to itself, just before the operation ("term term" sends it twice)
+    kill, term, usr1, hup, int  that signal to itself, just before the operation ("term term" sends it twice)
+    pause                       longer than the moment in which Ctrl-C counts once
+    halt                        stop its data loading processes, as a server that no longer answers does
     half                        kill, and leave the file half-written
     fill                        fill the file system `disk`, except for `leave` bytes
     remove, garbage             delete the file or folder `disk`; put something else in the file's place
@@ -21,8 +23,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Optional
+
+import psutil
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 
@@ -32,6 +37,7 @@ from rae_suite.launch import run_main  # noqa: E402
 
 PROGRAMS = {"train_rae.py": train_rae, "train_dit.py": train_dit}
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
+SIGNALS["hup"] = signal.SIGHUP
 
 
 def leave_half(path: Path, mode: Optional[str]) -> None:
@@ -65,9 +71,12 @@ def strike(fault: dict, path: Optional[Path], mode: Optional[str]) -> None:
         disk.write_text("no image")
     elif action == "read-only":
         subprocess.run(["chattr", "+i", disk], check=True)
+    elif action == "halt":
+        for worker in psutil.Process().children():
+            worker.suspend()
     else:
         for name in action.split():
-            os.kill(os.getpid(), SIGNALS[name])
+            time.sleep(1.2) if name == "pause" else os.kill(os.getpid(), SIGNALS[name])
 
 
 def arm(fault: dict) -> None:

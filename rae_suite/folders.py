@@ -1,0 +1,194 @@
+"""Folders of image files: what of them are images, what is left out, and lists of large ones that are kept."""
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+import time
+from collections import Counter
+
+import numpy as np
+from huggingface_hub.constants import HF_HOME
+
+from rae_suite.errors import DataError, is_first_of_machine
+from rae_suite.files import NPZ_ERRORS
+from rae_suite.images import IMAGE_EXTENSIONS
+from rae_suite.sources import join_paths
+
+logger = logging.getLogger(__name__)
+
+INDEX_CACHE = os.path.join(HF_HOME, "rae_indexes")  # lists of the files in large folders
+INDEXED_FROM = 10_000  # files: to list fewer takes no time that counts
+INDEX_FORMAT = 2  # to be raised when other files are listed, or in another way
+SETTLED = 2.0  # seconds since a folder's last change: two changes within a clock tick leave the same time behind
+# what systems, network drives and archivers leave among images, thumbnails of them too; beside names that begin with .
+SYSTEM_NAMES = frozenset((
+    "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "recycler", "__macosx",
+    "system volume information", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini",
+))  # fmt: skip
+# text that lies beside images and is not counted among the files that are left out
+SIDECARS = (
+    ".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".log", ".cls", ".caption",
+)  # fmt: skip
+
+
+def is_system_name(name):
+    """Whether a file or folder is hidden, or a system's own, as in every data set's folder or tar it may be."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def class_folders(path):
+    """Sorted names of the folders in `path` that hold images, or [] if images also lie in `path` itself."""
+    files, folders, _ = list_folder(path)
+    return [] if files else [name for name in folders if has_images(os.path.join(path, name))]
+
+
+def list_images(path, classes):
+    """(paths, ends, counts): all images below `path` as `join_paths` gives them, and the number in each class folder.
+    Says how many other files there are.
+
+    The list of a large folder is kept in INDEX_CACHE: to list 1.3 million files on a network drive takes minutes. It is
+    good for as long as no folder has changed, which any file or folder that is added, removed or renamed does to the
+    folder around it. Processes write it beside its place and rename it.
+    """
+    place = os.path.abspath(path)
+    key = json.dumps([INDEX_FORMAT, IMAGE_EXTENSIONS, place, *classes])
+    cache = os.path.join(INDEX_CACHE, hashlib.sha256(os.fsencode(place)).hexdigest()[:32] + ".npz")
+    listing = _read_listing(cache, key, path)
+    if listing is None:
+        started = time.time_ns()
+        stamps, *listing = _walk_classes(path, classes)
+        settled = all(stamp is not None and stamp[2] < started - SETTLED * 1e9 for stamp in stamps.values())
+        if len(listing[1]) >= INDEXED_FROM and settled:
+            _write_listing(cache, key, stamps, listing)
+    *listing, left_out = listing
+    if left_out and is_first_of_machine():
+        logger.warning("%s: %s", path, left_out_in_words(left_out))
+    return listing
+
+
+def left_out_in_words(counts):
+    """What is said of files that are no images, {extension: number of them}."""
+    kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    words = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in kinds)
+    return f"{sum(counts.values())} files left out: {words}"
+
+
+def _walk_classes(path, classes):
+    """(stamps of all folders below `path`, paths, ends, counts as list_images gives them, {extension: number of files}
+    of what is left out). Text beside the images, SIDECARS, is not counted."""
+    stamps, others, files, counts = {}, Counter(), [], []
+    for name in classes or [""]:
+        files += _walk(os.path.join(path, name), f"{name}/" if name else "", stamps, others)
+        counts.append(len(files) - sum(counts))
+    if classes:  # of what lies beside them, nothing is an image
+        stamps[""] = _stamp(path)
+        _, folders, beside = list_folder(path)
+        others.update(map(_extension, beside))
+        for name in set(folders) - set(classes):
+            list(_walk(os.path.join(path, name), f"{name}/", stamps, others))  # to count what is left out
+    left_out = {kind: count for kind, count in others.items() if kind not in SIDECARS}
+    return stamps, *join_paths(files), np.array(counts), left_out
+
+
+def _extension(name):
+    return os.path.splitext(name)[1].lower()
+
+
+def _stamp(folder):
+    """Inode and times of change (ns) of a folder, or None where there is none. The times tell when its list of files
+    last changed, also where a program has put the modification time back."""
+    try:
+        status = os.stat(folder)
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _read_listing(cache, key, path):
+    """What `_write_listing` has put there, or None where there is nothing or a folder has changed since."""
+    if not os.path.exists(cache):
+        return None
+    try:
+        with np.load(cache) as arrays:
+            stamps = json.loads(str(arrays["stamps"]))
+            if str(arrays["key"]) != key or any(
+                _stamp(os.path.join(path, folder)) != tuple(stamp) for folder, stamp in stamps.items()
+            ):
+                return None
+            left_out = json.loads(str(arrays["left_out"]))
+            return arrays["paths"].tobytes(), arrays["ends"], arrays["counts"], left_out
+    except NPZ_ERRORS as error:
+        logger.warning("%s is damaged (%s), %s is listed again", cache, error, path)
+        return None
+
+
+def _write_listing(cache, key, stamps, listing):
+    paths, ends, counts, left_out = listing
+    names = {"key": key, "stamps": json.dumps(stamps), "left_out": json.dumps(left_out)}
+    try:
+        os.makedirs(INDEX_CACHE, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=INDEX_CACHE, ignore_cleanup_errors=True) as folder:
+            beside = os.path.join(folder, "index.npz")
+            paths = np.frombuffer(paths, np.uint8)
+            np.savez(beside, **names, paths=paths, ends=ends, counts=counts)
+            os.replace(beside, cache)
+    except OSError as error:
+        logger.warning("the list of files is not kept for the next start: %s", error)
+
+
+def _entries(path):
+    """(entry, whether it is a folder) of everything in `path` but hidden and system files, without a stat per file."""
+    try:
+        with os.scandir(path) as entries:
+            for entry in entries:
+                if not is_system_name(entry.name):
+                    yield entry, entry.is_dir()
+    except OSError as error:
+        raise DataError(f"data.path: {path} cannot be listed: {error.strerror}") from error
+
+
+def list_folder(path):
+    """(names of image files, names of folders, names of other files), each sorted."""
+    files, folders, others = [], [], []
+    for entry, is_folder in _entries(path):
+        if is_folder:
+            if not _is_loop(entry, path):
+                folders.append(entry.name)
+        else:
+            (files if entry.name.lower().endswith(IMAGE_EXTENSIONS) else others).append(entry.name)
+    return sorted(files), sorted(folders), sorted(others)
+
+
+def _is_loop(entry, path):
+    """Whether a linked folder contains the folder that links to it."""
+    if not entry.is_symlink():
+        return False
+    target, here = os.path.realpath(entry.path), os.path.realpath(path)
+    return os.path.commonpath([target, here]) == target
+
+
+def _walk(path, prefix, stamps, others):
+    """Paths of all images below `path`, each with `prefix` before it: a folder's files before its folders, each sorted.
+
+    `stamps` gets {prefix of the folder: its stamp} of all folders, `others`, a Counter, the extensions of other files.
+    """
+    stamps[prefix] = _stamp(path)  # before it is listed: a change meanwhile shows the next time
+    files, folders, rest = list_folder(path)
+    others.update(map(_extension, rest))
+    for name in files:
+        yield prefix + name
+    for name in folders:
+        yield from _walk(os.path.join(path, name), f"{prefix}{name}/", stamps, others)
+
+
+def has_images(path):
+    """Whether there is an image anywhere below; stops at the first, so a large folder is not listed twice."""
+    folders = []
+    for entry, is_folder in _entries(path):
+        if is_folder and not _is_loop(entry, path):
+            folders.append(entry.path)
+        elif not is_folder and entry.name.lower().endswith(IMAGE_EXTENSIONS):
+            return True
+    return any(has_images(folder) for folder in folders)
