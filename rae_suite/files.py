@@ -10,11 +10,12 @@ import shutil
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -141,6 +142,20 @@ def write_text(path: Path, text: str) -> None:
     with writing(path):
         beside.write_text(text)
         sync(beside)
+        beside.replace(path)
+
+
+def write_image_npz(path: Path, images: Iterable, count: int, size: int) -> None:
+    """Put an .npz of `count` images, uint8 (size, size, 3) each, in its place as arr_0. One image is in memory at a
+    time; a crash leaves the file before. Raises WriteError."""
+    beside = path.with_name(f".{path.name}.partial")
+    with writing(path), zipfile.ZipFile(beside, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for image in images:
+                file.write(image.tobytes())
+    with writing(path):
         beside.replace(path)
 
 
