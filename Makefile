@@ -11,7 +11,7 @@ help:
 	@echo "make test       run all tests (about 8 minutes on 2 cores)"
 	@echo "make lint       ruff check and format check"
 	@echo "make faults     damaged files, full disks, lost data; kills at 50 random moments and named places (20 minutes)"
-	@echo "make cross-version  model folders between the oldest and the newest supported transformers (5 minutes)"
+	@echo "make cross-version  model folders between the oldest and newest transformers and diffusers (6 minutes)"
 	@echo "make data-pipeline  images per second of decoding, resize and crop, next to torchvision's (1 minute)"
 	@echo "make start-up   launch to first step with 1.3 million image files (1 minute)"
 	@echo "make soak       a tiny run of 30 minutes whose memory, open files and disk must stay flat (docs/reliability.md)"
@@ -70,12 +70,12 @@ scaling: setup
 streaming: setup
 	$(BIN)/python benchmarks/streaming.py
 
-# the oldest transformers of requirements.txt, on the other packages of .venv
+# the oldest transformers and diffusers of requirements.txt, on the other packages of .venv
 .venv-oldest/installed: .venv/installed
 	$(BIN)/python -m venv --without-pip .venv-oldest
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		"$$(.venv-oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rest.pth"
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.0.0
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.0.0 diffusers==0.37.0
 	touch $@
 
 cross-version: setup .venv-oldest/installed

@@ -424,8 +424,8 @@ def pipeline_to_upload(settings: PushConfig, model: Path, temporary: Path) -> di
     elif index["rae"][0] is not None:
         rae_config, rae_files = rae_to_upload(settings, model / "rae", temporary)
         files.update(rae_files)
-    for name, path in files.items():
-        require(path.is_file(), "model", f"a pipeline folder with {name}", str(model))
+    for name, content in files.items():
+        require(isinstance(content, bytes) or content.is_file(), "model", f"a pipeline folder with {name}", str(model))
     files[INDEX] = (json.dumps(index, indent=2, sort_keys=True) + "\n").encode()
     figures, picture = pipeline_figures(settings, model)
     if picture.is_file():
@@ -455,6 +455,7 @@ def rae_to_upload(settings: PushConfig, folder: Path, temporary: Path) -> tuple[
         folder = without_encoder(folder, config, temporary / "rae")
         config, weights = read_model_folder(folder)
     files: dict[str, Any] = {f"rae/{name}": folder / name for name in (CONFIG_NAME, MODELING_FILE, *weights)}
+    files[f"rae/{IMAGE_PROCESSOR_NAME}"] = image_processor_json(config.image_size).encode()
     return config, files
 
 
