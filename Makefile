@@ -16,6 +16,7 @@ help:
 	@echo "make start-up   launch to first step with 1.3 million image files (1 minute)"
 	@echo "make soak       a tiny run of 30 minutes whose memory, open files and disk must stay flat (docs/reliability.md)"
 	@echo "make train-step a step of dinov2_b_vitb beside the published loop's, part by part and lever by lever (10 minutes)"
+	@echo "make sampling   sampling beside the published sampler, for each kind of guidance (6 minutes)"
 	@echo "make memory     peak memory of a step of every preset, calculated, and the largest batch for four cards"
 	@echo "make real-size  two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)"
 	@echo "make scaling    collectives of a training step, counted, and a model of 1 to 64 GPUs (2 minutes)"
@@ -51,6 +52,9 @@ real-size: setup
 train-step: setup
 	$(BIN)/python benchmarks/train_step.py --baseline --levers
 
+sampling: setup
+	$(BIN)/python benchmarks/sampling.py
+
 memory: setup
 	$(BIN)/python benchmarks/memory.py
 
@@ -81,4 +85,4 @@ streaming: setup
 cross-version: setup .venv-oldest/installed
 	$(BIN)/python tests/cross_version.py .venv-oldest/bin/python
 
-.PHONY: help setup demo test lint faults train-step memory data-pipeline start-up soak real-size scaling streaming cross-version
+.PHONY: help setup demo test lint faults train-step sampling memory data-pipeline start-up soak real-size scaling streaming cross-version

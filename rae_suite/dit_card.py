@@ -7,7 +7,6 @@ from typing import Optional
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from modeling_rae import RAEConfig
 from rae_suite.dit_folders import CARD, PICTURE
 from rae_suite.hub import data_name, hub_id, scrub
 
@@ -77,7 +76,7 @@ images = pipe(class_labels={labels!r}, generator=torch.Generator().manual_seed(0
 images[0].save("sample.png")"""
 
 
-def describe(transformer: Mapping, rae: Optional[RAEConfig]) -> str:
+def describe(transformer: Mapping, image_size: Optional[int]) -> str:
     """The model in two sentences."""
     backbone = f"{transformer['num_layers']} blocks of width {transformer['hidden_size']}"
     kind = "A diffusion transformer (DiT)"
@@ -85,7 +84,7 @@ def describe(transformer: Mapping, rae: Optional[RAEConfig]) -> str:
         head = f"{transformer['head_num_layers']} of width {transformer['head_hidden_size']}"
         kind, backbone = "A diffusion transformer with a wide head (DiT-DH)", f"{backbone}, and a head of {head}"
     size, channels = transformer["sample_size"], transformer["in_channels"]
-    images = "" if rae is None else f" It draws images of {rae.image_size} x {rae.image_size} pixels."
+    images = "" if image_size is None else f" It draws images of {image_size} x {image_size} pixels."
     return (
         f"{kind} on the latents of a [Representation Autoencoder](https://arxiv.org/abs/2510.11690): {backbone}, for "
         f"{transformer['num_classes']} classes and latents of {channels} x {size} x {size}.{images}"
@@ -114,7 +113,7 @@ def eval_results(figures: GenerationFigures, trained_on: Optional[str]) -> list:
 def pipeline_card(
     facts: CardFacts,
     transformer: Mapping,
-    rae: Optional[RAEConfig],
+    image_size: Optional[int],
     sampling: dict,
     class_names: Optional[dict] = None,
     rae_id: Optional[str] = None,
@@ -123,7 +122,7 @@ def pipeline_card(
 
     Args:
         transformer: config of the RAEDiTModel.
-        rae: config of the RAE; None: it is left out, and `rae_id` says where it is.
+        image_size: of the RAE, in pixels; None: it is left out, and `rae_id` says where it is.
         sampling: the pipeline's defaults, as save_pipeline takes them; `guide`: whether it has one.
         class_names: {index: name}.
     """
@@ -138,10 +137,10 @@ def pipeline_card(
         model_name=name if figures else None,  # with it, the card has a model-index
         eval_results=eval_results(figures, facts.trained_on) if figures else None,
     )
-    parts = [f"---\n{data.to_yaml()}\n---", f"# {name}", describe(transformer, rae)]
+    parts = [f"---\n{data.to_yaml()}\n---", f"# {name}", describe(transformer, image_size)]
     if facts.picture:
         parts.append(f"![Images that it drew, sorted by class]({PICTURE})")
-    code = usage(facts.repo_id, class_names or {}, None if rae is not None else rae_id)
+    code = usage(facts.repo_id, class_names or {}, None if image_size is not None else rae_id)
     parts.append(f"## Usage\n\n```python\n{code}\n```\n\nBy default: {sampling_words(sampling)}.")
     if figures:
         rows = "\n".join(f"| {METRIC_NAMES[metric]} | {value:.4f} |" for metric, value in figures.values.items())
@@ -154,7 +153,7 @@ def pipeline_card(
             f"## Training\n\n{on}<details><summary>All settings</summary>\n\n"
             f"```yaml\n{facts.run_settings.strip()}\n```\n\n</details>"
         )
-    where = "The RAE is in `rae/`" if rae is not None else f"The RAE is `{rae_id}`"
+    where = "The RAE is in `rae/`" if image_size is not None else f"The RAE is `{rae_id}`"
     parts.append(f"## License\n\nThe transformer is under {facts.license}. {where}, under its own license.")
     return scrub(str(ModelCard("\n\n".join(parts) + "\n")))
 

@@ -418,11 +418,11 @@ def pipeline_to_upload(settings: PushConfig, model: Path, temporary: Path) -> di
     for part in ("transformer", *(["guide"] if index["guide"][0] else [])):
         names = [CONFIG_NAME, CODE, *weight_files(model / part, WEIGHTS)[0]]
         files.update({f"{part}/{name}": model / part / name for name in names})
-    rae_config = None
+    image_size = None
     if settings.rae_id is not None:
         index = {**index, "rae": [None, None], "rae_id": settings.rae_id}
     elif index["rae"][0] is not None:
-        rae_config, rae_files = rae_to_upload(settings, model / "rae", temporary)
+        image_size, rae_files = rae_to_upload(settings, model / "rae", temporary)
         files.update(rae_files)
     for name, content in files.items():
         require(isinstance(content, bytes) or content.is_file(), "model", f"a pipeline folder with {name}", str(model))
@@ -430,7 +430,7 @@ def pipeline_to_upload(settings: PushConfig, model: Path, temporary: Path) -> di
     figures, picture = pipeline_figures(settings, model)
     if picture.is_file():
         files[PIPELINE_PICTURE] = picture
-    files[CARD] = card_of_pipeline(settings, model, index, rae_config, figures, picture.is_file()).encode()
+    files[CARD] = card_of_pipeline(settings, model, index, image_size, figures, picture.is_file()).encode()
     return files
 
 
@@ -448,15 +448,15 @@ def read_index(model: Path) -> dict:
     return index
 
 
-def rae_to_upload(settings: PushConfig, folder: Path, temporary: Path) -> tuple[RAEConfig, dict]:
-    """(config, files) of the RAE in a pipeline."""
+def rae_to_upload(settings: PushConfig, folder: Path, temporary: Path) -> tuple[int, dict]:
+    """(side of its images in pixels, files) of the RAE in a pipeline."""
     config, weights = read_model_folder(folder)
     if settings.no_encoder and config.encoder_bundled:
         folder = without_encoder(folder, config, temporary / "rae")
         config, weights = read_model_folder(folder)
     files: dict[str, Any] = {f"rae/{name}": folder / name for name in (CONFIG_NAME, MODELING_FILE, *weights)}
     files[f"rae/{IMAGE_PROCESSOR_NAME}"] = image_processor_json(config.image_size).encode()
-    return config, files
+    return config.image_size, files
 
 
 def pipeline_figures(settings: PushConfig, model: Path) -> tuple[Optional[GenerationFigures], Path]:
@@ -488,11 +488,11 @@ def card_of_pipeline(
     settings: PushConfig,
     model: Path,
     index: dict,
-    rae_config: Optional[RAEConfig],
+    image_size: Optional[int],
     figures: Optional[GenerationFigures],
     picture: bool,
 ) -> str:
-    """Text of README.md. `rae_config`: None where the RAE is left out."""
+    """Text of README.md. `image_size`: None where the RAE is left out."""
     run_dir, facts = run_folder(model), CardFacts(settings.repo_id, settings.license, figures, picture)
     if run_dir:
         with damage_named(f"config.yaml of {run_dir}"):
@@ -502,7 +502,7 @@ def card_of_pipeline(
         transformer = json.loads((model / "transformer" / CONFIG_NAME).read_text())
         sampling, class_names = read_defaults(index)
         sampling["guide"] = index["guide"][0] is not None
-        return pipeline_card(facts, transformer, rae_config, sampling, class_names, index.get("rae_id"))
+        return pipeline_card(facts, transformer, image_size, sampling, class_names, index.get("rae_id"))
 
 
 def write_files(files: dict, target: Path) -> None:

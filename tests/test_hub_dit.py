@@ -44,7 +44,8 @@ def write_run(run_dir: Path, rae: RAEModel) -> Path:
     Image.fromarray(np.full((8, 8, 3), 70, np.uint8)).save(picture)
     transformer, names = tiny_dit(), dict(enumerate(NAMES))
     facts = CardFacts(str(run_dir / "final"), "mit", FIGURES, picture=True, trained_on="user/flowers")
-    card = pipeline_card(facts, transformer.config, rae.config, {**SAMPLING, "end": "published", "guide": True}, names)
+    sampling = {**SAMPLING, "end": "published", "guide": True}
+    card = pipeline_card(facts, transformer.config, rae.config.image_size, sampling, names)
     save_pipeline(
         run_dir / "final",
         transformer,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-COMMANDS = {"train_rae", "eval_rfid", "linear_probe"}
+COMMANDS = {"train_rae", "eval_rfid", "linear_probe", "sample_dit"}
 FILES = {
     "command": [ROOT / f"{name}.py" for name in sorted(COMMANDS)],
     "shared": sorted((ROOT / "rae_suite").glob("*.py")),
@@ -61,7 +61,7 @@ def test_arrows_run_one_way(part):
 def test_few_shared_files_know_the_models():
     """Only those about networks: a training script of another stage finds nothing of this one's in the others."""
     know = {path.stem for path in FILES["shared"] if any(kind(module) == "modeling" for module in imported(path))}
-    assert know == {"autoencoders", "discriminator", "flow", "rae_networks"}
+    assert know == {"autoencoders", "class_labels", "discriminator", "dit_folders", "flow", "rae_networks"}
 
 
 def test_the_root_shows_commands_and_models_only():

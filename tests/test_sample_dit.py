@@ -18,8 +18,10 @@ from conftest import error_line, flags, processes_on_cpu, run_command, same, tin
 from forked import forks, run_script
 from PIL import Image
 from safetensors.torch import save_file
+from test_faults import PAGE, fill, small_disk
 
 import sample_dit
+from benchmarks import sampling as benchmark
 from rae_suite.class_labels import balanced_labels, find_classes, random_labels
 from rae_suite.dit_folders import load_guide, load_pipeline_parts, save_pipeline
 from rae_suite.errors import ConfigError, RunError
@@ -216,6 +218,25 @@ def test_passes(models, settings, guided, passes):
         hook.remove()
     assert (seen["transformer"] / 2, seen["guide"] / 2) == passes
     assert count_passes(sampling, 48**0.5, guided) == {"model": passes[0], "guide": passes[1]}
+
+
+def test_benchmark(models, tmp_path, new_accelerator, monkeypatch, capsys):
+    """Each kind of guidance beside the published sampler: the same images, half the passes without guidance."""
+    monkeypatch.setattr(benchmark, "build", lambda size, head: models["transformer" if head else "guide"])
+    monkeypatch.setattr(benchmark, "build_rae", lambda: models["rae"])
+    seen = []
+    hook = models["transformer"].register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
+    benchmark.main(["--points", "4", "--repeats", "1", "--json", str(tmp_path / "x.json")])
+    hook.remove()
+    rows = json.loads((tmp_path / "x.json").read_text())["rows"]
+    assert list(rows) == list(benchmark.KINDS) and all(row["difference"] < 0.01 for row in rows.values())
+    assert seen[:12] == [2, 2, 2, 4, 4, 4] * 2  # unguided: here, published, and both timed
+    assert rows["autoguidance"]["passes"] == {"model": 3, "guide": 3} and rows["unguided"]["times_published"] > 0
+    assert all(f"{kind} " in capsys.readouterr().out for kind in list(rows)[:1])
+    wrong = tiny_dit(3)
+    monkeypatch.setattr(benchmark, "draw_images", lambda model, *rest, **options: draw_images(wrong, *rest, **options))
+    with pytest.raises(SystemExit, match="unguided: the two samplers' images differ by"):
+        benchmark.main(["--points", "4"])
 
 
 # The command ----------------------------------------------------------------------------------------------------------
@@ -512,3 +533,19 @@ def test_whole_files_are_told_from_others(drawn, tmp_path):
     shutil.copy(drawn / "samples.npz", tmp_path)
     os.truncate(tmp_path / "samples.npz", 20_000)
     assert not is_whole_npz(tmp_path, 10, 32)
+
+
+@pytest.mark.parametrize("pages, path", [(0, "settings.json"), (4, "images"), (12, "samples.npz"), (20, "grid.png")])
+def test_a_full_disk(pipeline, drawn, tmp_path, pages, path):
+    """One line that names what cannot be written; with room again, the same command ends with the same files."""
+    with small_disk(tmp_path / "disk") as disk:
+        fill(disk, pages * PAGE)
+        done = sample(pipeline, disk, "--npz", check=False)
+        line = error_line(done.stderr)
+        assert done.returncode == 1 and line.startswith(f"error: {disk / path} cannot be written ("), line
+        assert "No space left on device" in line
+        (disk / "filler").unlink()
+        sample(pipeline, disk, "--npz")
+        assert pngs(disk) == pngs(drawn)
+        for name in ("samples.npz", "grid.png", "labels.csv"):
+            assert (disk / name).read_bytes() == (drawn / name).read_bytes()
