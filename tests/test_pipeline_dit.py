@@ -279,7 +279,8 @@ def files_in(folder) -> set:
 
 # what a stranger does, in an empty directory: argv are folders, the first is loaded, saved as the second, and so on
 STRANGER = """
-import json, sys, torch
+import sys, torch
+from pathlib import Path
 from diffusers import DiffusionPipeline
 torch.set_num_threads(1)
 for i, (source, target) in enumerate(zip(sys.argv[1:], sys.argv[2:])):
@@ -288,6 +289,8 @@ for i, (source, target) in enumerate(zip(sys.argv[1:], sys.argv[2:])):
     images = pipe(["class b", 7], generator=torch.Generator().manual_seed(5), output_type="pt").images
     print(type(pipe).__module__.split(".")[0], pipe.config.guidance_scale, images.double().sum().item())
     torch.save(images, f"{i}.pt")
+    # what another model's code does to the file that this one's was loaded from
+    Path(sys.modules[type(pipe).__module__].__file__).write_text("raise RuntimeError")
     pipe.save_pretrained(target)
 low = DiffusionPipeline.from_pretrained(sys.argv[1], trust_remote_code=True, torch_dtype=torch.bfloat16)
 assert low.rae.latent_mean.dtype == low.transformer.pos_embed.dtype == torch.float32
@@ -324,6 +327,16 @@ def test_saved_loaded_saved_loaded(parts, tmp_path):
     for name in ("modeling_dit.py", "transformer/modeling_dit.py", "guide/modeling_dit.py"):
         assert (tmp_path / "d" / name).read_text() == (ROOT / "modeling_dit.py").read_text()
     assert str(tmp_path) not in (tmp_path / "d" / "model_index.json").read_text()
+
+
+def test_a_compiled_transformer_is_saved_as_itself(parts, tmp_path):
+    pipe = build(parts, num_inference_steps=3)
+    expected = pipe(1, generator=seeded(), output_type="pt").images
+    pipe.transformer = torch.compile(pipe.transformer, backend="eager")
+    torch.testing.assert_close(pipe(1, generator=seeded(), output_type="pt").images, expected)
+    pipe.save_pretrained(tmp_path)
+    index = json.loads((tmp_path / "model_index.json").read_text())
+    assert index["transformer"] == ["modeling_dit", "RAEDiTModel"] and is_whole_pipeline(tmp_path)
 
 
 def test_rae_left_out(parts, tmp_path):
