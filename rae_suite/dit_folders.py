@@ -9,6 +9,7 @@
 No code of a folder or of the Hub runs: the networks are this repository's.
 """
 
+import inspect
 import json
 import math
 import shutil
@@ -287,8 +288,7 @@ def _from_checkpoint(folder: Path, key: str, weights: str) -> tuple:
 def _checkpoint_config(given: dict, rae: RAEModel, state: dict) -> dict:
     """Arguments of RAEDiTModel from a run's settings `model.*`; what follows from its RAE and its data may be missing
     there."""
-    known = RAEDiTModel._get_init_keys(RAEDiTModel) - {"self"}
-    config = {name: value for name, value in given.items() if name in known}
+    config = {name: given[name] for name in inspect.signature(RAEDiTModel.__init__).parameters if name in given}
     dropout = config.get("class_dropout_prob", 0.1)
     found = {
         "sample_size": rae.config.latent_size,

@@ -470,7 +470,8 @@ def pipeline_figures(settings: PushConfig, model: Path) -> tuple[Optional[Genera
         values = {name: float(results[name]) for name in GENERATION_METRICS if results.get(name) is not None}
         sampling, count, reference = results["sampling"], results["num_samples"], results["comparability"]["reference"]
         digest, where = sampling["networks"]["transformer"], Path(results["samples"])
-        how = f"{sampling['how']}; reference {Path(reference['path']).name}"
+        compared = reference if isinstance(reference, str) else Path(reference["path"]).name  # IS alone needs none
+        how = f"{sampling['how']}; reference {compared}"
     except OSError as error:
         raise ConfigError(f"results: {file} cannot be read: {error.strerror}") from error
     except (ValueError, LookupError, TypeError) as error:

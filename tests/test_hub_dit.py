@@ -218,6 +218,9 @@ def test_card_with_results_of_eval_fid(server, pipeline, push, tmp_path):  # noq
         {"fid": 3.2, "precision": 0.7}, 50_000, "50 points in time; reference VIRTUAL.npz"
     )
     assert (folder / "samples.png").read_bytes() == (tmp_path / "samples" / "grid.png").read_bytes()
+    file = results_of(tmp_path, weights_digest(tiny_dit()), comparability={"reference": "none"})
+    assert push(pipeline, "--dry_run", "--results", file)[0] == 0
+    assert figures_of_card(folder).how == "50 points in time; reference none"
     others = {"how": "", "loaded": "pipeline x", "networks": {"transformer": "0"}}
     for changes, words in (
         ({"sampling": "unknown"}, "is no results.json of eval_fid.py on images of sample_dit.py"),

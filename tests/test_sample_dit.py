@@ -468,6 +468,9 @@ def test_guides(models, pipeline, tmp_path):
     ):
         with pytest.raises(ConfigError, match=f"^sampling.guide: .*{words}"):
             load_guide(str(folders[name]), None, *arguments)
+    save_pipeline(tmp_path / "always labels", tiny_dit(class_dropout_prob=0.0), models["rae"], sampling={})
+    done = sample(tmp_path / "always labels", tmp_path / "no", check=False, guidance_scale=2)
+    assert "sampling.guidance_scale: " in (line := error_line(done.stderr)) and "has no null label" in line
     results = {}
     for name, line in {
         "own": ["--model", folders["guided"]],
