@@ -11,11 +11,12 @@ help:
 	@echo "make test       run all tests (about 8 minutes on 2 cores)"
 	@echo "make lint       ruff check and format check"
 	@echo "make faults     damaged files, full disks, lost data; kills at 50 random moments and named places (20 minutes)"
-	@echo "make cross-version  model folders between the oldest and the newest supported transformers (5 minutes)"
+	@echo "make cross-version  model folders between the oldest and newest transformers and diffusers (6 minutes)"
 	@echo "make data-pipeline  images per second of decoding, resize and crop, next to torchvision's (1 minute)"
 	@echo "make start-up   launch to first step with 1.3 million image files (1 minute)"
 	@echo "make soak       a tiny run of 30 minutes whose memory, open files and disk must stay flat (docs/reliability.md)"
 	@echo "make train-step a step of dinov2_b_vitb beside the published loop's, part by part and lever by lever (10 minutes)"
+	@echo "make sampling   sampling beside the published sampler, for each kind of guidance (6 minutes)"
 	@echo "make memory     peak memory of a step of every preset, calculated, and the largest batch for four cards"
 	@echo "make real-size  two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)"
 	@echo "make scaling    collectives of a training step, counted, and a model of 1 to 64 GPUs (2 minutes)"
@@ -51,6 +52,9 @@ real-size: setup
 train-step: setup
 	$(BIN)/python benchmarks/train_step.py --baseline --levers
 
+sampling: setup
+	$(BIN)/python benchmarks/sampling.py
+
 memory: setup
 	$(BIN)/python benchmarks/memory.py
 
@@ -70,15 +74,15 @@ scaling: setup
 streaming: setup
 	$(BIN)/python benchmarks/streaming.py
 
-# the oldest transformers of requirements.txt, on the other packages of .venv
+# the oldest transformers and diffusers of requirements.txt, on the other packages of .venv
 .venv-oldest/installed: .venv/installed
 	$(BIN)/python -m venv --without-pip .venv-oldest
 	$(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))' > \
 		"$$(.venv-oldest/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/rest.pth"
-	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.0.0
+	.venv-oldest/bin/python -m pip install --quiet --disable-pip-version-check transformers==5.0.0 diffusers==0.37.0
 	touch $@
 
 cross-version: setup .venv-oldest/installed
 	$(BIN)/python tests/cross_version.py .venv-oldest/bin/python
 
-.PHONY: help setup demo test lint faults train-step memory data-pipeline start-up soak real-size scaling streaming cross-version
+.PHONY: help setup demo test lint faults train-step sampling memory data-pipeline start-up soak real-size scaling streaming cross-version

@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, Optional, Union
 
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
@@ -818,10 +818,10 @@ class RAEDiTPipeline(DiffusionPipeline):
 
     def __init__(
         self,
-        transformer,  # no types: a loaded part's class is of another execution of its file than the pipeline's
-        rae,
-        scheduler,
-        guide=None,
+        transformer: ModelMixin,  # a loaded part's class is of another execution of this file than the pipeline's
+        rae: nn.Module,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        guide: Optional[ModelMixin] = None,
         num_inference_steps: int = 50,
         end: str = "published",
         guidance_scale: float = 1.0,
@@ -999,7 +999,8 @@ class RAEDiTPipeline(DiffusionPipeline):
         index.pop("_name_or_path", None)  # a path of this machine
         for name in ("transformer", "rae", "guide"):
             if index[name][0] is not None:
-                kind = type(getattr(self, name))
+                part = getattr(self, name)
+                kind = type(getattr(part, "_orig_mod", part))  # of what torch.compile was given
                 index[name] = [kind.__module__.rpartition(".")[2], kind.__name__]
         return json.dumps(index, indent=2, sort_keys=True) + "\n"
 

@@ -9,6 +9,7 @@
 No code of a folder or of the Hub runs: the networks are this repository's.
 """
 
+import inspect
 import json
 import math
 import shutil
@@ -147,11 +148,12 @@ def is_whole_pipeline(folder: Path) -> bool:
 
 @dataclass
 class PartsSettings:
-    """What goes with a stage-2 model. `found`: what was loaded, in words; `shift`: the time shift of its training;
-    `class_names`: {index: name}; `sampling`: defaults by their names in SamplingConfig; `guide`: folder of the weaker
-    model that is saved with it."""
+    """What goes with a stage-2 model. `found`: what was loaded, in words; `weights`: "averaged", "raw" or "unknown";
+    `shift`: the time shift of its training; `class_names`: {index: name}; `sampling`: defaults by their names in
+    SamplingConfig; `guide`: folder of the weaker model that is saved with it."""
 
     found: str
+    weights: str
     shift: float
     class_names: dict = field(default_factory=dict)
     sampling: dict = field(default_factory=dict)
@@ -209,21 +211,28 @@ def _from_folder(folder: Path, source: str, key: str, weights: str) -> tuple:
     if not (folder / INDEX).is_file():
         _check_class(folder / "config.json", "RAEDiTModel", source, key)
         transformer = _load_transformer(folder, source, key)
-        return transformer, None, PartsSettings(f"transformer {source}", default_shift(latent_dim(transformer)))
+        shift = default_shift(latent_dim(transformer))
+        return transformer, None, PartsSettings(f"transformer {source}", "unknown", shift)
     index = _check_class(folder / INDEX, "RAEDiTPipeline", source, key)
     transformer = _load_transformer(folder / "transformer", source, key)
     with error_names_setting(key, source):
         shift = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler").config.shift
-        names = {int(index): name for index, name in (index.get("class_names") or {}).items()}
+        sampling, names = read_defaults(index)
     rae_source = str(folder / "rae") if index.get("rae", [None])[0] is not None else index.get("rae_id")
     rae = None if rae_source is None else load_rae(rae_source, key)
-    defaults = {name: index[name] for name in PIPELINE_DEFAULTS if name in index}
-    interval = (defaults.pop("guidance_start", 0.0), defaults.pop("guidance_end", 1.0))
     guide = folder / "guide" if index.get("guide", [None])[0] is not None else None
-    settings = PartsSettings(
-        f"pipeline {source}", float(shift), names, {**defaults, "guidance_interval": interval}, guide
-    )
+    of_a_run = (folder.parent / "config.yaml").is_file()  # whose folders have the moving average
+    which = "averaged" if of_a_run else "unknown"
+    settings = PartsSettings(f"pipeline {source}", which, float(shift), names, sampling, guide)
     return transformer, rae, settings
+
+
+def read_defaults(index: dict) -> tuple[dict, dict]:
+    """(the defaults by their names in SamplingConfig, the class names {index: name}) in a model_index.json."""
+    sampling = {name: index[name] for name in PIPELINE_DEFAULTS if name in index}
+    interval = (sampling.pop("guidance_start", 0.0), sampling.pop("guidance_end", 1.0))
+    names = {int(number): name for number, name in (index.get("class_names") or {}).items()}
+    return {**sampling, "guidance_interval": interval}, names
 
 
 def _check_class(file: Path, expected: str, source: str, key: str) -> dict:
@@ -270,17 +279,16 @@ def _from_checkpoint(folder: Path, key: str, weights: str) -> tuple:
     with error_names_setting(key, str(folder)):
         state = read_tensors(folder / CHECKPOINT_FILES[weights], key)
         transformer = model_from_state(_checkpoint_config(given, rae, state), state)
-    words = {"ema": "averaged weights", "raw": "raw weights"}[weights]
+    which, names = {"ema": "averaged", "raw": "raw"}[weights], dict(enumerate(names or []))
     shift = flow["shift"] or default_shift(latent_dim(transformer), flow["shift_base"])
-    settings = PartsSettings(f"checkpoint {folder}, {words}", shift, dict(enumerate(names or [])), sampling)
+    settings = PartsSettings(f"checkpoint {folder}, {which} weights", which, shift, names, sampling)
     return transformer, rae, settings
 
 
 def _checkpoint_config(given: dict, rae: RAEModel, state: dict) -> dict:
     """Arguments of RAEDiTModel from a run's settings `model.*`; what follows from its RAE and its data may be missing
     there."""
-    known = RAEDiTModel._get_init_keys(RAEDiTModel) - {"self"}
-    config = {name: value for name, value in given.items() if name in known}
+    config = {name: given[name] for name in inspect.signature(RAEDiTModel.__init__).parameters if name in given}
     dropout = config.get("class_dropout_prob", 0.1)
     found = {
         "sample_size": rae.config.latent_size,
@@ -299,11 +307,11 @@ def load_guide(
     name: Optional[str], own: Optional[Path], transformer: RAEDiTModel, rae: RAEModel, key: str
 ) -> Optional[RAEDiTModel]:
     """The weaker model of SamplingConfig.guide: `name` as load_pipeline_parts takes it, None for the folder `own` where
-    there is one, "none" for no guide. Raises ConfigError, about the setting `key`, for one of other latents or classes
+    there is one, "off" for no guide. Raises ConfigError, about the setting `key`, for one of other latents or classes
     than the transformer's."""
     if name is None and own is not None:
         return _load_transformer(own, str(own), key)
-    if name in (None, "none"):
+    if name in (None, "off"):
         return None
     guide, other_rae, _ = load_pipeline_parts(name, key)
     with error_names_setting(key, name):

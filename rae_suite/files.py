@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -208,6 +209,17 @@ def write_text(path: Path, text: str) -> None:
     """Put a text file in its place. Raises WriteError."""
     with replacing(path) as beside:
         beside.write_text(text)
+
+
+def write_image_npz(path: Path, images: Iterable, count: int, size: int) -> None:
+    """Put an .npz of `count` images, uint8 (size, size, 3) each, in its place as arr_0. One image is in memory at a
+    time; a crash leaves the file before. Raises WriteError."""
+    with replacing(path) as beside, zipfile.ZipFile(beside, "w") as archive:
+        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+            header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
+            np.lib.format.write_array_header_1_0(file, header)
+            for image in images:
+                file.write(image.tobytes())
 
 
 def sync(path: Path) -> None:

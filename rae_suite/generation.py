@@ -11,7 +11,8 @@ from typing import Optional
 
 import torch
 
-from rae_suite.flow import autoguidance_velocity, cfg_velocity, sample_ode, sampling_times
+from rae_suite.errors import RunError
+from rae_suite.flow import autoguidance_velocity, cfg_velocity, guidance_is_on, sample_ode, sampling_times
 from rae_suite.metrics import to_8bit
 from rae_suite.randomness import SAMPLE_STREAM, seeded_generator
 from rae_suite.settings_dit import SamplingConfig
@@ -53,6 +54,14 @@ def draw_latents(
     return sample_ode(velocity, noise, times, sampling.solver)
 
 
+def count_passes(sampling: SamplingConfig, shift: float, has_guide: bool) -> dict:
+    """Passes of the model, and of the guide, for each image: two of the model where classifier-free guidance is on."""
+    times = sampling_times(sampling.num_inference_steps, shift, sampling.end)
+    calls = times[:-1] if sampling.solver == "euler" else torch.cat([times[:-1], times[1:]])
+    guided = sum(guidance_is_on(t, sampling.guidance_scale, sampling.guidance_interval) for t in calls)
+    return {"model": len(calls) + (0 if has_guide else guided), "guide": guided if has_guide else 0}
+
+
 @torch.no_grad()
 def draw_images(
     transformer: torch.nn.Module,
@@ -76,7 +85,7 @@ def draw_images(
         autocast: makes the context of the models' precision (an accelerator's `autocast`).
 
     Raises:
-        FloatingPointError: pixels that are not finite, with the image's number: in 8 bit they would look like images.
+        RunError: pixels that are not finite, with the image's number: in 8 bit they would look like an image.
     """
     device, config = rae.device, transformer.config
     shape = (config.in_channels, config.sample_size, config.sample_size)
@@ -86,5 +95,6 @@ def draw_images(
         pixels = rae.decode(latents).sample.float()
     broken = ~pixels.isfinite().flatten(1).all(1)
     if broken.any():
-        raise FloatingPointError(f"image {indices[broken.nonzero()[0].item()]} has pixels that are not finite")
+        message = f"image {indices[broken.nonzero()[0].item()]} has pixels that are not finite"
+        raise RunError(message, everywhere=True)
     return to_8bit(pixels, rounding)

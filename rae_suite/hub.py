@@ -62,6 +62,11 @@ def hub_id(name: Optional[str]) -> Optional[str]:
     return name
 
 
+def data_name(path: str) -> str:
+    """A data set's Hub id, or the name of its folder, or of a URL without user and query."""
+    return hub_id(path) or Path(scrub(path).split("?")[0]).resolve().name
+
+
 def fetch_file(source: str, name: str, key: str, missing_ok: bool = False) -> Optional[Path]:
     """The file `name` of the model `source` on the Hub, downloaded unless it is in the cache. Where the model lacks it
     and that is `missing_ok`: None. Raises ConfigError, about the setting `key`, where it cannot be had."""

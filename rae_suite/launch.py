@@ -268,14 +268,12 @@ def check_skipping(max_nonfinite_steps: int, device: torch.device) -> None:
         )
 
 
-def set_tf32(allowed: bool, accelerator: Accelerator) -> None:
+def set_tf32(allowed: bool, accelerator: Accelerator, key: str = "train.tf32") -> None:
     """Let float32 products and convolutions use TF32, or forbid it: torch's default enables TF32 for convolutions only.
-    Raises ConfigError on a device that has no TF32."""
+    Raises ConfigError, about the setting `key`, on a device that has no TF32."""
     on_gpu = accelerator.device.type == "cuda"
     if allowed and not on_gpu:
-        raise ConfigError(
-            f"train.tf32: expected false, TF32 is a GPU's and this process computes on {accelerator.device}"
-        )
+        raise ConfigError(f"{key}: expected false, TF32 is a GPU's and this process computes on {accelerator.device}")
     if on_gpu:
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 

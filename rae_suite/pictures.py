@@ -71,6 +71,11 @@ def _with_labels(grid: torch.Tensor, labels: list) -> torch.Tensor:
     return torch.from_numpy(np.array(picture))
 
 
+def image_grid(images: torch.Tensor, per_row: int) -> torch.Tensor:
+    """Images (N, 3, H, W) in [0, 1] in rows of `per_row` as one uint8 picture (H', W', 3)."""
+    return _tiles(images, per_row)
+
+
 def _tiles(rows: torch.Tensor, per_row: int) -> torch.Tensor:
     """Images (N, 3, H, W) in [0, 1] in rows of `per_row`, small ones enlarged, as one uint8 picture (H', W', 3)."""
     enlarge = -(-MIN_TILE // rows.shape[-1])

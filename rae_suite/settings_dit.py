@@ -47,7 +47,7 @@ class SamplingConfig:
     """Least and greatest shifted time at which guidance is on, both included; 1 is noise."""
     guide: Optional[PathText] = None
     """A weaker model for autoguidance, given as the model itself is; none: the model's own guide if it is saved with
-    one. "none" leaves that out: the scale is then classifier-free guidance's."""
+    one. "off" leaves that out: the scale is then classifier-free guidance's."""
 
 
 def check_sampling(sampling: SamplingConfig, prefix: str = "sampling.") -> None:

@@ -27,6 +27,7 @@ atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 from accelerate.state import AcceleratorState  # noqa: E402
 
+from modeling_dit import RAEDiTModel  # noqa: E402
 from modeling_rae import RAEConfig, RAEModel  # noqa: E402
 from rae_suite.checkpoints import checkpoints, read_checkpoint  # noqa: E402
 
@@ -195,6 +196,18 @@ def tiny_rae(**settings) -> RAEModel:
         **{"noise_tau": 0.5, **settings},
     )
     return RAEModel(config)
+
+
+def tiny_dit(seed: int = 0, **settings) -> RAEDiTModel:
+    """A seeded DiT-DH for the latents of tiny_rae and 10 classes, in eval mode, whose output is not 0."""
+    torch.manual_seed(seed)
+    config = dict(sample_size=4, in_channels=16, hidden_size=32, num_layers=2, num_attention_heads=2, num_classes=10,
+                  head_hidden_size=48, head_num_layers=1, head_num_attention_heads=4)  # fmt: skip
+    model = RAEDiTModel(**{**config, **settings})
+    for parameter in model.parameters():
+        if not parameter.any():
+            torch.nn.init.normal_(parameter, std=0.1)
+    return model.eval()
 
 
 def checkpoint_state(run_dir) -> dict:

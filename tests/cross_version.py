@@ -1,10 +1,13 @@
-"""Folders written with the oldest supported transformers load with the newest, and the other way round.
+"""Folders written with the oldest supported transformers and diffusers load with the newest, and the other way round.
 
-    make cross-version        (makes .venv-oldest with transformers 5.0.0 on the packages of .venv; 5 minutes)
+    make cross-version        (makes .venv-oldest with transformers 5.0.0 and diffusers 0.37.0 on the packages of .venv;
+                              6 minutes)
 
 For every encoder family a tiny RAE is written by one Python, with the latents and reconstructions that it computes, and
 loaded by the other as a stranger does: AutoModel with trust_remote_code, in an empty directory. So is one for each of
-the settings that change which tensors a file has. Prints a table; exit code 1 when one differs by more than 1e-6.
+the settings that change which tensors a file has, and a tiny stage-2 pipeline, with DiffusionPipeline, from its folder
+and from a Hub on loopback, then saved and loaded once more. Prints a table; exit code 1 when one differs by more than
+1e-6.
 """
 
 import argparse
@@ -13,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from hub_server import HubServer, Repository
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 32  # pixels
@@ -67,8 +72,52 @@ print((latent - expected["latent"]).abs().max().item(), (sample - expected["samp
 """
 
 
-def run(python: str, code: str, *args, cwd: str) -> str:
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": f"{cwd}/home", "PYTHONPATH": ""}
+WRITE_PIPELINE = """
+import sys, torch
+root, folder = sys.argv[1:]
+sys.path.insert(0, root)
+from diffusers import FlowMatchEulerDiscreteScheduler
+from modeling_dit import RAEDiTModel, RAEDiTPipeline
+from modeling_rae import RAEConfig, RAEModel
+torch.manual_seed(0)
+encoder = dict(model_type="dinov2", hidden_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=32,
+               patch_size=8)
+rae = RAEModel(RAEConfig(
+    encoder_config=encoder, encoder_input_size=32, decoder_hidden_size=32, decoder_num_hidden_layers=1,
+    decoder_num_attention_heads=2, decoder_intermediate_size=64, decoder_patch_size=8, use_latent_stats=True)).eval()
+rae.set_latent_stats(torch.randn(16, 4, 4), torch.rand(16, 4, 4) + 0.5)
+models = []
+for layers in (2, 1):
+    model = RAEDiTModel(sample_size=4, in_channels=16, hidden_size=32, num_layers=layers, num_attention_heads=2,
+                        head_hidden_size=48, head_num_layers=1, head_num_attention_heads=4, num_classes=10).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.1) if not parameter.any() else None
+    models.append(model)
+pipe = RAEDiTPipeline(models[0], rae, FlowMatchEulerDiscreteScheduler(shift=2.5), models[1], guidance_scale=1.5,
+                      class_names={3: "crane"})
+pipe.save_pretrained(folder)
+noise = torch.randn(2, 16, 4, 4)
+images = pipe(["crane", 7], latents=noise, output_type="pt").images
+torch.save({"noise": noise, "images": images}, folder + "/expected.pt")
+"""
+
+READ_PIPELINE = """
+import sys, torch
+from diffusers import DiffusionPipeline
+expected, source = torch.load(sys.argv[1]), sys.argv[2]
+for place in (source, "again"):
+    pipe = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
+    pipe.to(torch.bfloat16)
+    assert pipe.transformer.pos_embed.dtype == pipe.rae.latent_mean.dtype == torch.float32
+    pipe = DiffusionPipeline.from_pretrained(place, trust_remote_code=True)
+    images = pipe(["crane", 7], latents=expected["noise"], output_type="pt").images
+    print((images - expected["images"]).abs().max().item())
+    pipe.save_pretrained("again")
+"""
+
+
+def run(python: str, code: str, *args, cwd: str, **variables) -> str:
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": f"{cwd}/home", "PYTHONPATH": "", **variables}
     command = [python, "-c", code, *map(str, args)]
     done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True)
     if done.returncode:
@@ -76,14 +125,46 @@ def run(python: str, code: str, *args, cwd: str) -> str:
     return done.stdout.strip()
 
 
+def pipelines(pythons: dict, folder: str) -> bool:
+    """The table's part about pipelines. Returns whether all are the same."""
+    print(f"{'pipeline':<24}{'written with':>14}{'read with':>12}{'loaded':>10}{'again':>10}")
+    whole = True
+    for writer, reader in (list(pythons), list(pythons)[::-1]):
+        place = Path(folder) / f"pipeline-{writer}"
+        said = run(pythons[writer], WRITE_PIPELINE, ROOT, place, cwd=folder)
+        with HubServer() as server:
+            files = {str(path.relative_to(place)): path.read_bytes() for path in place.rglob("*") if path.is_file()}
+            server.repositories["user/dit"] = Repository(False, files)
+            for source, variables in (
+                (str(place), {}),
+                ("user/dit", server.environment(Path(folder) / f"home-{reader}", token="")),
+            ):
+                here = Path(folder) / f"{reader}-{source.rpartition('/')[2]}"
+                here.mkdir()
+                text = said or run(
+                    pythons[reader], READ_PIPELINE, place / "expected.pt", source, cwd=str(here), **variables
+                )
+                try:
+                    loaded, again = map(float, text.split())
+                except ValueError:
+                    loaded = again = float("inf")
+                    print(text)
+                whole &= loaded <= 1e-6 and again <= 1e-6  # nan is not
+                name = "Hub" if variables else "folder"
+                print(f"{name:<24}{writer:>14}{reader:>12}{loaded:>10.1e}{again:>10.1e}")
+    return whole
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("oldest", help="Python of an environment with the oldest supported transformers")
+    parser.add_argument("oldest", help="Python of an environment with the oldest supported transformers and diffusers")
     oldest = str(Path(parser.parse_args().oldest).absolute())  # not resolved: a link says which environment it is
     pythons = {}
     with tempfile.TemporaryDirectory() as folder:
         for python in (sys.executable, oldest):
             pythons[run(python, "import transformers; print(transformers.__version__)", cwd=folder)] = python
+            versions = "import diffusers; print('diffusers', diffusers.__version__)"
+            print(f"transformers {list(pythons)[-1]} with {run(python, versions, cwd=folder)}")
         assert len(pythons) == 2, f"expected two versions of transformers, got {list(pythons)}"
         print(f"{'case':<24}{'written with':>14}{'read with':>12}{'latent':>10}{'sample':>10}")
         failed = False
@@ -100,6 +181,7 @@ def main() -> int:
                 if not (latent <= 1e-6 and sample <= 1e-6):  # nan included
                     failed = True
                 print(f"{name:<24}{writer:>14}{reader:>12}{latent:>10.1e}{sample:>10.1e}")
+        failed |= not pipelines(pythons, folder)
     return int(failed)
 
 

@@ -2,11 +2,13 @@
 
 import functools
 
+import evaluate  # noqa: F401
 import lpips  # noqa: F401
 import matplotlib.figure  # noqa: F401
 import torchmetrics  # noqa: F401
 import trigger  # noqa: F401
 
+import modeling_dit  # noqa: F401
 from rae_suite import lpips_vgg16
 
 lpips_vgg16.random_vgg16_state = functools.cache(lpips_vgg16.random_vgg16_state)

@@ -1,0 +1,163 @@
+"""The model card of a stage-2 pipeline: what it is, how to use it, what was measured, how it was trained."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+
+from rae_suite.dit_folders import CARD, PICTURE
+from rae_suite.errors import scrub
+from rae_suite.hub import data_name, hub_id
+from rae_suite.metric_names import GENERATION_METRICS
+
+TASK = "unconditional-image-generation"  # the Hub has no name for images of classes
+
+
+@dataclass
+class GenerationFigures:
+    """What was measured on generated images: values by the names of GENERATION_METRICS, of how many images, and how
+    they were drawn and compared, in words."""
+
+    values: dict
+    num_samples: int
+    how: str
+
+
+@dataclass
+class CardFacts:
+    """What a card says beside the models' settings. `repo_id`: user/name, or the folder that a run wrote; `trained_on`:
+    its data.path; `run_settings`: text of its config.yaml; `picture`: whether there is samples.png."""
+
+    repo_id: str
+    license: str = "apache-2.0"
+    figures: Optional[GenerationFigures] = None
+    picture: bool = False
+    trained_on: Optional[str] = None
+    run_settings: Optional[str] = None
+
+
+def sampling_words(sampling: dict) -> str:
+    """How images are drawn, from settings by their names in SamplingConfig."""
+    points, end, scale = (sampling.get(key) for key in ("num_inference_steps", "end", "guidance_scale"))
+    steps = points - 1 if end == "published" else points
+    words = f"{points} points in time, {steps} {sampling.get('solver', 'euler')} steps"
+    if scale == 1:
+        return f"{words}, no guidance"
+    low, high = sampling.get("guidance_interval", (0.0, 1.0))
+    kind = "autoguidance" if sampling.get("guide") else "classifier-free guidance"
+    return f"{words}, {kind} {scale:g} at times {low:g} to {high:g}"
+
+
+def usage(repo_id: str, class_names: dict, rae_id: Optional[str]) -> str:
+    """Code that draws two images. `rae_id`: the RAE's id where it is not in the repository."""
+    labels = [class_names[index] for index in sorted(class_names)[:2]] or [0, 1]
+    load = f'pipe = DiffusionPipeline.from_pretrained("{repo_id}", trust_remote_code=True)'
+    imports = "import torch\nfrom diffusers import DiffusionPipeline\n"
+    if rae_id is not None:
+        imports += "from transformers import AutoModel\n"
+        load = (
+            f'rae = AutoModel.from_pretrained("{rae_id}", trust_remote_code=True)\n'
+            f'pipe = DiffusionPipeline.from_pretrained("{repo_id}", rae=rae, trust_remote_code=True)'
+        )
+    return f"""{imports}
+{load}
+pipe.to("cuda" if torch.cuda.is_available() else "cpu")
+images = pipe(class_labels={labels!r}, generator=torch.Generator().manual_seed(0)).images
+images[0].save("sample.png")"""
+
+
+def describe(transformer: Mapping, image_size: Optional[int]) -> str:
+    """The model in two sentences."""
+    backbone = f"{transformer['num_layers']} blocks of width {transformer['hidden_size']}"
+    kind = "A diffusion transformer (DiT)"
+    if transformer["head_hidden_size"] is not None:
+        head = f"{transformer['head_num_layers']} of width {transformer['head_hidden_size']}"
+        kind, backbone = "A diffusion transformer with a wide head (DiT-DH)", f"{backbone}, and a head of {head}"
+    size, channels = transformer["sample_size"], transformer["in_channels"]
+    images = "" if image_size is None else f" It draws images of {image_size} x {image_size} pixels."
+    return (
+        f"{kind} on the latents of a [Representation Autoencoder](https://arxiv.org/abs/2510.11690): {backbone}, for "
+        f"{transformer['num_classes']} classes and latents of {channels} x {size} x {size}.{images}"
+    )
+
+
+def eval_results(figures: GenerationFigures, trained_on: Optional[str]) -> list:
+    """The figures as the Hub's model-index has them."""
+    data = data_name(trained_on) if trained_on else "unknown"
+    return [
+        EvalResult(
+            task_type=TASK,
+            task_name="Image generation",
+            dataset_type=data,
+            dataset_name=data,
+            dataset_args={"num_samples": figures.num_samples},
+            metric_type=name,
+            metric_name=GENERATION_METRICS[name].title,
+            metric_value=round(value, 4),
+            metric_config=figures.how,
+        )
+        for name, value in figures.values.items()
+    ]
+
+
+def pipeline_card(
+    facts: CardFacts,
+    transformer: Mapping,
+    image_size: Optional[int],
+    sampling: dict,
+    class_names: Optional[dict] = None,
+    rae_id: Optional[str] = None,
+) -> str:
+    """Text of README.md.
+
+    Args:
+        transformer: config of the RAEDiTModel.
+        image_size: of the RAE, in pixels; None: it is left out, and `rae_id` says where it is.
+        sampling: the pipeline's defaults, as save_pipeline takes them; `guide`: whether it has one.
+        class_names: {index: name}.
+    """
+    name, figures = facts.repo_id.rstrip("/").split("/")[-1], facts.figures
+    data = ModelCardData(
+        license=facts.license,
+        library_name="diffusers",
+        pipeline_tag=TASK,
+        tags=["rae", "representation-autoencoder", "class-conditional"],
+        base_model=hub_id(rae_id),
+        datasets=hub_id(facts.trained_on),
+        model_name=name if figures else None,  # with it, the card has a model-index
+        eval_results=eval_results(figures, facts.trained_on) if figures else None,
+    )
+    parts = [f"---\n{data.to_yaml()}\n---", f"# {name}", describe(transformer, image_size)]
+    if facts.picture:
+        parts.append(f"![Images that it drew, sorted by class]({PICTURE})")
+    code = usage(facts.repo_id, class_names or {}, None if image_size is not None else rae_id)
+    parts.append(f"## Usage\n\n```python\n{code}\n```\n\nBy default: {sampling_words(sampling)}.")
+    if figures:
+        rows = "\n".join(
+            f"| {GENERATION_METRICS[metric].title} | {value:.4f} |" for metric, value in figures.values.items()
+        )
+        parts.append(
+            f"## Figures\n\n{figures.num_samples} images, {figures.how}.\n\n| metric | value |\n|---|---|\n{rows}"
+        )
+    if facts.run_settings:
+        on = f"Trained on `{data_name(facts.trained_on)}`.\n\n" if facts.trained_on else ""
+        parts.append(
+            f"## Training\n\n{on}<details><summary>All settings</summary>\n\n"
+            f"```yaml\n{facts.run_settings.strip()}\n```\n\n</details>"
+        )
+    where = "The RAE is in `rae/`" if image_size is not None else f"The RAE is `{rae_id}`"
+    parts.append(f"## License\n\nThe transformer is under {facts.license}. {where}, under its own license.")
+    return scrub(str(ModelCard("\n\n".join(parts) + "\n")))
+
+
+def figures_of_card(folder: Path) -> Optional[GenerationFigures]:
+    """The figures in the card of a pipeline folder, as `pipeline_card` wrote it; None: it has none."""
+    if not (folder / CARD).is_file():
+        return None
+    results = [r for r in ModelCard.load(folder / CARD).data.eval_results or [] if r.metric_type in GENERATION_METRICS]
+    if not results:
+        return None
+    values = {result.metric_type: float(result.metric_value) for result in results}
+    return GenerationFigures(values, results[0].dataset_args["num_samples"], results[0].metric_config)
