@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Optional
 
+import numpy as np
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -72,6 +73,18 @@ def read_tensors(path: Path, setting: str) -> dict:
                 f"{setting}: '{name}' in {path} is sparse, nested or without values, expected a plain tensor"
             )
     return tensors
+
+
+def read_npz(path: Path, setting: str, wanted: tuple, expected: str) -> tuple:
+    """(names of all arrays in an .npz file, {name: array} of those that are `wanted` and there). No other is read.
+
+    Raises ConfigError, which names `setting` and says what was `expected`, for a file of another kind.
+    """
+    try:
+        with np.load(path) as arrays:
+            return set(arrays.files), {name: arrays[name] for name in wanted if name in arrays.files}
+    except NPZ_ERRORS as error:
+        raise ConfigError(f"{setting}: {path} cannot be read as .npz ({error}), {expected}") from error
 
 
 @contextmanager

@@ -211,7 +211,7 @@ def train_loader(source, batches, image_size, resize_size=None, max_unreadable=1
     It is already this rank's share: Accelerate must not shard it again.
     """
     images = TrainImages(source, image_size, resize_size, batches.seed, max_unreadable)
-    return _loader(images, batches, collate, num_workers)
+    return build_loader(images, batches, collate, num_workers)
 
 
 def evenly_spread(items, count):
@@ -237,10 +237,11 @@ def eval_loader(source, image_size, batch_size, num_workers=0, rank=0, world_siz
     per_rank = -(-len(chosen) // world_size)
     batches = [mine[start : start + batch_size] for start in range(0, per_rank, batch_size)]
     collate_fn = functools.partial(collate, image_size=image_size)
-    return _loader(EvalImages(source, image_size), batches, collate_fn, num_workers)
+    return build_loader(EvalImages(source, image_size), batches, collate_fn, num_workers)
 
 
-def _loader(images, batches, collate_fn, num_workers):
+def build_loader(images, batches, collate_fn, num_workers):
+    """DataLoader of a data set whose batches are lists of its indices, with num_workers processes."""
     return WorkerLoader(
         images,
         batch_sampler=batches,
