@@ -194,7 +194,8 @@ def report(config: EvalFIDConfig, values: dict, decides: dict, lacking: dict, fo
     results.update(not_as_published=lines, left_out=lacking, config=config_dict(config))
     save_results(folder / "results.json", results)
     for name, value in values.items():
-        print(f"{GENERATION_METRICS[name].title:<22}{value:>12.4f}")
+        metric = GENERATION_METRICS[name]
+        print(f"{metric.title:<22}{value:>12.4f}   {'higher' if metric.higher_is_better else 'lower'} is better")
     print("what decides whether these figures compare with others:")
     parts = flat(decides)
     unknown = [key for key, value in parts.items() if value == "unknown"]

@@ -1,9 +1,9 @@
-"""Time and memory of precision and recall at the published size: 10,000 reference images, 50,000 samples, 2,048 features.
+"""Time and memory of precision and recall at the published size: 10,000 reference images and 50,000 samples.
 
     python benchmarks/precision_recall.py                  (3.1 billion distances; 8 minutes on 2 CPU cores)
     python benchmarks/precision_recall.py --scale 0.2      (25 times fewer; their speed tells the whole)
 
-Features are random and not negative, as Inception's are; what they are does not change the time.
+2,048 features, random and not negative as Inception's are; what they are does not change the time.
 """
 
 import argparse

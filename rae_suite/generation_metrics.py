@@ -1,17 +1,20 @@
 """Metrics of generated images: FID, sFID, Inception Score, precision and recall, as ADM's evaluator defines them.
 
-    space = inception_space(None, "inception_path", accelerator)
-    reference = read_reference(path, ["fid", "is"], [space], accelerator, 64, "reference")  # generation_reference.py
-    statistics = ImageStatistics(["fid", "is"], space, count, accelerator.device)
+    space = inception_space(None, "eval.inception_path", accelerator)
+    place = open_reference(path, "eval.reference")                        # see rae_suite/generation_reference.py
+    reference = read_reference(place, names, [space], accelerator, batch_size)
+    statistics = ImageStatistics(names, space, num_images, accelerator.device)
     for images, index in ...:                             # in any order, by any process, in batches of any size
         statistics.update(images, index)
     statistics.merge_processes(accelerator)
     values = generation_metrics(statistics, reference, accelerator)
 
 ADM's evaluator (openai/guided-diffusion, evaluations/evaluator.py) needs TensorFlow and all features in memory. Here
-the network is NVIDIA's translation of the same graph, means and covariances are accumulated in float64 (ADM's mean is
-float32, a difference below 1e-4 of an FID), and only precision and recall keep features. The same on a frozen
-encoder's features has names of its own: fdd, precision_encoder, recall_encoder."""
+the network is NVIDIA's translation of the same graph, means and covariances are accumulated in float64 (ADM sums means
+in float32, which moves an FID by less than 0.0003), and only precision and recall keep features. The distance is
+clean-fid's: scipy's matrix root, with ADM's rule for one that is not finite; of fewer images than features it is
+computed by rank. The same on a frozen encoder's features has names of its own: fdd, precision_encoder, recall_encoder.
+"""
 
 import logging
 from collections.abc import Callable, Sequence

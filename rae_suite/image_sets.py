@@ -95,7 +95,8 @@ class ArrayImages(ImageSet):
         except NPZ_ERRORS as error:
             raise ConfigError(f"{key}: arr_0 in {path} is damaged ({error})") from error
         if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order:
-            raise ConfigError(f"{key}: arr_0 in {path} is {dtype} {shape}, expected uint8 (N, H, W, 3)")
+            order = " in Fortran's order" if fortran_order else ""
+            raise ConfigError(f"{key}: arr_0 in {path} is {dtype} {shape}{order}, expected uint8 (N, H, W, 3)")
         if 0 in shape:
             raise ConfigError(f"{key}: arr_0 in {path} holds no images, its shape is {shape}")
         super().__init__(str(path), key, *shape[:3], ("npz",))
