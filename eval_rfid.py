@@ -14,13 +14,11 @@ In --output_dir: results.json, comparison.png (images, reconstructions and four 
 PSNR to the best), and with --save_images and --save_npz the reconstructions themselves.
 """
 
-import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from PIL import Image
@@ -36,21 +34,22 @@ from rae_suite.frechet import (
     inception_metrics,
     read_references,
 )
+from rae_suite.image_sets import SharedArray
 from rae_suite.launch import (
     data_errors_end_this_process,
     measuring_accelerator,
     quiet_transformers,
     run_main,
 )
-from rae_suite.loaders import EvalImages, UnreadableLog, chosen_images, eval_loader, evenly_spread
+from rae_suite.loaders import EvalImages, UnreadableLog, chosen_images, eval_loader
 from rae_suite.lpips_vgg16 import build_lpips
 from rae_suite.metric_names import FID_MODES, IMAGE_METRICS, METRICS, too_small_for
 from rae_suite.metrics import Evaluation, Evaluator, quantize
-from rae_suite.pictures import comparison_grid, save_pairs, spread_with_last
+from rae_suite.pictures import comparison_grid, save_pairs
 from rae_suite.randomness import seeded_generator
 from rae_suite.results import save_results
 from rae_suite.settings import ImagesConfig
-from rae_suite.sources import ImageSource
+from rae_suite.sources import ImageSource, evenly_spread
 from rae_suite.splits import load_eval_images
 from rae_suite.values import PathText
 
@@ -208,43 +207,27 @@ class ReconstructionWriter:
     """
 
     def __init__(self, config: EvalRFIDConfig, folder: Path, chosen: list, size: int, accelerator: Accelerator):
-        self.folder, self.chosen, self.accelerator = folder, np.asarray(chosen), accelerator
+        self.folder = folder
         self.pairs = set(evenly_spread(chosen, config.save_images))
-        self.array = None
-        self.array_file = folder / ".reconstructions.npy"
         if accelerator.is_main_process and (self.pairs or config.save_npz):
             for name in ("images", "reconstructions"):  # of an earlier evaluation
                 remove(folder / name)
             remove(folder / "reconstructions.npz")
             folder.mkdir(parents=True, exist_ok=True)
+        self.array = None
         if config.save_npz:
-            if accelerator.is_main_process:
-                np.lib.format.open_memmap(self.array_file, "w+", np.uint8, (len(chosen), size, size, 3)).flush()
-            accelerator.wait_for_everyone()
-            self.array = np.lib.format.open_memmap(self.array_file, "r+")
+            self.array = SharedArray(folder / "reconstructions.npz", chosen, size, accelerator)
         accelerator.wait_for_everyone()
 
     def add(self, index: torch.Tensor, images: torch.Tensor, reconstructions: torch.Tensor) -> None:
         save_pairs(self.folder, self.pairs, index, images, reconstructions)
         if self.array is not None:
-            rows = np.searchsorted(self.chosen, index.numpy())
-            self.array[rows] = reconstructions.permute(0, 2, 3, 1).cpu().numpy()
+            self.array.add(index, reconstructions)
 
     def finish(self, index: torch.Tensor) -> None:
         """Pack the images `index`, those that could be read, as `reconstructions.npz`."""
-        if self.array is None:
-            return
-        self.array.flush()
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            rows = np.searchsorted(self.chosen, index.numpy())
-            with zipfile.ZipFile(self.folder / "reconstructions.npz", "w") as archive:
-                with archive.open("arr_0.npy", "w", force_zip64=True) as file:
-                    header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *self.array.shape[1:])}
-                    np.lib.format.write_array_header_1_0(file, header)
-                    for row in rows:  # one by one: all of them may be more than the memory
-                        file.write(self.array[row].tobytes())
-            self.array_file.unlink()
+        if self.array is not None:
+            self.array.finish(index)
 
 
 def write_comparison(
@@ -252,7 +235,7 @@ def write_comparison(
 ) -> None:
     """The picture of GRID_IMAGES images, with four times the difference, from the worst PSNR to the best."""
     order = evaluation.values["psnr"].argsort(stable=True).tolist()
-    shown = spread_with_last(order, GRID_IMAGES)
+    shown = evenly_spread(order, GRID_IMAGES, with_last=True)
     dataset = EvalImages(source, size)
     index = evaluation.index[shown]
     images = torch.stack([dataset[i]["pixels"] for i in index.tolist()]).to(device).float() / 255

@@ -30,10 +30,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from modeling_dit import RAEDiTModel
 from modeling_rae import RAEModel
+from rae_suite.autoencoders import RAE
 from rae_suite.class_labels import balanced_labels
 from rae_suite.cli import with_settings
 from rae_suite.digests import weights_digest
-from rae_suite.dit_evaluation import distance_of_drawn, held_out_loss, reference_of_images
+from rae_suite.dit_evaluation import Comparison, held_out_loss, measure_drawn, open_comparison
 from rae_suite.dit_folders import is_whole_pipeline, load_guide, save_pipeline
 from rae_suite.dit_networks import (
     build_dit,
@@ -57,7 +58,6 @@ from rae_suite.flow import (
     velocity_loss,
     velocity_target,
 )
-from rae_suite.frechet import FrechetMetric, References, cached_references, encoder_metric
 from rae_suite.generation import draw_images
 from rae_suite.hub import Publisher, check_hub
 from rae_suite.labels import Classes, find_classes
@@ -72,7 +72,7 @@ from rae_suite.launch import (
     run_main,
     say,
 )
-from rae_suite.loaders import UnreadableLog, eval_loader, evenly_spread
+from rae_suite.loaders import UnreadableLog, eval_loader
 from rae_suite.metric_names import GENERATION_METRICS
 from rae_suite.pictures import HEADING, GridLayout, class_grid
 from rae_suite.randomness import batch_place
@@ -89,7 +89,7 @@ from rae_suite.run_folder import (
 from rae_suite.run_log import RunLog, upload
 from rae_suite.settings_dit import Config
 from rae_suite.sharding import gather_to_cpu, shard
-from rae_suite.sources import ImageSource
+from rae_suite.sources import ImageSource, evenly_spread
 from rae_suite.start_notes import batch_line, start_notes
 from rae_suite.steps import Steps, step_batches
 from rae_suite.trackers import check_trackers, start_trackers
@@ -253,32 +253,25 @@ def train_step(run: Run, batches: list, step: int, stop: bool = False) -> StepRe
 
 @dataclass
 class Evaluation:
-    """What a run is evaluated with: held-out images and their classes, classes of the images that are drawn, and the
-    distance between the two on the encoder's features."""
+    """What a run is evaluated with: held-out images and their classes, classes of the images that are drawn, and how
+    these are measured."""
 
     loader: Iterable
     classes: Classes
     labels: torch.Tensor  # (N,) of the drawn images
-    distance: FrechetMetric
-    references: References
+    comparison: Comparison
 
 
-def build_evaluation(run: Run, images: ImageSource) -> Evaluation:
+def build_evaluation(run: Run, images: ImageSource, comparison: Comparison) -> Evaluation:
     config, accelerator, size = run.config, run.accelerator, run.rae.config.image_size
     batch, workers, num_samples = config.eval.batch_size, config.data.num_workers, config.eval.num_samples
     processes = accelerator.process_index, accelerator.num_processes
     loader = eval_loader(images, size, batch, workers, *processes, num_samples)
-
-    def tokens(pixels: torch.Tensor) -> torch.Tensor:
-        return run.rae.encode(pixels, add_noise=False, normalize=False).latent
-
-    distance = encoder_metric(tokens, run.rae, run.rae.config.latent_channels, accelerator, "fdd")
     return Evaluation(
         loader,
         find_classes(images, config.model.num_classes, config.model.class_names, "data.eval_split"),
         balanced_labels(config.eval.num_generated, range(run.classes.num), config.train.seed),
-        distance,
-        cached_references([distance], images, config.eval.num_samples, size, accelerator),
+        comparison,
     )
 
 
@@ -321,12 +314,9 @@ def measure(run: Run, evaluation: Evaluation, log: RunLog, weights: str) -> dict
             log.unreadable.add,
             run.sharded,
         )
-        if "fdd" in config.eval.metrics:
-            metric, loader = evaluation.distance, evaluation.loader
-            reference = reference_of_images(metric, evaluation.references, loader, accelerator, log.unreadable.add)
-            size = config.eval.batch_size
-            found = distance_of_drawn(partial(draw, run), evaluation.labels, size, metric, reference, accelerator)
-            values = {**values, "fdd": found, "num_generated": len(evaluation.labels)}
+        if evaluation.comparison.metrics:
+            size, drawn = config.eval.batch_size, partial(draw, run)
+            values |= measure_drawn(evaluation.comparison, drawn, evaluation.labels, size, accelerator)
     log.write("eval", {"model": weights, **values})
     return values
 
@@ -438,6 +428,8 @@ def main() -> None:
         return
 
     check_trackers(config.logging.report_to, accelerator)
+    named_rae = RAE(config.model.rae, rae)
+    comparison = open_comparison(config.eval, config.data, data.eval_images, named_rae, accelerator)
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
     lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
     check_shared_folder(run_dir, lock)
@@ -454,7 +446,7 @@ def main() -> None:
     size, lanes = rae.config.image_size, (state.stream or {}).get("lanes")
     loader = open_loader(data, config.data, config.train, accelerator, size, state.step, total_steps, lanes)
     log = RunLog(accelerator, run_dir, state, data.steps_per_epoch, UnreadableLog(config.data.max_unreadable))
-    evaluation = build_evaluation(run, data.eval_images)
+    evaluation = build_evaluation(run, data.eval_images, comparison)
     log.forget_after(state.step if continued else -1)
     start_trackers(config, accelerator, run_dir, state.step)
     say(accelerator, describe(run, data, micro_batch, total_steps))

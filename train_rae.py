@@ -47,7 +47,7 @@ from rae_suite.launch import (
     run_main,
     say,
 )
-from rae_suite.loaders import UnreadableLog, chosen_images, eval_loader, evenly_spread, images_to_show
+from rae_suite.loaders import UnreadableLog, chosen_images, eval_loader, images_to_show
 from rae_suite.losses import (
     DISCRIMINATOR_LOSSES,
     generator_gradient,
@@ -82,7 +82,7 @@ from rae_suite.run_folder import (
 from rae_suite.run_log import RunLog, upload
 from rae_suite.settings_rae import Config
 from rae_suite.sharding import gather_to_cpu, shard
-from rae_suite.sources import ImageSource
+from rae_suite.sources import ImageSource, evenly_spread
 from rae_suite.start_notes import batch_line, start_notes
 from rae_suite.steps import Steps, step_batches
 from rae_suite.trackers import check_trackers, start_trackers

@@ -1,16 +1,35 @@
-"""What a stage-2 run measures while it goes on: the loss on held-out images, and how far drawn images are from them."""
+"""What a stage-2 run measures while it goes on: the loss on held-out images, and metrics of drawn ones."""
 
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+from typing import Optional
 
 import torch
 from accelerate import Accelerator
 
+from rae_suite.autoencoders import RAE
+from rae_suite.errors import ConfigError
 from rae_suite.flow import interpolate, velocity_loss, velocity_target
-from rae_suite.frechet import FrechetMeasurement, FrechetMetric, Reference, References
+from rae_suite.generation_metrics import (
+    GenerationReference,
+    ImageStatistics,
+    build_spaces,
+    check_encoder_takes,
+    generation_metrics,
+    warn_of_few,
+)
+from rae_suite.generation_reference import check_count, open_reference, read_reference, reference_of_data
+from rae_suite.image_sets import CroppedImages
 from rae_suite.labels import Classes
 from rae_suite.launch import to_device
+from rae_suite.loaders import chosen_images
+from rae_suite.metric_names import DRAWN_METRICS
 from rae_suite.metrics import gather_rows
 from rae_suite.randomness import EVAL_STREAM, seeded_generator
+from rae_suite.settings import ImagesConfig
+from rae_suite.settings_dit import DiTEvalConfig
+from rae_suite.sources import ImageSource, SubsetSource
 
 FIXED_TIMES = 4  # at which the loss on held-out images is measured: the middles of as many parts of the distribution
 
@@ -73,47 +92,67 @@ def image_noise(like: torch.Tensor, seed: int, index: int, k: int) -> torch.Tens
     return torch.randn(like.shape, generator=seeded_generator(seed, EVAL_STREAM, index, k)).to(like.device)
 
 
-def reference_of_images(
-    metric: FrechetMetric, references: References, loader: Iterable, accelerator: Accelerator, on_unreadable: Callable
-) -> Reference:
-    """What distances of drawn images are measured to: the features of the loader's images, kept in `references`. Every
-    process calls this."""
-    if metric.name not in references.known:
-        measurement, unreadable = FrechetMeasurement(metric, None, accelerator.device), 0
-        for batch in loader:
-            on_unreadable(batch["unreadable"])
-            unreadable += len(batch["unreadable"])
-            if len(batch["pixels"]):
-                measurement.real.update(metric.features(to_device(batch["pixels"], accelerator.device)))
-        unreadable = accelerator.reduce(torch.tensor(unreadable, device=accelerator.device), "sum").item()
-        measurement.real.merge_processes(accelerator)
-        references.keep(metric.name, measurement.made_reference(), whole=unreadable == 0)
-    return references.known[metric.name]
+@dataclass
+class Comparison:
+    """How a run's drawn images are measured: the `metrics`, the features that these are of, and what gives the
+    reference, which is read when it is first needed."""
+
+    metrics: list
+    spaces: list
+    read: Callable[[], GenerationReference]
+    reference: Optional[GenerationReference] = None
+
+
+def open_comparison(
+    settings: DiTEvalConfig, data: ImagesConfig, held_out: ImageSource, rae: RAE, accelerator: Accelerator
+) -> Comparison:
+    """What drawn images are compared with: `settings.reference`, else the held-out images. Raises ConfigError for a
+    reference that does not do for the metrics, too few images, or an Inception network that cannot be had."""
+    metrics = [name for name in settings.metrics if name in DRAWN_METRICS]
+    place = None
+    if settings.reference is not None:
+        place = open_reference(settings.reference, "eval.reference", data.num_workers)
+        for name in metrics:
+            if reason := place.lacks(name):
+                raise ConfigError(f"eval.reference: {settings.reference} does not do for {name}: {reason}")
+        if place.images is not None and any(DRAWN_METRICS[name].features == "encoder" for name in metrics):
+            check_encoder_takes(rae, place.images)
+    check_count(settings.num_generated, metrics, "eval.num_generated", "eval.num_generated")
+    spaces = build_spaces(metrics, settings.inception_path, "eval.inception_path", rae, accelerator)
+    if accelerator.is_main_process:
+        warn_of_few(metrics, spaces, settings.num_generated)
+    common = (metrics, spaces, accelerator, settings.batch_size)
+    if place is not None:
+        return Comparison(metrics, spaces, partial(read_reference, place, *common))
+    chosen = SubsetSource(held_out, chosen_images(held_out, settings.num_samples))
+    images = CroppedImages(chosen, f"{len(chosen)} held-out images", "data", rae.image_size, data)
+    check_count(images.count, metrics, images.name, "data.eval_split")
+    return Comparison(metrics, spaces, partial(reference_of_data, images, *common, "data.eval_split"))
 
 
 @torch.no_grad()
-def distance_of_drawn(
-    draw: Callable,
-    labels: torch.Tensor,
-    batch_size: int,
-    metric: FrechetMetric,
-    reference: Reference,
-    accelerator: Accelerator,
-) -> float:
-    """Frechet distance of drawn images to the reference. Every process calls this, and draws its share in equally many
-    batches.
+def measure_drawn(
+    comparison: Comparison, draw: Callable, labels: torch.Tensor, batch_size: int, accelerator: Accelerator
+) -> dict:
+    """The comparison's metrics of the images that are drawn now, and `num_generated`. Every process calls this, and
+    draws its share in equally many batches.
 
     Args:
         draw: labels (B,) and the images' indices, a list, to uint8 images (B, 3, H, W).
         labels: of all images, (N,).
     """
+    if comparison.reference is None:
+        comparison.reference = comparison.read()
     world, rank, count = accelerator.num_processes, accelerator.process_index, len(labels)
-    measurement = FrechetMeasurement(metric, reference, accelerator.device)
+    sets = [ImageStatistics(comparison.metrics, space, count, accelerator.device) for space in comparison.spaces]
     for start in range(0, -(-count // world), batch_size):
         places = [place * world + rank for place in range(start, min(start + batch_size, -(-count // world)))]
         mine = [place for place in places if place < count]  # the last of a process may be one too many
         images = draw(labels[[min(place, count - 1) for place in places]], [min(place, count - 1) for place in places])
-        if mine:
-            measurement.fake.update(metric.features(images[: len(mine)]))
-    measurement.merge_processes(accelerator)
-    return measurement.distance(accelerator)
+        for part in sets if mine else ():
+            part.update(images[: len(mine)], torch.tensor(mine))
+    values = {}
+    for part in sets:
+        part.merge_processes(accelerator)
+        values |= generation_metrics(part, comparison.reference, accelerator)
+    return {**values, "num_generated": count}

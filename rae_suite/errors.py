@@ -104,6 +104,15 @@ class OneLineParser(argparse.ArgumentParser):
         fail(message)
 
 
+@contextmanager
+def renamed_settings(old: str, new: str) -> Iterator[None]:
+    """Let errors about the setting or group `old` name `new`, whose values were read by what reads `old` elsewhere."""
+    try:
+        yield
+    except (ConfigError, DataError) as error:
+        raise type(error)(re.sub(rf"(?<![\w.]){re.escape(old)}", new, str(error))) from error
+
+
 # what a damaged model folder makes of building a network from it
 LOAD_ERRORS = (RuntimeError, UnpicklingError, ArithmeticError, AttributeError, LookupError, TypeError, MemoryError)
 

@@ -83,6 +83,18 @@ def read_tensors(path: Path, setting: str, may_be_none: tuple = ()) -> dict:
     return tensors
 
 
+def read_npz(path: Path, setting: str, wanted: tuple, expected: str) -> tuple:
+    """(names of all arrays in an .npz file, {name: array} of those that are `wanted` and there). No other is read.
+
+    Raises ConfigError, which names `setting` and says what was `expected`, for a file of another kind.
+    """
+    try:
+        with np.load(path) as arrays:
+            return set(arrays.files), {name: arrays[name] for name in wanted if name in arrays.files}
+    except NPZ_ERRORS as error:
+        raise ConfigError(f"{setting}: {path} cannot be read as .npz ({error}), {expected}") from error
+
+
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turn an error of writing `path`, a file or folder, into WriteError, which says how much space there is."""

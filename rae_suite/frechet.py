@@ -13,11 +13,7 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
-import warnings
-import zipfile
-import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,14 +23,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
-from cleanfid.downloads_helper import inception_url
 from huggingface_hub.constants import HF_HOME
 from PIL import Image
 from torch import nn
 
 from rae_suite.digests import latents_digest
 from rae_suite.errors import ConfigError, RunError
-from rae_suite.files import NPZ_ERRORS
+from rae_suite.files import NPZ_ERRORS, read_npz
+from rae_suite.image_sets import ArrayImages
+from rae_suite.inception import INCEPTION_WIDTH, load_inception
 from rae_suite.launch import cores_of_process
 from rae_suite.metric_names import FID_MODES
 from rae_suite.moments import Moments
@@ -42,7 +39,6 @@ from rae_suite.sources import ImageSource
 
 logger = logging.getLogger(__name__)
 
-INCEPTION_WIDTH = 2048
 DEFAULT_CACHE = Path(HF_HOME) / "rae_references"
 
 
@@ -117,15 +113,19 @@ class FrechetMeasurement:
 
     def warnings(self) -> list:
         """What makes this distance one that does not compare with others."""
-        count, texts = self.fake.count, []
-        if count <= self.metric.width:
-            texts.append(
-                f"{self.metric.name}: {count} images are too few for the covariance of {self.metric.width} features: "
-                "the number depends on how many they are"
-            )
+        count = self.fake.count
+        texts = few_images_warning(self.metric, count)
         if self.reference.count not in (None, count):
             texts.append(f"{self.metric.name}: {count} images are compared with a reference of {self.reference.count}")
         return texts
+
+
+def few_images_warning(metric: FrechetMetric, count: int) -> list:
+    """What to say of a distance of `count` images, none or one text."""
+    if count > metric.width:
+        return []
+    text = f"{metric.name}: {count} images are too few for the covariance of {metric.width} features: "
+    return [text + "the number depends on how many they are"]
 
 
 def reference_of(moments: Moments, name: str) -> Reference:
@@ -169,52 +169,6 @@ def frechet_distance_of_few(mean1: np.ndarray, cov1: np.ndarray, mean2: np.ndarr
 # --------------------------------------------------------------------------------------------------------------------
 # Feature networks
 # --------------------------------------------------------------------------------------------------------------------
-
-
-def inception_file(path: Optional[str], key: str) -> Path:
-    """The TorchScript file of Inception: `path`, else torch.hub's folder, downloaded when it is not there.
-
-    Raises ConfigError, about the setting `key`, when it cannot be had.
-    """
-    if path is not None:
-        if not Path(path).is_file():
-            raise ConfigError(f"{key}: file {path} does not exist, expected a copy of {Path(inception_url).name}")
-        return Path(path)
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(inception_url).name
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(inception_url, str(file), progress=False)
-        except OSError as error:
-            raise ConfigError(
-                f"{key}: rFID needs {file.name}, {file} does not exist and {inception_url} could not be fetched "
-                f"({error}); {key} also takes the path of a local copy"
-            ) from error
-    return file
-
-
-def load_inception(path: Optional[str], key: str, device: torch.device) -> tuple:
-    """(network on `device`, sha256 of its file). Raises ConfigError for a file of another kind."""
-    from cleanfid.inception_torchscript import InceptionV3W  # slow to import
-
-    file = inception_file(path, key)
-    wanted = f"expected the TorchScript network {Path(inception_url).name}"
-    # clean-fid's class takes a folder and knows one file name
-    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
-        Path(folder, Path(inception_url).name).symlink_to(file.resolve())
-        warnings.simplefilter("ignore", FutureWarning)  # torch.jit.load is deprecated, and what the file is made for
-        try:
-            network = InceptionV3W(folder, download=False).to(device).eval().requires_grad_(False)
-        except (RuntimeError, AttributeError) as error:
-            reason, again = str(error).splitlines()[0], "" if path else "; delete the file to have it downloaded again"
-            raise ConfigError(f"{key}: {file} cannot be used ({reason}), {wanted}{again}") from error
-    try:
-        for network.resize_inside in (False, True):
-            network(torch.zeros(1, 3, 299, 299, device=device))
-    except (RuntimeError, AttributeError, TypeError) as error:
-        reason = str(error).strip().splitlines()[-1]
-        raise ConfigError(f"{key}: {file} does not give {INCEPTION_WIDTH} features ({reason}), {wanted}") from error
-    return network, hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def inception_metrics(names: list, path: Optional[str], key: str, accelerator: Accelerator) -> list:
@@ -318,37 +272,18 @@ def read_references(path: str, metrics: list, accelerator: Accelerator, batch_si
     Raises ConfigError, about the setting `key`, for a file of another kind.
     """
     expected = "expected `mu` and `sigma`, or uint8 images `arr_0` (N, H, W, 3)"
-    try:
-        with np.load(path) as arrays:
-            names = set(arrays.files)
-            given = {name: arrays[name] for name in ("mu", "sigma", "count") if name in names}
-    except NPZ_ERRORS as error:
-        raise ConfigError(f"{key}: {path} cannot be read as .npz ({error}), {expected}") from error
+    names, given = read_npz(Path(path), key, ("mu", "sigma", "count"), expected)
     if {"mu", "sigma"} <= names and len(metrics) == 1:
-        metric, shape = metrics[0], given["mu"].shape
-        if shape != (metric.width,) or given["sigma"].shape != shape * 2:
-            raise ConfigError(f"{key}: mu in {path} has shape {shape}, the features of {metric.name} ({metric.width},)")
-        floats = [given["mu"], given["sigma"]]
-        if not all(values.dtype.kind == "f" for values in floats):
-            found = ", ".join(str(values.dtype) for values in floats)
-            raise ConfigError(f"{key}: mu and sigma in {path} are {found}, expected floating-point numbers")
-        if not all(np.isfinite(values).all() for values in floats):
-            raise ConfigError(f"{key}: {path} holds values that are not finite")
-        count = given.get("count")  # `write_cache` gives it; somebody else's may mean something else
-        count = int(count) if count is not None and count.ndim == 0 and count.dtype.kind == "i" else None
-        reference = Reference(given["mu"].astype(np.float64), given["sigma"].astype(np.float64), count)
-        return References({metric.name: reference})
+        reference = given_reference(given, ("mu", "sigma"), metrics[0], path, key)
+        return References({metrics[0].name: reference})
     if "arr_0" not in names:
         several = f" for each of {len(metrics)} distances" if {"mu", "sigma"} <= names else ""
         raise ConfigError(f"{key}: {path} holds {', '.join(sorted(names))}, {expected}{several}")
     moments = [metric.new_moments(accelerator.device) for metric in metrics]
-    try:
-        for number, images in enumerate(_image_batches(path, batch_size, key)):
-            if number % accelerator.num_processes == accelerator.process_index:
-                for metric, running in zip(metrics, moments, strict=True):
-                    running.update(metric.features(images))
-    except (zipfile.BadZipFile, zlib.error, EOFError) as error:
-        raise ConfigError(f"{key}: arr_0 in {path} is damaged ({error})") from error
+    pictures = ArrayImages(Path(path), key)
+    for images, _ in pictures.batches(batch_size, accelerator.process_index, accelerator.num_processes):
+        for metric, running in zip(metrics, moments, strict=True):
+            running.update(metric.features(images))
     references = References()
     for metric, running in zip(metrics, moments, strict=True):
         running.merge_processes(accelerator)
@@ -358,16 +293,22 @@ def read_references(path: str, metrics: list, accelerator: Accelerator, batch_si
     return references
 
 
-def _image_batches(path: str, batch_size: int, key: str) -> Iterator[torch.Tensor]:
-    """The images `arr_0` of an .npz file as uint8 (B, 3, H, W), read batch by batch: 50,000 of 256 px are 10 GB."""
-    with zipfile.ZipFile(path) as archive, archive.open("arr_0.npy") as file:
-        version = np.lib.format.read_magic(file)
-        read_header = np.lib.format.read_array_header_1_0 if version == (1, 0) else np.lib.format.read_array_header_2_0
-        shape, fortran_order, dtype = read_header(file)
-        if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or fortran_order:
-            raise ConfigError(f"{key}: arr_0 in {path} is {dtype} {shape}, expected uint8 (N, H, W, 3)")
-        image_bytes = int(np.prod(shape[1:]))
-        for start in range(0, shape[0], batch_size):
-            count = min(batch_size, shape[0] - start)
-            data = np.frombuffer(file.read(count * image_bytes), np.uint8).reshape(count, *shape[1:])
-            yield torch.from_numpy(data.copy()).permute(0, 3, 1, 2)
+def given_reference(arrays: dict, names: tuple, metric: FrechetMetric, path: str, key: str) -> Reference:
+    """The mean and covariance called `names` among the arrays of a file, checked, with `count` if the file has it.
+
+    Raises ConfigError, about the setting `key`, for statistics that are not of the metric's features.
+    """
+    mean, covariance = (arrays[name] for name in names)
+    name, both = names[0], " and ".join(names)
+    if mean.shape != (metric.width,) or covariance.shape != mean.shape * 2:
+        raise ConfigError(
+            f"{key}: {name} in {path} has shape {mean.shape}, the features of {metric.name} ({metric.width},)"
+        )
+    if not all(values.dtype.kind == "f" for values in (mean, covariance)):
+        found = f"{mean.dtype}, {covariance.dtype}"
+        raise ConfigError(f"{key}: {both} in {path} are {found}, expected floating-point numbers")
+    if not all(np.isfinite(values).all() for values in (mean, covariance)):
+        raise ConfigError(f"{key}: {path} holds values that are not finite")
+    count = arrays.get("count")  # this suite's files have it; somebody else's may mean something else
+    count = int(count) if count is not None and count.ndim == 0 and count.dtype.kind == "i" else None
+    return Reference(mean.astype(np.float64), covariance.astype(np.float64), count)

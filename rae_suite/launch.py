@@ -278,6 +278,21 @@ def set_tf32(allowed: bool, accelerator: Accelerator, key: str = "train.tf32") -
         torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = allowed
 
 
+@contextmanager
+def without_tf32() -> Iterator[None]:
+    """Within this context float32 products and convolutions are those of float32, whatever the run allows: TF32 changes
+    the third digit of what is measured."""
+    parts = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [part.allow_tf32 for part in parts]
+    try:
+        for part in parts:
+            part.allow_tf32 = False
+        yield
+    finally:
+        for part, allowed in zip(parts, before, strict=True):
+            part.allow_tf32 = allowed
+
+
 def micro_batch_size(train: TrainConfig, num_processes: int) -> int:
     """Images of one forward pass in one process. Raises ConfigError when the global batch does not divide."""
     size, rest = divmod(train.global_batch_size, num_processes * train.gradient_accumulation_steps)

@@ -28,7 +28,7 @@ from rae_suite.errors import DataError, RunError, UnreadableImage
 from rae_suite.images import center_crop, to_tensor
 from rae_suite.randomness import CROP_STREAM, ORDER_STREAM
 from rae_suite.signals import StoppedWaiting, waiting_for_images
-from rae_suite.sources import ImageSource
+from rae_suite.sources import ImageSource, evenly_spread
 
 logger = logging.getLogger(__name__)
 
@@ -219,13 +219,7 @@ def train_loader(source, batches, view, max_unreadable=10, num_workers=0):
     It is already this rank's share: Accelerate must not shard it again.
     """
     images = TrainImages(source, view, batches.seed, max_unreadable)
-    return _loader(images, batches, collate, num_workers)
-
-
-def evenly_spread(items, count):
-    """`count` of the items at equal distances, in their order; all of them if they are fewer."""
-    count = min(count, len(items))
-    return [items[position * len(items) // count] for position in range(count)]
+    return build_loader(images, batches, collate, num_workers)
 
 
 def chosen_images(source, num_samples=None):
@@ -245,15 +239,14 @@ def eval_loader(source, image_size, batch_size, num_workers=0, rank=0, world_siz
     per_rank = -(-len(chosen) // world_size)
     batches = [mine[start : start + batch_size] for start in range(0, per_rank, batch_size)]
     collate_fn = functools.partial(collate, image_size=image_size)
-    return _loader(EvalImages(source, image_size), batches, collate_fn, num_workers)
+    return build_loader(EvalImages(source, image_size), batches, collate_fn, num_workers)
 
 
 def images_to_show(images: ImageSource, size: int, count: int, unreadable: UnreadableLog) -> torch.Tensor:
     """Up to `count` evaluation images, spread over all of them because files are sorted by class: (N, 3, S, S) in
     [0, 1]. Raises DataError where none of them can be read."""
     cropped = EvalImages(images, size)
-    stride = max(1, len(cropped) // count)
-    items = [cropped[i] for i in range(0, len(cropped), stride)][:count]
+    items = [cropped[i] for i in chosen_images(images, count)]
     for item in items:
         unreadable.add(item["unreadable"])
     readable = [item["pixels"] for item in items if item["pixels"] is not None]
@@ -262,7 +255,8 @@ def images_to_show(images: ImageSource, size: int, count: int, unreadable: Unrea
     return torch.stack(readable).float() / 255
 
 
-def _loader(images, batches, collate_fn, num_workers):
+def build_loader(images, batches, collate_fn, num_workers):
+    """DataLoader of a data set whose batches are lists of its indices, with num_workers processes."""
     return WorkerLoader(
         images,
         batch_sampler=batches,

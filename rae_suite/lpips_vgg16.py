@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from rae_suite.downloads import fetched_file
 from rae_suite.files import read_tensors
 
 
@@ -38,22 +39,12 @@ class _NoRandomWeights(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def _pretrained_vgg16_file(setting: str) -> Path:
-    """torchvision's VGG16 in torch.hub's folder, downloaded when it is not there."""
+def _pretrained_vgg16_file(path: Optional[str], setting: str) -> Path:
+    """torchvision's VGG16: the local copy `path`, or as `fetched_file` finds it."""
     from torchvision.models import VGG16_Weights
 
     url = VGG16_Weights.IMAGENET1K_V1.url
-    file = Path(torch.hub.get_dir()) / "checkpoints" / Path(url).name
-    if not file.exists():
-        file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            torch.hub.download_url_to_file(url, str(file), hash_prefix=file.stem.split("-")[-1], progress=False)
-        except (OSError, RuntimeError) as error:  # no connection; a file with another hash
-            raise OSError(
-                f"{setting}: LPIPS needs VGG16's weights, {file} does not exist and the download failed "
-                f"({error}); put the file there or name a local copy"
-            ) from None
-    return file
+    return fetched_file(url, setting, "LPIPS", path, hash_prefix=Path(url).stem.split("-")[-1])
 
 
 def build_lpips(
@@ -69,7 +60,7 @@ def build_lpips(
         setting: name of the setting that gave `vgg_path`, for errors.
 
     Raises:
-        OSError: the weights cannot be had; the message names file and setting.
+        ConfigError: the weights cannot be had; the message names file and setting.
         ValueError: the file holds something else.
     """
     import lpips  # slow to import
@@ -77,7 +68,7 @@ def build_lpips(
     if weights == "random":
         file, state = None, random_vgg16_state()
     else:
-        file = Path(vgg_path) if vgg_path is not None else _pretrained_vgg16_file(setting)
+        file = _pretrained_vgg16_file(vgg_path, setting)
         state = read_tensors(file, setting)
         if "features.0.weight" not in state:
             raise ValueError(f"{setting}: {file} is not torchvision's VGG16, it has no 'features.0.weight'")

@@ -71,12 +71,42 @@ METRICS = {
     # on the frozen encoder's patch tokens, mean over the grid
     "rfdd": Metric("Frechet distance on the encoder's features", False, DISTANCE),
 }
-# of drawn images (stage 2)
+
+
+@dataclass(frozen=True)
+class GenerationMetric:
+    """One metric of stage 2.
+
+    Attributes:
+        title, higher_is_better, panel: as a Metric's.
+        features: "inception" or "encoder", what drawn images are compared on; "" for what is no metric of them.
+        needs: of a reference, "statistics" (mean and covariance), "images" (features of single ones) or nothing ("").
+    """
+
+    title: str
+    higher_is_better: bool
+    panel: str
+    features: str = ""
+    needs: str = ""
+
+
+COVERAGE = "precision and recall"
 GENERATION_METRICS = {
     # of the velocity, mean over the fixed times
-    "loss": Metric("loss on held-out images", False, "loss on held-out images"),
-    "fdd": Metric("Frechet distance on the encoder's features", False, DISTANCE),
+    "loss": GenerationMetric("loss on held-out images", False, "loss on held-out images"),
+    # as ADM's evaluator defines them
+    "fid": GenerationMetric("FID", False, DISTANCE, "inception", "statistics"),
+    "sfid": GenerationMetric("sFID", False, DISTANCE, "inception", "statistics"),
+    "is": GenerationMetric("Inception Score", True, "Inception Score", "inception"),
+    "precision": GenerationMetric("precision", True, COVERAGE, "inception", "images"),
+    "recall": GenerationMetric("recall", True, COVERAGE, "inception", "images"),
+    # the same on the frozen encoder's patch tokens, mean over the grid
+    "fdd": GenerationMetric("FDD (encoder's features)", False, DISTANCE, "encoder", "statistics"),
+    "precision_encoder": GenerationMetric("precision (encoder)", True, COVERAGE, "encoder", "images"),
+    "recall_encoder": GenerationMetric("recall (encoder)", True, COVERAGE, "encoder", "images"),
 }
+# those of drawn images
+DRAWN_METRICS = {name: metric for name, metric in GENERATION_METRICS.items() if metric.features}
 IMAGE_METRICS = tuple(name for name, metric in METRICS.items() if metric.of_images is not None)
 FID_MODES = {name: metric.fid_mode for name, metric in METRICS.items() if metric.fid_mode is not None}
 

@@ -14,6 +14,7 @@ from torchvision.utils import make_grid
 
 from rae_suite.files import step_of, writing
 from rae_suite.metric_names import DISTANCE, METRICS
+from rae_suite.sources import evenly_spread
 
 logger = logging.getLogger(__name__)
 
@@ -108,7 +109,7 @@ def progress_strip(samples: list, path: Path, layout: GridLayout) -> None:
     """How one row of the sample grids changed over a run, at up to PROGRESS_ROWS steps, the first and the last among
     them, below the row that stays. `samples` are the grids (step-*.png), in order; one that cannot be read is left
     out."""
-    pictures = read_pictures(spread_with_last(samples, PROGRESS_ROWS))
+    pictures = read_pictures(evenly_spread(samples, PROGRESS_ROWS, with_last=True))
     last = list(pictures.values())[-1]
     text = layout.heading + layout.footing
     height = (last.shape[0] - text - PADDING) // layout.rows  # a row of images with the padding above it
@@ -145,12 +146,6 @@ def read_pictures(files: list) -> dict:
 @functools.cache  # once for each file: the strip is drawn again and again
 def say_left_out(file: Path, reason: str) -> None:
     logger.warning("%s cannot be read (%s), it is left out of progress.png", file, reason)
-
-
-def spread_with_last(items: list, count: int) -> list:
-    """Up to `count` of the items at equal distances, in their order, the first and the last among them."""
-    count = min(count, len(items))
-    return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
 
 
 def save_pairs(

@@ -24,7 +24,8 @@ from PIL import Image
 
 from rae_suite.errors import ConfigError
 from rae_suite.files import NPZ_ERRORS, write_image_npz, write_text, writing
-from rae_suite.pictures import image_grid, spread_with_last
+from rae_suite.pictures import image_grid
+from rae_suite.sources import evenly_spread
 
 NPZ, GRID, LABELS, SETTINGS, RESULTS = "samples.npz", "grid.png", "labels.csv", "settings.json", "results.json"
 GRID_IMAGES, GRID_COLUMNS = 64, 8
@@ -120,7 +121,7 @@ def pack(folder: Path, count: int, size: int) -> None:
 
 def write_grid(folder: Path, labels: torch.Tensor) -> None:
     """Write grid.png: GRID_IMAGES of the images, spread evenly, sorted by class."""
-    chosen = spread_with_last(range(len(labels)), GRID_IMAGES)
+    chosen = evenly_spread(range(len(labels)), GRID_IMAGES, with_last=True)
     chosen = sorted(chosen, key=lambda index: (labels[index].item(), index))
     images = torch.stack([torch.from_numpy(array).permute(2, 0, 1) for array in read_images(folder, chosen)])
     with writing(folder / GRID):

@@ -194,12 +194,18 @@ class DiTEvalConfig:
     every_epochs: float = setting(4.0, POSITIVE)
     """Epochs between evaluations."""
     metrics: tuple[GenerationMetric, ...] = ("loss", "fdd")
-    """loss: on held-out images at four fixed times and with fixed noise; fdd: Frechet distance of drawn images to
-    held-out ones on the frozen encoder's features."""
+    """loss: on held-out images at four fixed times and with fixed noise; of drawn images, as eval_fid.py measures them:
+    fid, sfid, is, precision, recall on Inception features, fdd, precision_encoder, recall_encoder on the frozen
+    encoder's."""
+    reference: Optional[PathText] = None
+    """What drawn images are compared with: ADM's .npz file, one of eval_fid.py --save_reference, an .npz file or a
+    folder of images; none: the held-out images."""
+    inception_path: Optional[PathText] = None
+    """Local copy of inception-2015-12-05.pt; none: torch.hub's folder (TORCH_HOME), else downloaded."""
     num_samples: Optional[int] = setting(None, POSITIVE)
     """Held-out images that are used; none: the whole split."""
     num_generated: int = setting(1000, Limit(lambda value: value > 1, "at least 2 images"))
-    """Images that are drawn, of all classes equally many, for what compares them with held-out ones."""
+    """Images that are drawn for their metrics, of all classes equally many. Published figures are of 50,000."""
     batch_size: int = setting(32, POSITIVE)
     """Images of one evaluation batch in each process."""
     raw: bool = False

@@ -226,6 +226,15 @@ class HeldSource(ImageSource):
         return _open_value(self._images[i][1])
 
 
+def evenly_spread(items, count, with_last=False):
+    """`count` of the items at equal distances, in their order, the first among them; all of them if they are fewer.
+    `with_last`: the last one too."""
+    count = min(count, len(items))
+    if with_last:
+        return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
+    return [items[i * len(items) // count] for i in range(count)]
+
+
 class SubsetSource(ImageSource):
     """The images of another source with the given indices; names stay those of the other source."""
 

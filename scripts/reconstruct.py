@@ -55,11 +55,11 @@ from rae_suite.launch import (
     run_main,
     to_device,
 )
-from rae_suite.loaders import UnreadableLog, WorkerLoader, collate, evenly_spread, start_worker
+from rae_suite.loaders import UnreadableLog, WorkerLoader, collate, start_worker
 from rae_suite.metrics import image_metrics, to_8bit
 from rae_suite.pictures import reconstruction_grid
 from rae_suite.settings import FEW_TASKS
-from rae_suite.sources import FileSource, ImageSource, join_paths
+from rae_suite.sources import FileSource, ImageSource, evenly_spread, join_paths
 from rae_suite.splits import scan_folder
 from rae_suite.values import PathText
 

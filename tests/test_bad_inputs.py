@@ -28,7 +28,10 @@ from rae_suite.autoencoders import load_autoencoder
 from rae_suite.cli import config_dict, flat
 from rae_suite.discriminator import load_backbone
 from rae_suite.errors import ConfigError, error_names_setting
-from rae_suite.frechet import FrechetMetric, load_inception, read_references
+from rae_suite.frechet import FrechetMetric, read_references
+from rae_suite.generation_metrics import FeatureSpace
+from rae_suite.generation_reference import open_reference, read_reference
+from rae_suite.inception import load_inception
 from rae_suite.launch import quiet_transformers, run_main
 from rae_suite.lpips_vgg16 import build_lpips
 from rae_suite.rae_networks import read_latent_stats
@@ -470,14 +473,22 @@ def test_code_of_an_encoder_in_a_model_folder(tmp_path, monkeypatch):
 
 
 def test_references(corpus, folder):
-    """--reference of eval_rfid.py."""
+    """--reference of eval_rfid.py and of eval_fid.py."""
 
     def pixels(images: torch.Tensor) -> torch.Tensor:
         return images.float().mean((2, 3))[:, [0, 1, 2, 0]]
 
+    def generation_reference(file: str, space: FeatureSpace) -> None:
+        place = open_reference(file, "reference")
+        assert place.lacks("fid") is None
+        read_reference(place, ["fid"], [space], Accelerator(), 2)
+
     for case in corpus["references"]:
         metric = FrechetMetric("rfid", pixels, 4, "pixels")
         check(case, outcome_of(read_references, str(folder / case.file), [metric], Accelerator(), 2, "reference"))
+        metric = FrechetMetric("fid", None, 4, "pixels")
+        space = FeatureSpace("inception", {"fid": metric}, lambda images: {"fid": pixels(images)}, "pixels")
+        check(case, outcome_of(generation_reference, str(folder / case.file), space))
 
 
 def test_heads(tmp_path):

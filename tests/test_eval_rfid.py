@@ -21,14 +21,8 @@ from torchmetrics.image import PeakSignalNoiseRatio, StructuralSimilarityIndexMe
 import eval_rfid
 from modeling_rae import RAEModel
 from rae_suite.digests import latents_digest
-from rae_suite.frechet import (
-    FrechetMetric,
-    frechet_distance_of_few,
-    inception_file,
-    inception_metrics,
-    load_inception,
-    read_references,
-)
+from rae_suite.frechet import FrechetMetric, frechet_distance_of_few, inception_metrics, read_references
+from rae_suite.inception import load_inception
 from rae_suite.launch import measuring_accelerator, run_main
 from rae_suite.metric_names import PSNR_CAP, too_small_for
 from rae_suite.metrics import Evaluator, image_metrics, to_8bit
@@ -181,7 +175,7 @@ def test_the_real_inception_network(images, tmp_path):
     shutil.copytree(images / "validation", folder)
     accelerator = Accelerator()
     for metric in inception_metrics(["rfid", "rfid_clean"], None, "inception_path", accelerator):
-        network = inception_network(inception_file(None, "inception_path"))
+        network = inception_network(file)
         network.resize_inside = metric.name == "rfid"
         mode = "legacy_tensorflow" if metric.name == "rfid" else "clean"
         expected = get_folder_features(str(folder), network, device=torch.device("cpu"), mode=mode, verbose=False)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
-COMMANDS = {"train_rae", "train_dit", "eval_rfid", "linear_probe", "sample_dit"}
+COMMANDS = {"train_rae", "train_dit", "eval_rfid", "eval_fid", "linear_probe", "sample_dit"}
 FILES = {
     "command": [ROOT / f"{name}.py" for name in sorted(COMMANDS)],
     "shared": sorted((ROOT / "rae_suite").glob("*.py")),

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from modeling_rae import RAEConfig, RAEModel
 from rae_suite.discriminator import DiffAug, DinoDiscriminator, SpectralConv1d, diff_augment, load_backbone
 from rae_suite.ema import EMA
+from rae_suite.errors import ConfigError
 from rae_suite.losses import (
     generator_gradient,
     generator_loss,
@@ -526,7 +527,7 @@ def test_lpips_from_a_file_and_from_nowhere(tmp_path, lpips):
     torch.save({"weight": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="perceptual.vgg_path.*vgg16.pth"):
         build_lpips("pretrained", str(path))
-    with pytest.raises(OSError, match="perceptual.vgg_path.*nowhere.pth"):
+    with pytest.raises(ConfigError, match="perceptual.vgg_path.*nowhere.pth"):
         build_lpips("pretrained", str(tmp_path / "nowhere.pth"))
 
 
@@ -538,8 +539,8 @@ def test_lpips_offline_says_what_to_do(tmp_path, monkeypatch, lpips):
     def offline(*arguments, **options):
         raise urllib.error.URLError("no network here")
 
-    monkeypatch.setattr(torch.hub, "download_url_to_file", offline)
-    with pytest.raises(OSError) as caught:
+    monkeypatch.setattr("rae_suite.downloads.urlopen", offline)
+    with pytest.raises(ConfigError) as caught:
         build_lpips("pretrained")
     for part in (str(tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"), "perceptual.vgg_path", "no network"):
         assert part in str(caught.value)
