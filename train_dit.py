@@ -34,6 +34,7 @@ from rae_suite.autoencoders import RAE
 from rae_suite.class_labels import balanced_labels
 from rae_suite.cli import with_settings
 from rae_suite.digests import weights_digest
+from rae_suite.dit_card import card_of_run
 from rae_suite.dit_evaluation import Comparison, held_out_loss, measure_drawn, open_comparison
 from rae_suite.dit_folders import is_whole_pipeline, load_guide, save_pipeline
 from rae_suite.dit_networks import (
@@ -295,7 +296,7 @@ def evaluate(run: Run, evaluation: Evaluation, log: RunLog) -> None:
     say(run.accelerator, f"step {log.state.step}: {shown} (EMA, {values['num_samples']} images)")
     best = run.config.eval.best_metric
     if log.is_best(best, values[best], GENERATION_METRICS[best].higher_is_better, values["num_samples"]):
-        export(run, log.run_dir / "best")
+        export(run, log, log.run_dir / "best")
 
 
 def measure(run: Run, evaluation: Evaluation, log: RunLog, weights: str) -> dict:
@@ -338,8 +339,8 @@ def draw_samples(run: Run, log: RunLog) -> None:
         log.picture("samples", class_grid(images, names, raw).numpy(), layout)
 
 
-def export(run: Run, folder: Path) -> None:
-    """Write the averaged weights as a pipeline folder."""
+def export(run: Run, log: RunLog, folder: Path) -> None:
+    """Write the averaged weights as a pipeline folder, with a card of what was last measured."""
     main, config = run.accelerator.is_main_process, run.config
 
     def write(beside: Path) -> None:
@@ -347,6 +348,7 @@ def export(run: Run, folder: Path) -> None:
             state = gather_to_cpu(run.dit.state_dict(), main)
             if main:
                 sampling = {**asdict(config.sampling), "shift": run.shift}
+                card, picture = card_of_run(config, folder, log.run_dir, log.state.step, run.dit.config, run.rae.config)
                 save_pipeline(
                     beside,
                     run.dit,
@@ -355,6 +357,8 @@ def export(run: Run, folder: Path) -> None:
                     guide=run.guide,
                     class_names=run.classes.names,
                     sampling=sampling,
+                    card=card,
+                    picture=picture,
                     rae_id=config.model.rae,
                 )
 
@@ -394,9 +398,9 @@ def train(
             if due.samples:
                 draw_samples(run, log)
             if state.step == total_steps:
-                export(run, log.run_dir / "final")  # before the checkpoint that says the run is finished
+                export(run, log, log.run_dir / "final")  # before the checkpoint that says the run is finished
             elif due.upload:
-                upload(accelerator, publisher, log, partial(export, run))
+                upload(accelerator, publisher, log, partial(export, run, log))
             if due.checkpoint or steps.stopping:
                 save()
         if steps.stopped_early():
@@ -458,7 +462,7 @@ def main() -> None:
         finished = train(run, evaluation, log, publisher, loader, total_steps)
         # it may be damaged, or the checkpoints reach further than train.max_steps now does
         if finished and not is_whole_pipeline(final):
-            export(run, final)
+            export(run, log, final)
     if finished and accelerator.is_main_process:
         say(accelerator, log.summary(config.eval.metrics, "held-out images"))
     accelerator.end_training()

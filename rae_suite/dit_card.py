@@ -1,16 +1,20 @@
 """The model card of a stage-2 pipeline: what it is, how to use it, what was measured, how it was trained."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Optional
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from modeling_rae import RAEConfig
+from rae_suite.cli import config_yaml
 from rae_suite.dit_folders import CARD, PICTURE
 from rae_suite.errors import scrub
 from rae_suite.hub import data_name, hub_id
-from rae_suite.metric_names import GENERATION_METRICS
+from rae_suite.metric_names import DRAWN_METRICS, GENERATION_METRICS
+from rae_suite.metrics_file import MetricsFile
+from rae_suite.settings_dit import Config
 
 TASK = "unconditional-image-generation"  # the Hub has no name for images of classes
 
@@ -150,6 +154,33 @@ def pipeline_card(
     where = "The RAE is in `rae/`" if image_size is not None else f"The RAE is `{rae_id}`"
     parts.append(f"## License\n\nThe transformer is under {facts.license}. {where}, under its own license.")
     return scrub(str(ModelCard("\n\n".join(parts) + "\n")))
+
+
+def card_of_run(
+    config: Config, folder: Path, run_dir: Path, step: int, transformer: Mapping, rae: RAEConfig
+) -> tuple[str, Optional[Path]]:
+    """The card of a model that a run writes into `folder` at `step`, with what was measured then, and the picture that
+    was drawn then, if there is one. `transformer`, `rae`: configs of the networks."""
+    lines = MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()
+    lines = [line for line in lines if (line["kind"], line["step"], line.get("model")) == ("eval", step, "ema")]
+    values = {name: lines[-1][name] for name in DRAWN_METRICS if lines and lines[-1].get(name) is not None}
+    sampling, figures = asdict(config.sampling), None
+    if values:
+        compared = "the held-out images" if config.eval.reference is None else Path(config.eval.reference).name
+        how = f"at step {step} of training; {sampling_words(sampling)}; 8 bit by round; reference {compared}"
+        figures = GenerationFigures(values, lines[-1]["num_generated"], how)
+    picture = run_dir / "samples" / f"step-{step:08d}.png"
+    facts = CardFacts(
+        config.hub.repo_id or str(folder),
+        config.hub.license,
+        figures,
+        picture.is_file(),
+        config.data.path,
+        config_yaml(config),
+    )
+    names = dict(enumerate(config.model.class_names or []))
+    card = pipeline_card(facts, transformer, rae.image_size, sampling, names)
+    return card, picture if picture.is_file() else None
 
 
 def figures_of_card(folder: Path) -> Optional[GenerationFigures]:

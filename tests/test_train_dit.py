@@ -12,6 +12,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from conftest import (
+    ROOT,
     checkpoint_state,
     error_line,
     flags,
@@ -22,6 +23,7 @@ from conftest import (
     tiny_rae,
 )
 from harness import Training, differences
+from inception_standin import save_standin
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_streams import write_parquet
@@ -30,6 +32,7 @@ import train_dit
 from modeling_rae import RAEModel
 from rae_suite.checkpoints import checkpoints, read_checkpoint
 from rae_suite.cli import read_yaml
+from rae_suite.dit_card import figures_of_card
 from rae_suite.dit_evaluation import held_out_loss
 from rae_suite.dit_folders import load_pipeline_parts, model_from_state
 from rae_suite.files import step_of
@@ -204,7 +207,8 @@ def test_resume_is_exact(processes, streaming, rae, images, tmp_path):
         assert codes[rank] == (-9 if signal == "kill" else 0), training.output()
         assert step_of(checkpoints(training.run_dir)[-1]) == step
     assert training.go(processes) == [0] * processes, training.output()
-    assert [name for name in differences(training.run_dir, whole.run_dir) if name != "final/"] == []
+    # cards name the folder, and final/ the one of its RAE
+    assert [name for name in differences(training.run_dir, whole.run_dir) if name not in ("best/", "final/")] == []
     ours, theirs = (load_pipeline_parts(str(t.run_dir / "final"), "model")[0] for t in (training, whole))
     assert same(ours.state_dict(), theirs.state_dict())
 
@@ -225,6 +229,42 @@ def test_accumulation_and_processes_equal_one_large_batch(rae, images, tmp_path)
             for key, tensor in expected[part].items():
                 difference = (state[part][key] - tensor).norm() / tensor.norm().clamp_min(1e-3)
                 assert difference < 1e-6, (name, part, key, difference)
+
+
+def test_fsdp(rae, images, tmp_path):
+    """Shared out among two processes: DDP's numbers from about half the memory; checkpoints of either continue the
+    other; a process without images of an evaluation joins in."""
+    settings = {**TINY, "train.gradient_accumulation_steps": 2, "optimizer.eps": 1e-4, "eval.num_samples": 3}
+    settings |= {"eval.batch_size": 1, "eval.num_generated": 5, "sampling.guidance_scale": 1.5, "model.rae": rae}
+    plan = [("ddp", False, 4), ("fsdp", True, 4), ("changing", True, 1), ("changing", False, 3), ("changing", True, 4)]
+    runs = [
+        {
+            "fsdp": fsdp,
+            "argv": ["train_dit.py", *flags({**settings, "data.path": images, "train.output_dir": tmp_path / name,
+                                             "train.max_steps": steps})],
+            "nan_steps": [],
+        }
+        for name, fsdp, steps in plan
+    ]  # fmt: skip
+    (tmp_path / "runs.json").write_text(json.dumps(runs))
+    config = ROOT / "accelerate_configs" / "fsdp2_8gpu.yaml"
+    launch = ["--config_file", config, "--num_processes", 2, "--mixed_precision", "no", "--main_process_port", 0]
+    done = run_command("tests/distributed_runs.py", tmp_path / "runs.json", launch=tuple(map(str, launch)))
+    assert done.stdout.count(", sharded (FSDP2)") == 3
+    held = json.loads((tmp_path / "runs.rank0.json").read_text())
+    for name, whole in held[0]["bytes"].items():
+        assert held[1]["bytes"][name] < 0.6 * whole, name
+    for line, other in zip(*(read_metrics(tmp_path / name) for name in ("ddp", "fsdp")), strict=True):
+        numbers = {key: value for key, value in line.items() if key not in ("kind", "model")}
+        assert {key: other[key] for key in numbers} == pytest.approx(numbers, rel=1e-4), line
+    expected = checkpoint_state(tmp_path / "ddp")
+    for name in ("fsdp", "changing"):
+        state = checkpoint_state(tmp_path / name)
+        for part in ("model", "ema"):
+            for key, tensor in expected[part].items():
+                torch.testing.assert_close(state[part][key], tensor, rtol=1e-4, atol=1e-6, msg=f"{name} {part} {key}")
+        exported, _, _ = load_pipeline_parts(str(tmp_path / name / "final"), "model")
+        assert all(torch.equal(weight, state["ema"][key]) for key, weight in exported.named_parameters())
 
 
 @pytest.mark.parametrize("settings", [{"train.mixed_precision": "bf16"}, {"train.compile": "true"},
@@ -329,3 +369,59 @@ def test_another_autoencoder_is_not_the_same_run(whole, rae, images, tmp_path):
     assert re.search("error: (latents.stats, )?model.rae: the weights are not those that", done.stderr), done.stderr
     moved = shutil.copytree(rae, tmp_path / "moved")  # equal weights in another place are the same run
     assert "continuing from" in train(moved, images, run_dir, **longer).stdout
+
+
+# -------------------------------------------------------------------------------------------------------- what is drawn
+
+
+def test_figures_in_training_are_those_afterwards(rae, images, tmp_path):
+    """The metrics of drawn images that a run writes are those that eval_fid.py has of the same images, drawn by
+    sample_dit.py from final/; with a reference file, and with the held-out images."""
+    save_standin(tmp_path / "inception.pt")
+    reference = np.stack([np.array(Image.open(file)) for file in sorted((images / "train").rglob("*.png"))])
+    np.savez(tmp_path / "reference.npz", arr_0=reference[:, :32, :32])
+    run_dir, names = tmp_path / "run", ["fid", "sfid", "is", "precision", "recall"]
+    settings = {
+        **TINY,
+        "train.max_steps": 2,
+        "eval.num_generated": 12,
+        "eval.metrics": f"[loss, fdd, {', '.join(names)}]",
+        "eval.inception_path": tmp_path / "inception.pt",
+        "eval.reference": tmp_path / "reference.npz",
+        "ema.decay": 0.5,
+    }
+    train(rae, images, run_dir, settings)
+    found = read_metrics(run_dir)[-1]
+    drawn = {"num_samples": 12, "batch_size": 4, "quantize": "round", "num_inference_steps": 3}
+    run_command("sample_dit.py", *flags({"model": run_dir / "final", "output_dir": tmp_path / "drawn", **drawn}))
+    for kind, metrics in (("inception", names), ("encoder", ["fdd"])):
+        more = {"inception": {"inception_path": tmp_path / "inception.pt"}, "encoder": {"encoder": run_dir / "rae"}}
+        output = tmp_path / kind
+        run_command("eval_fid.py", *flags({"samples": tmp_path / "drawn", "reference": tmp_path / "reference.npz",
+                    "features": f"[{kind}]", "output_dir": output, "num_workers": 0, **more[kind]}))  # fmt: skip
+        afterwards = json.loads((output / "results.json").read_text())
+        for name in metrics:
+            assert found[name] == pytest.approx(afterwards[name], rel=1e-4, abs=1e-6), name
+    for changed, words in (
+        ({"eval.reference": tmp_path / "none.npz"}, "eval.reference: .*none.npz does not exist"),
+        ({"eval.inception_path": tmp_path / "none.pt"}, "eval.inception_path: file .*none.pt does not exist"),
+        ({"eval.num_generated": 3}, "eval.num_generated: .* holds 3 images, expected at least 4"),
+    ):
+        done = train(rae, images, tmp_path / "refused", settings, check=False, **changed)
+        assert done.returncode == 2 and re.search(words, error_line(done.stderr)), done.stderr
+        assert not (tmp_path / "refused").exists()
+
+
+def test_the_card_of_a_run(whole):
+    """final/ and best/ say what was measured at their step; final/ shows the grid of that step."""
+    run_dir, _ = whole
+    for folder in ("final", "best"):
+        figures = figures_of_card(run_dir / folder)
+        assert f"at step {4 if folder == 'final' else ''}" in figures.how and "3 points in time" in figures.how
+        step = int(figures.how.split("at step ")[1].split()[0])
+        lines = [row for row in read_metrics(run_dir) if (row["kind"], row.get("model")) == ("eval", "ema")]
+        (line,) = [row for row in lines if row["step"] == step]
+        assert figures.values == {"fdd": round(line["fdd"], 4)} and figures.num_samples == 8
+    assert (run_dir / "final/samples.png").read_bytes() == (run_dir / "samples/step-00000004.png").read_bytes()
+    card = (run_dir / "final/README.md").read_text()
+    assert "class_dropout_prob" in card and "![Images that it drew" in card and "'class_0', 'class_1'" in card
