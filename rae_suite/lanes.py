@@ -1,21 +1,23 @@
-"""Lanes of a stream: each shuffles its own part of the shards, and says in a few numbers where it stands."""
+"""Lanes of a stream, and the loader of a process's lanes.
 
+A lane shuffles its own part of the shards, and a few numbers, its state, say where it stands.
+"""
+
+import itertools
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Optional
+from typing import Optional
 
 import numpy as np
 import torch
 
 from rae_suite.errors import DataError, UnreadableImage
 from rae_suite.images import TrainingView
-from rae_suite.loaders import label_of, too_many_in_a_row
+from rae_suite.loaders import WorkerLoader, label_of, start_worker, too_many_in_a_row
 from rae_suite.randomness import LANE_CROP_STREAM, MIXTURE_STREAM, WINDOW_STREAM
 from rae_suite.settings import DataConfig
 from rae_suite.shards import UnreadableShard, read_shard, shard_name
 from rae_suite.sources import HeldImage, HeldSource
-
-if TYPE_CHECKING:  # streams.py imports this file
-    from rae_suite.streams import Stream
+from rae_suite.streams import Stream, shard_log
 
 
 class LaneSource:
@@ -28,7 +30,7 @@ class LaneSource:
     which on each is skipped.
     """
 
-    def __init__(self, stream: "Stream", source: int, lane: int, size: int, retries: int, state: Optional[dict] = None):
+    def __init__(self, stream: Stream, source: int, lane: int, size: int, retries: int, state: Optional[dict] = None):
         """`source`: its index in the stream. `state`: of the LaneSource that this one goes on from."""
         self.stream, self.source, self.lane, self.size, self.retries = stream, source, lane, size, retries
         state = state or {"position": [0, 0, 0, None], "window": 0, "given": 0, "skipped": {}}
@@ -138,7 +140,7 @@ class Lane:
     replaced by the next one of its source; max_unreadable + 1 in a row raise DataError.
     """
 
-    def __init__(self, stream: "Stream", lane: int, cfg: DataConfig, image_size: int, state: Optional[dict] = None):
+    def __init__(self, stream: Stream, lane: int, cfg: DataConfig, image_size: int, state: Optional[dict] = None):
         self.stream, self.lane = stream, lane
         self.view = TrainingView(image_size, cfg.resize_size, cfg.crop, cfg.flip)
         self.max_unreadable = cfg.max_unreadable
@@ -185,3 +187,77 @@ class Lane:
             self.count += 1
             return pixels, label_of(source, 0)
         raise too_many_in_a_row(failed, self.max_unreadable)
+
+
+class LaneChunks(torch.utils.data.IterableDataset):
+    """Chunks of the given lanes in turn, without end. Each worker takes every n-th lane, because a DataLoader asks its
+    n workers one after the other: so the chunks come in the same order as without workers."""
+
+    def __init__(self, stream: Stream, lanes: range, cfg: DataConfig, image_size: int, states: dict[int, dict]):
+        self.stream, self.lanes, self.cfg, self.image_size, self.states = stream, lanes, cfg, image_size, states
+
+    def __iter__(self) -> Iterator[dict]:
+        worker = torch.utils.data.get_worker_info()
+        mine = self.lanes if worker is None else self.lanes[worker.id :: worker.num_workers]
+        lanes = [Lane(self.stream, lane, self.cfg, self.image_size, self.states.get(lane)) for lane in mine]
+        while True:
+            for lane in lanes:
+                yield lane.chunk()
+
+
+class StreamLoader:
+    """This process's micro-batches, without end: dicts of pixels uint8 (B, 3, S, S), label int64 (B,), -1 where there
+    is none, and unreadable, names of images.
+
+    The lanes of rank r are the contiguous piece r of all lanes. `micro_batches`: number of micro-batches in a step.
+    `states`: as an argument, the states of all lanes, None at the start of the stream; as an attribute, {lane: state}
+    of this rank's lanes after the last step that was given out. Raises DataError when more than
+    cfg.max_unreadable_shards shards cannot be read.
+    """
+
+    def __init__(
+        self,
+        stream: Stream,
+        cfg: DataConfig,
+        image_size: int,
+        rank: int,
+        world_size: int,
+        micro_batches: int,
+        states: Optional[list] = None,
+    ):
+        self.per_process = stream.lanes // world_size
+        self.micro_batches = micro_batches
+        lanes = range(rank * self.per_process, (rank + 1) * self.per_process)
+        self.states = {lane: state for lane, state in enumerate(states or []) if lane in lanes}
+        self.unreadable = shard_log(cfg)
+        self.unreadable.names.update(*(source.unreadable for source in stream.sources))  # warned of already
+        self.logged: set[tuple] = set()  # (source, shard) of each skipped shard that is in the log
+        self.loader = WorkerLoader(
+            LaneChunks(stream, lanes, cfg, image_size, dict(self.states)),
+            batch_size=None,
+            num_workers=cfg.num_workers,
+            worker_init_fn=start_worker,
+            generator=torch.Generator(),  # the loader draws a seed from it, and would else move the global generator
+        )
+
+    def __iter__(self) -> Iterator[dict]:
+        chunks = iter(self.loader)
+        while True:
+            step = list(itertools.islice(chunks, self.per_process))
+            for chunk in step:
+                self.states[chunk["lane"]] = chunk["state"]
+                self._log_skipped(chunk["state"])
+            pixels, labels = (torch.cat([chunk[name] for chunk in step]) for name in ("pixels", "label"))
+            pixels = pixels.pin_memory() if torch.cuda.is_available() else pixels
+            names = [name for chunk in step for name in chunk["unreadable"]]
+            for micro_batch, label in zip(*(t.chunk(self.micro_batches) for t in (pixels, labels)), strict=True):
+                yield {"pixels": micro_batch, "label": label, "unreadable": names}
+                names = []
+
+    def _log_skipped(self, state: dict) -> None:
+        """Log the shards that a lane's state says are skipped, each once: several lanes may read a shard."""
+        for i, source in enumerate(state["sources"]):
+            for shard, (row, reason) in source["skipped"].items():
+                if (i, shard) not in self.logged:
+                    self.logged.add((i, shard))
+                    self.unreadable.add([f"{reason}; skipped from image {row} on"])

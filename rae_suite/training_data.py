@@ -12,11 +12,12 @@ from rae_suite.checkpoints import checkpoints
 from rae_suite.errors import ConfigError
 from rae_suite.files import write_text
 from rae_suite.images import TrainingView
+from rae_suite.lanes import StreamLoader
 from rae_suite.loaders import TrainBatches, train_loader
 from rae_suite.settings import DataConfig, TrainConfig
 from rae_suite.sources import ImageSource
 from rae_suite.splits import load_splits
-from rae_suite.streams import Stream, StreamLoader, load_stream_eval_images, open_stream
+from rae_suite.streams import Stream, load_stream_eval_images, open_stream
 
 SHARDS = "shards.json"  # in the run folder: Stream.record
 

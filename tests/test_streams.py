@@ -27,11 +27,12 @@ from PIL import Image
 from rae_suite import lanes, shards
 from rae_suite.cli import config_yaml
 from rae_suite.errors import DataError
+from rae_suite.lanes import StreamLoader
 from rae_suite.randomness import step_generator
 from rae_suite.settings import DataConfig
 from rae_suite.settings_rae import parse_config
 from rae_suite.shards import expand_braces, list_shards
-from rae_suite.streams import StreamLoader, load_stream_eval_images, open_stream
+from rae_suite.streams import load_stream_eval_images, open_stream
 
 SIZE = 8
 
