@@ -15,7 +15,8 @@ from rae_suite.images import TrainingView
 from rae_suite.loaders import WorkerLoader, label_of, start_worker, too_many_in_a_row
 from rae_suite.randomness import LANE_CROP_STREAM, MIXTURE_STREAM, WINDOW_STREAM
 from rae_suite.settings import DataConfig
-from rae_suite.shards import UnreadableShard, read_shard, shard_name
+from rae_suite.shard_reading import UnreadableShard, read_shard
+from rae_suite.shards import shard_name
 from rae_suite.sources import HeldImage, HeldSource
 from rae_suite.streams import Stream, shard_log
 

@@ -29,18 +29,8 @@ from rae_suite.errors import DataError
 from rae_suite.loaders import UnreadableLog
 from rae_suite.randomness import PASS_STREAM, SHARD_STREAM
 from rae_suite.settings import DataConfig
-from rae_suite.shards import (
-    UnreadableShard,
-    find_shards,
-    is_parquet,
-    is_saved,
-    is_shard,
-    names_shards,
-    read_fields,
-    read_footer,
-    read_shard,
-    shard_name,
-)
+from rae_suite.shard_reading import UnreadableShard, read_fields, read_footer, read_shard
+from rae_suite.shards import find_shards, is_parquet, is_saved, is_shard, names_shards, shard_name
 from rae_suite.sources import HeldSource, ImageSource, find_image_column, find_label_column
 from rae_suite.splits import WHOLE, find_splits, load_eval_images
 
