@@ -12,11 +12,12 @@ from rae_suite.checkpoints import checkpoints
 from rae_suite.errors import ConfigError
 from rae_suite.files import write_text
 from rae_suite.images import TrainingView
+from rae_suite.lanes import StreamLoader
 from rae_suite.loaders import TrainBatches, train_loader
 from rae_suite.settings import DataConfig, TrainConfig
 from rae_suite.sources import ImageSource
 from rae_suite.splits import load_splits
-from rae_suite.streams import Stream, StreamLoader, load_stream_eval_images, open_stream
+from rae_suite.streams import Stream, load_stream_eval_images, open_stream
 
 SHARDS = "shards.json"  # in the run folder: Stream.record
 
@@ -47,7 +48,7 @@ class TrainingData:
 
 
 def read_shards(run_dir: Path) -> Optional[list]:
-    """The record of a stream with which the run in this folder began, None where it is to begin. Raises ConfigError."""
+    """The Stream.record with which the run in this folder began; None before a checkpoint. Raises ConfigError."""
     file = run_dir / SHARDS
     if not checkpoints(run_dir) or not file.exists():
         return None
@@ -58,7 +59,7 @@ def read_shards(run_dir: Path) -> Optional[list]:
 
 
 def write_shards(run_dir: Path, data: TrainingData, main_process: bool) -> None:
-    """Keep what `read_shards` gives, of a stream."""
+    """Write the Stream.record that `read_shards` reads; nothing for a list of images."""
     if data.batches is None and main_process:
         write_text(run_dir / SHARDS, json.dumps(data.images.record()))
 
