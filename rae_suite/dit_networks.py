@@ -14,13 +14,14 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modeling_dit import RAEDiTBlock, RAEDiTModel
 from modeling_rae import RAEModel
-from rae_suite.dit_folders import load_pipeline_parts, load_rae
+from rae_suite.dit_folders import load_pipeline_parts
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import replacing, write_folder
 from rae_suite.flow import default_shift
 from rae_suite.labels import Classes
 from rae_suite.latent_stats import LatentReader
 from rae_suite.launch import say
+from rae_suite.model_loading import load_rae
 from rae_suite.rae_networks import compiled, give_latent_stats, read_latent_stats, save_rae
 from rae_suite.settings_dit import DiTModelConfig, FlowConfig, LatentsConfig
 from rae_suite.sharding import load_tensors_into

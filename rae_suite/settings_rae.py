@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from rae_suite.cli import (
+    ALL_POSITIVE,
     AT_LEAST_0,
     POSITIVE,
     PROBABILITY,
     SHARE,
+    THREE,
     Limit,
     names_config,
     parse,
@@ -47,10 +49,6 @@ BLOCKS = Limit(
     lambda layers: len(layers) > 0 and layers[0] >= 0 and list(layers) == sorted(set(layers)),
     "ascending indices of blocks, each once",
 )
-
-
-THREE = Limit(lambda values: len(values) == 3, "three numbers")
-ALL_POSITIVE = Limit(lambda values: all(value > 0 for value in values), "positive numbers")
 
 
 @dataclass

@@ -24,7 +24,6 @@ import linear_probe
 import train_rae
 from modeling_rae import RAEConfig, RAEModel
 from rae_suite import errors, loaders, rae_networks, run_folder, sources, splits
-from rae_suite.autoencoders import load_autoencoder
 from rae_suite.cli import config_dict, flat
 from rae_suite.discriminator import load_backbone
 from rae_suite.errors import ConfigError, error_names_setting
@@ -34,6 +33,7 @@ from rae_suite.generation_reference import open_reference, read_reference
 from rae_suite.inception import load_inception
 from rae_suite.launch import quiet_transformers, run_main
 from rae_suite.lpips_vgg16 import build_lpips
+from rae_suite.model_loading import load_autoencoder
 from rae_suite.rae_networks import read_latent_stats
 from rae_suite.run_folder import MetricsFile
 from rae_suite.settings import check_same_config
@@ -384,7 +384,7 @@ def test_absurd_numbers_in_diffusers_folders(tmp_path):
             assert line == f"model: {tmp_path}/config.json: {name} {words}"
             if kind == "AutoencoderRAE":
                 argv = ["--from", "diffusers", "--to", "rae", "--input", str(tmp_path), "--output", f"{tmp_path}/out"]
-                assert outcome_of(convert_checkpoint.main, argv) == f"--input: {tmp_path}: {name} {words}"
+                assert outcome_of(convert_checkpoint.main, argv) == f"--input: {tmp_path}/config.json: {name} {words}"
 
 
 def test_models_to_start_from(corpus, folder):
