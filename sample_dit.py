@@ -74,7 +74,8 @@ class SampleDiTConfig:
     weights: Literal["ema", "raw"] = "ema"
     """Weights of a run's checkpoint: the moving average, or those that are trained."""
     rae: Optional[PathText] = None
-    """Folder, checkpoint or Hub id of the RAE that decodes, with the model's latent space; none: the one that the model names."""
+    """Folder, checkpoint or Hub id of the RAE that decodes, with the model's latent space; none: the one that the model
+    names."""
     num_samples: int = setting(64, POSITIVE)
     """Images that are drawn."""
     labels: Literal["balanced", "random"] = "balanced"

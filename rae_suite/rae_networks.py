@@ -49,6 +49,7 @@ def build_rae_config(m: ModelConfig) -> RAEConfig:
         "decoder_patch_size": m.decoder_patch_size,
         "denormalize_output": m.denormalize_output,
         "noise_tau": m.noise_tau,
+        "noise_distribution": m.noise_distribution,
         "train_position_embedding": m.train_position_embedding,
         "use_latent_stats": m.latent_stats is not None,
         "attn_implementation": m.attn_implementation,

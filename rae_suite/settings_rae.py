@@ -98,7 +98,10 @@ class ModelConfig:
     denormalize_output: bool = True
     """Whether the decoder's output is multiplied by the encoder's image std and its mean is added (RAEv2: not)."""
     noise_tau: float = setting(0.8, AT_LEAST_0)
-    """Strength of the latent noise in training: sigma = noise_tau * U[0, 1] per sample."""
+    """Strength of the latent noise in training, whose sigma is drawn for each sample."""
+    noise_distribution: Literal["uniform", "half_normal"] = "uniform"
+    """How sigma is drawn: uniform is noise_tau * U[0, 1], as the published code does; half_normal is
+    |N(0, noise_tau**2)|, as the paper says."""
     latent_stats: Optional[PathText] = None
     """File with `mean` and `var` of the latents (.pt or .safetensors), of shapes that broadcast to (C, h, w); without a
     mean, nothing is subtracted. None: latents as they are."""
