@@ -23,13 +23,13 @@ from modeling_rae import RAEModel, check_config_dict
 from rae_suite.autoencoders import RAE, Autoencoder, DiffusersKL, DiffusersRAE
 from rae_suite.cli import read_group, read_yaml
 from rae_suite.diffusers_rae import diffusers_source
-from rae_suite.digests import weights_digest
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import is_whole_model, read_saved
 from rae_suite.hub import fetch_file, hub_id
 from rae_suite.model_sources import SIDES, side_of_file
+from rae_suite.output import print_once
 from rae_suite.published_rae import PublishedOptions, read_decoder, read_training
-from rae_suite.rae_networks import build_rae, build_rae_config
+from rae_suite.rae_networks import build_rae, build_rae_config, frozen_digests
 from rae_suite.run_models import WORDS, is_checkpoint, is_run_folder, model_of_run, read_weights, reading_checkpoint
 from rae_suite.settings_rae import ModelConfig
 from rae_suite.state_dicts import check_loading_info, check_names, check_shapes
@@ -89,8 +89,8 @@ def find_model(source: str, key: str, weights: str = "ema") -> FoundModel:
             f"{dashes}weights: expected ema, got {weights}: {source} holds one set of weights, checkpoints "
             "have raw ones too"
         )
-    if found.words != source and os.environ.get("RANK", "0") == "0":
-        print(f"{key} {source}: {found.words}", flush=True)
+    if found.words != source:
+        print_once(f"{key} {source}: {found.words}")
     return found
 
 
@@ -228,7 +228,7 @@ def _load_published(found: FoundModel, key: str, published: Optional[PublishedOp
     else:
         source = read_decoder(found.held, path, published, key, "published.")
     for note in source.notes:
-        print(f"note: {note}", flush=True)
+        print_once(f"note: {note}")
     return source.model
 
 
@@ -241,13 +241,12 @@ def _load_checkpoint(folder: Path, weights: str, key: str) -> RAEModel:
     try:
         settings = read_group(ModelConfig, file, "model")
         # of the run's training alone; an exported model has the same attention
-        settings = replace(settings, init_from=None, gradient_checkpointing=False, attn_implementation="sdpa")
+        settings = replace(settings, gradient_checkpointing=False, attn_implementation="sdpa")
         rae = build_rae(settings, read_yaml(file)["train"]["seed"], build_rae_config(settings))
     except (ConfigError, LookupError, TypeError) as error:
         raise ConfigError(f"{key}: {folder} needs what {file} names: {error}") from error
-    digests = {"model.encoder": ("decoder.", "latent_"), "model.latent_stats": ("decoder.", "encoder.")}
-    for name, frozen in state.get("frozen", {}).items():
-        if name in digests and weights_digest(rae, digests[name]) != frozen:
+    for name, digest in frozen_digests(rae).items():
+        if state.get("frozen", {}).get(name) != digest:
             raise ConfigError(f"{key}: {name} of {file} has other weights than those that {folder} was trained with")
     tensors = read_weights(folder, PARTS[weights], key)
     expected, what = rae.decoder.state_dict(), f"{PARTS[weights]}.safetensors in {folder}"

@@ -112,7 +112,9 @@ class ModelConfig:
     attn_implementation: str = "sdpa"
     """Attention of encoder, decoder and discriminator, as in transformers (sdpa, eager, flash_attention_2)."""
     init_from: Optional[PathText] = None
-    """Folder or Hub id of an RAE whose decoder training starts from; none: a new decoder."""
+    """Model whose decoder training starts from: an RAE's folder or Hub id, a run folder, a checkpoint (averaged
+    weights), diffusers' AutoencoderRAE, or a decoder file of the published code; of another grid, its position table is
+    interpolated. None: a new decoder."""
 
 
 @dataclass
@@ -168,6 +170,9 @@ class GANConfig:
     """Normalisation in the heads."""
     norm_eps: float = setting(1e-6, POSITIVE)
     """Epsilon of that normalisation."""
+    init_from: Optional[PathText] = None
+    """Checkpoint of train_rae.py, or run folder for its newest one, whose discriminator training starts from; none: a
+    new one."""
     spectral_norm: bool = True
     """Whether the heads' convolutions are spectrally normalised."""
     augment_prob: float = setting(1.0, PROBABILITY)
@@ -241,6 +246,7 @@ def check_config(config: Config) -> None:
         ("model.encoder_config", config.model.encoder_config, config.model.encoder_weights == "random",
          "model.encoder_weights is random"),
         ("gan.backbone_config", config.gan.backbone_config, config.gan.weights == "random", "gan.weights is random"),
+        ("gan.init_from", config.gan.init_from, config.gan.weight > 0, "gan.weight is above 0"),
         ("perceptual.vgg_path", config.perceptual.vgg_path, config.perceptual.weights == "pretrained",
          "perceptual.weights is pretrained"),
         ("eval.inception_path", config.eval.inception_path, FID_MODES.keys() & set(metrics),

@@ -141,7 +141,7 @@ def training_model(files: tuple, latent_stats: Optional[str]) -> RAEModel:
     from rae_suite.rae_networks import build_rae, build_rae_config
 
     config = parse_config([part for file in files for part in ("--config", file)])
-    model = replace(config.model, latent_stats=latent_stats, init_from=None, decoder_num_hidden_layers=1)
+    model = replace(config.model, latent_stats=latent_stats, decoder_num_hidden_layers=1)
     return build_rae(model, config.train.seed, build_rae_config(model)).eval()
 
 
