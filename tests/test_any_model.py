@@ -367,7 +367,7 @@ def test_diffusers_models(evaluate, call, images, tmp_path):
 
 
 def test_stage_2_takes_a_checkpoint(run_dir, images, tmp_path):
-    """As model.rae: the run keeps a copy, and is the one that final/ gives, to the bit."""
+    """As model.rae: the run keeps a copy, with which it goes on, and is the one that final/ gives, to the bit."""
     small = {"model.hidden_size": 16, "model.num_layers": 1, "model.num_attention_heads": 2}
     small |= {
         "model.head_hidden_size": "none",
@@ -377,12 +377,15 @@ def test_stage_2_takes_a_checkpoint(run_dir, images, tmp_path):
     small |= {"train.max_steps": 1, "train.global_batch_size": 8, "data.num_workers": 0, "eval.metrics": "[loss]"}
     small |= {"train.cpu_threads": 1, "logging.report_to": "[]", "data.path": images, "logging.samples_every_steps": 9}
     small |= {"sampling.num_inference_steps": 2}
-    states = []
-    for name, source in (("a", checkpoints(run_dir)[-1]), ("b", run_dir / "final")):
+    states, copy = [], shutil.copytree(run_dir, tmp_path / "copy")
+    for name, source in (("a", checkpoints(copy)[-1]), ("b", run_dir / "final")):
         run_command("train_dit.py", *flags({**small, "model.rae": source, "train.output_dir": tmp_path / name}))
         transformer, rae, _ = load_pipeline_parts(str(tmp_path / name), "model")
         states.append((dict(transformer.state_dict()), dict(rae.state_dict())))
     assert same(*states)
+    shutil.rmtree(copy / "checkpoints")
+    small |= {"model.rae": copy / "checkpoints/step-00000004", "train.output_dir": tmp_path / "a"}
+    run_command("train_dit.py", *flags({**small, "train.max_steps": 2}))
     with pytest.raises(ConfigError, match=f"model: {tmp_path}/a is of a run of stage 2, expected an RAE's folder"):
         load_autoencoder(str(tmp_path / "a"))
 
