@@ -37,11 +37,12 @@ from rae_suite.class_labels import balanced_labels, find_classes, random_labels
 from rae_suite.cli import POSITIVE, config_dict, parse, require, setting
 from rae_suite.digests import weights_digest
 from rae_suite.dit_card import sampling_words
-from rae_suite.dit_folders import PartsSettings, latents_key, load_guide, load_pipeline_parts, load_rae
+from rae_suite.dit_folders import PartsSettings, latents_key, load_guide, load_pipeline_parts
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import make_folder, write_text
 from rae_suite.generation import count_passes, draw_images
 from rae_suite.launch import measuring_accelerator, quiet_transformers, run_main, say, set_tf32
+from rae_suite.model_loading import load_rae
 from rae_suite.results import save_results
 from rae_suite.sample_files import (
     GRID,
@@ -73,7 +74,8 @@ class SampleDiTConfig:
     weights: Literal["ema", "raw"] = "ema"
     """Weights of a run's checkpoint: the moving average, or those that are trained."""
     rae: Optional[PathText] = None
-    """Folder or Hub id of the RAE that decodes, with the model's latent space; none: the one that the model names."""
+    """Folder, checkpoint or Hub id of the RAE that decodes, with the model's latent space; none: the one that the model
+    names."""
     num_samples: int = setting(64, POSITIVE)
     """Images that are drawn."""
     labels: Literal["balanced", "random"] = "balanced"

@@ -419,7 +419,7 @@ def main() -> None:
     accelerator = build_accelerator(config.train, config.logging.report_to)
     config = resolve_config(config, accelerator)
     micro_batch = micro_batch_size(config.train, accelerator.num_processes)
-    rae = open_rae(config.model, config.latents)
+    rae = open_rae(config.model, config.latents, Path(config.train.output_dir))
     data = open_data(config.data, config.train, config.eval.num_samples, accelerator, micro_batch)
     classes = find_classes(data.images, config.model.num_classes, config.model.class_names, "data.train_split")
     config = with_settings(config, {"model.num_classes": classes.num, "model.class_names": classes.names})

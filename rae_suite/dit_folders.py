@@ -25,20 +25,20 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from modeling_dit import RAEDiTModel, RAEDiTPipeline, RotaryEmbedding, check_parts_fit, rotary_table
 from modeling_rae import RAEModel
-from rae_suite.autoencoders import RAE, load_autoencoder
-from rae_suite.checkpoints import checkpoints
 from rae_suite.cli import read_yaml
 from rae_suite.digests import weights_digest
 from rae_suite.errors import ConfigError, error_names_setting
-from rae_suite.files import is_whole_model, read_tensors
+from rae_suite.files import is_whole_model
 from rae_suite.flow import default_shift
 from rae_suite.hub import fetch_file, hub_id
+from rae_suite.model_loading import load_rae
 from rae_suite.rae_networks import image_processor_json
+from rae_suite.run_models import WORDS, is_checkpoint, is_run_folder, model_of_run, read_weights
 
 INDEX, CARD, PICTURE = "model_index.json", "README.md", "samples.png"
 CODE, RAE_CODE = "modeling_dit.py", "modeling_rae.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-CHECKPOINT_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
+CHECKPOINT_PARTS = {"ema": "ema", "raw": "model"}
 # of SamplingConfig, what a pipeline has as its defaults; its guidance_interval is two numbers there
 PIPELINE_DEFAULTS = ("num_inference_steps", "end", "guidance_scale", "guidance_start", "guidance_end")
 KINDS = "a pipeline folder such as runs/<name>/final, a run folder, a checkpoint of one, a transformer or a Hub id"
@@ -175,18 +175,13 @@ def load_pipeline_parts(
         ConfigError: there is nothing of that kind, or it is damaged; other things have no raw weights.
     """
     folder = Path(source)
+    if is_run_folder(folder):
+        folder = model_of_run(folder, key, weights, is_whole_pipeline)
+        source = str(folder)
+    if is_checkpoint(folder):
+        return _from_checkpoint(folder, key, weights)
     if not folder.exists():
         return _from_hub(source, key, weights)
-    if (folder / "state.json").is_file():
-        return _from_checkpoint(folder, key, weights)
-    if (folder / "config.yaml").is_file():
-        final = folder / "final"
-        if weights == "ema" and is_whole_pipeline(final):
-            return _from_folder(final, str(final), key, weights)
-        saved = checkpoints(folder)
-        if not saved:
-            raise ConfigError(f"{key}: {source} is a run folder without final/ and without checkpoints")
-        return _from_checkpoint(saved[-1], key, weights)
     return _from_folder(folder, source, key, weights)
 
 
@@ -254,14 +249,6 @@ def _load_transformer(folder: Path, source: str, key: str) -> RAEDiTModel:
         return RAEDiTModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True).eval()
 
 
-def load_rae(source: str, key: str) -> RAEModel:
-    """The RAE in a folder or on the Hub. Raises ConfigError, about the setting `key`, for anything else."""
-    autoencoder = load_autoencoder(source, key)
-    if not isinstance(autoencoder, RAE):
-        raise ConfigError(f"{key}: {source} is a {autoencoder.kind}, expected an RAE")
-    return autoencoder.model
-
-
 def _from_checkpoint(folder: Path, key: str, weights: str) -> tuple:
     """Parts of a run's checkpoint: weights from it, all else from the run folder around it."""
     run_dir = folder.parent.parent
@@ -276,10 +263,10 @@ def _from_checkpoint(folder: Path, key: str, weights: str) -> tuple:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}: {run_dir} is no run folder of stage 2 ({error!r})") from error
+    state = read_weights(folder, CHECKPOINT_PARTS[weights], key)
     with error_names_setting(key, str(folder)):
-        state = read_tensors(folder / CHECKPOINT_FILES[weights], key)
         transformer = model_from_state(_checkpoint_config(given, rae, state), state)
-    which, names = {"ema": "averaged", "raw": "raw"}[weights], dict(enumerate(names or []))
+    which, names = WORDS[weights], dict(enumerate(names or []))
     shift = flow["shift"] or default_shift(latent_dim(transformer), flow["shift_base"])
     settings = PartsSettings(f"checkpoint {folder}, {which} weights", which, shift, names, sampling)
     return transformer, rae, settings

@@ -4,6 +4,7 @@ diffusion transformer."""
 import inspect
 from dataclasses import fields
 from pathlib import Path
+from typing import Optional
 
 import torch
 from accelerate import Accelerator
@@ -14,24 +15,32 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from modeling_dit import RAEDiTBlock, RAEDiTModel
 from modeling_rae import RAEModel
-from rae_suite.dit_folders import load_pipeline_parts, load_rae
+from rae_suite.checkpoints import checkpoints
+from rae_suite.dit_folders import load_pipeline_parts
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import replacing, write_folder
 from rae_suite.flow import default_shift
 from rae_suite.labels import Classes
 from rae_suite.latent_stats import LatentReader
 from rae_suite.launch import say
+from rae_suite.model_loading import load_rae
 from rae_suite.rae_networks import compiled, give_latent_stats, read_latent_stats, save_rae
+from rae_suite.run_models import is_checkpoint, is_run_folder
 from rae_suite.settings_dit import DiTModelConfig, FlowConfig, LatentsConfig
 from rae_suite.sharding import load_tensors_into
 
 LATENT_STATS = "latent_stats.safetensors"  # in the run folder, of statistics that were computed
 
 
-def open_rae(model: DiTModelConfig, latents: LatentsConfig) -> RAEModel:
-    """The frozen autoencoder, with the statistics of a file if one is named. Raises ConfigError where there is none,
-    and for latents without statistics that were not asked for."""
-    rae = load_rae(model.rae, "model.rae").requires_grad_(False)
+def open_rae(model: DiTModelConfig, latents: LatentsConfig, run_dir: Optional[Path] = None) -> RAEModel:
+    """The frozen autoencoder, with the statistics of a file if one is named. Where `model.rae` is a run or a
+    checkpoint, a run in `run_dir` that goes on takes the one that it keeps: a training's newest checkpoint is another
+    by then. Raises ConfigError where there is none, and for latents without statistics that were not asked for."""
+    source = model.rae
+    changes = is_run_folder(Path(source)) or is_checkpoint(Path(source))
+    if changes and run_dir is not None and checkpoints(run_dir):
+        source = str(run_dir / "rae")
+    rae = load_rae(source, "model.rae")
     if latents.stats is None and not rae.config.use_latent_stats:
         raise ConfigError(
             f"latents.stats: {model.rae} has no statistics of its latents, and training on latents that are not "

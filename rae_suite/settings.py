@@ -101,7 +101,7 @@ class TrainConfig:
     fork_from: Optional[PathText] = None
     """Checkpoint of another run, <run>/checkpoints/step-*, that a new run goes on from: with its weights, averages,
     optimizers and step, under settings of its own. Those that differ are listed."""
-    epochs: float = setting(16, POSITIVE)
+    epochs: float = setting(16.0, POSITIVE)
     """Length of training in epochs."""
     max_steps: Optional[int] = setting(None, POSITIVE)
     """Length of training in steps; wins over `epochs`."""

@@ -69,7 +69,8 @@ class DiTModelConfig:
     """The diffusion transformer, and the autoencoder whose latents it learns. See RAEDiTModel in modeling_dit.py."""
 
     rae: PathText = ""
-    """The autoencoder: a model folder, such as runs/<name>/final of train_rae.py, or a Hub id; needed."""
+    """The autoencoder: a model folder, such as runs/<name>/final of train_rae.py, a run folder or checkpoint,
+    diffusers' AutoencoderRAE, or a Hub id; needed."""
     hidden_size: int = setting(1152, POSITIVE)
     """Width of the backbone."""
     num_layers: int = setting(28, POSITIVE)

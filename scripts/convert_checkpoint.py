@@ -6,28 +6,32 @@
         tensors, its number of heads from the known sizes (ViT-B, L, XL) or from --decoder_num_attention_heads. As with
         the published code, statistics without a mean (that of DINOv2-B is None) subtract nothing.
 
-    python scripts/convert_checkpoint.py --from published --to rae --input siglip2_decoder.pt \\
+    python scripts/convert_checkpoint.py --to rae --input siglip2_decoder.pt \\
             --encoder google/siglip2-large-patch16-256 --encoder_input_size 256 --encoder_layers 11 13 15 17 19 21 23 \\
             --encoder_add_spatial_mean --encoder_keep_final_affine --image_mean 0.485 0.456 0.406 \\
             --image_std 0.229 0.224 0.225 --no_denormalize_output --output raev2_siglip2
         RAEv2's decoders are for other latents of the same encoders: SigLIP2's need all of these flags, DINOv3's neither
         --encoder_keep_final_affine nor a mean and std, DINOv2's not --encoder_add_spatial_mean either.
 
-    python scripts/convert_checkpoint.py --from training --to rae --input ep-0000016.pt --weights ema \\
+    python scripts/convert_checkpoint.py --to rae --input ep-0000016.pt --weights ema \\
             --encoder facebook/dinov2-with-registers-base --output rae_dinov2_b
         A training checkpoint of the published code, its averaged (ema) or raw weights. The encoder is the pretrained
         one: the checkpoint's averaged copy of it may differ by rounding, and is refused when it differs by more.
 
-    python scripts/convert_checkpoint.py --from diffusers --to rae --input my_autoencoder_rae --output my_rae
-    python scripts/convert_checkpoint.py --from rae --to diffusers --input runs/dinov2_b/final --output my_diffusers
+    python scripts/convert_checkpoint.py --to rae --input my_autoencoder_rae --output my_rae
+    python scripts/convert_checkpoint.py --to diffusers --input runs/dinov2_b/final --output my_diffusers
         What AutoencoderRAE cannot hold (a latent grid other than 16 x 16, a learnt position table, latents from several
         blocks, ...) is named and stops the conversion; --force converts the rest.
 
-    python scripts/convert_checkpoint.py --from rae --to published --input runs/dinov2_b/final --output published
+    python scripts/convert_checkpoint.py --to published --input runs/dinov2_b/final --output published
         Writes model.pt and, for a model with latent statistics, stat.pt. What the published code fixes otherwise (the
         decoder's activation, ...) is named and stops the conversion, as above.
 
-Any two different sides can be combined. Weights are written in float32. The result is written beside --output, loaded
+    python scripts/convert_checkpoint.py --to rae --input runs/dinov2_b/checkpoints/step-00010000 --output my_rae
+        A checkpoint of train_rae.py, its averaged or raw weights; of a run folder its final/, else the newest one.
+
+What --input is, is found out; --from says it where it must not be something else. Any two different sides can be
+combined. Weights are written in float32. The result is written beside --output, loaded
 from there and compared with the source: tensor by tensor, and on two photographs and a noise image where both sides can
 run (this suite's decoder stands for the published one). Only when nothing differs by more than 1e-4 is it put in its
 place; else the exit code is 1 and nothing is left. With --force, differences that were named beforehand are printed
@@ -48,7 +52,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root
 from modeling_rae import RAEModel
-from rae_suite.autoencoders import RAE, load_autoencoder
+from rae_suite.autoencoders import RAE
 from rae_suite.comparison import compare_images, compare_tensors
 from rae_suite.diffusers_rae import (
     diffusers_differences,
@@ -62,7 +66,8 @@ from rae_suite.diffusers_rae import (
 from rae_suite.errors import ConfigError, OneLineParser, RunError
 from rae_suite.files import check_output_file, read_saved, write_folder
 from rae_suite.launch import quiet_transformers, run_main
-from rae_suite.model_sources import SIDES, ModelSource, read_checkpoint_or_config, read_json
+from rae_suite.model_loading import FoundModel, find_model, folder_of, load_autoencoder, rae_of
+from rae_suite.model_sources import SIDES, ModelSource, read_json
 from rae_suite.position_tables import table_kind
 from rae_suite.published_rae import (
     PublishedOptions,
@@ -79,9 +84,10 @@ TOLERANCE = 1e-4  # largest difference of a conversion that counts as right
 
 def main(argv: Optional[list] = None) -> None:
     args = parse_arguments(argv)
-    check_arguments(args)
     quiet_transformers()
-    source = read_source(args)
+    found = find_source(args)
+    check_arguments(args)
+    source = read_source(args, found)
     if args.target == "diffusers":
         source.differences += diffusers_differences(source.model, "--to diffusers")
         source.notes += diffusers_notes(source.model)
@@ -106,7 +112,8 @@ def main(argv: Optional[list] = None) -> None:
 
 def parse_arguments(argv: Optional[list]) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", required=True, choices=list(SIDES), help="what --input is")
+    sides = [side for side in SIDES if side != "kl"]
+    parser.add_argument("--from", dest="source", choices=sides, help="what --input must be (default: what it is)")
     parser.add_argument("--to", dest="target", required=True, choices=list(WRITERS), help="what to write")
     parser.add_argument("--input", type=Path, required=True, help="file or folder to convert")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist or be empty")
@@ -114,7 +121,7 @@ def parse_arguments(argv: Optional[list]) -> argparse.Namespace:
     parser.add_argument("--force", action="store_true", help="convert also what the other side cannot hold entirely")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report here")
     published = parser.add_argument_group("published decoders and training checkpoints, which have no config")
-    published.add_argument("--weights", choices=["ema", "raw"], help="which of a training checkpoint (default: ema)")
+    published.add_argument("--weights", choices=["ema", "raw"], help="which of a checkpoint (default: ema)")
     published.add_argument(
         "--stats", type=Path, metavar="FILE", help="stat.pt: latent variance, and mean if it has one, as (C, h, w)"
     )
@@ -156,13 +163,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         "weights stats encoder encoder_revision encoder_input_size encoder_layers encoder_add_spatial_mean "
         "encoder_keep_final_affine image_mean image_std no_denormalize_output decoder_num_attention_heads"
     ).split():
-        used = args.source == "training" if name == "weights" else published
+        used = published or (name == "weights" and args.source == "checkpoint")
         if not used and getattr(args, name) not in (None, False):
-            raise ConfigError(f"--{name}: expected nothing with --from {args.source}, got {getattr(args, name)}")
+            raise ConfigError(f"--{name}: expected nothing for {SIDES[args.source]}, got {getattr(args, name)}")
     if args.source == args.target:
-        raise ConfigError(f"--to: expected another side than --from, got {args.target} twice")
+        raise ConfigError(f"--to: expected another side than that of --input, got {args.target} for {args.target}")
     if published and args.encoder is None:
-        raise ConfigError(f"--encoder: expected a Hub id or folder with --from {args.source}, whose files have none")
+        raise ConfigError(f"--encoder: expected a Hub id or folder for {SIDES[args.source]}, which has none")
     for name in ("encoder_input_size", "decoder_num_attention_heads"):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -199,28 +206,31 @@ def existing_parent(path: Path) -> Path:
 # Reading and writing
 
 
-def read_source(args: argparse.Namespace) -> ModelSource:
-    """What --input holds. Raises ConfigError when it is not of the kind that --from says."""
-    path, side = args.input, args.source
-    if not path.exists():
-        raise ConfigError(f"--input: {path} does not exist, expected {SIDES[side]}")
-    try:
-        held, found = read_checkpoint_or_config(path, "--input")
-    except ConfigError as error:
-        raise ConfigError(f"{error}; expected {SIDES[side]}") from error
-    if found is None:
-        raise ConfigError(f"--input: {path} is no checkpoint that is known here, expected {SIDES[side]}")
-    if found != side:
-        raise ConfigError(f"--input: {path} is {SIDES[found]}, expected {SIDES[side]}: use --from {found}")
-    if side == "rae":
-        autoencoder = load_autoencoder(str(path), "--input")
-        return ModelSource(autoencoder.model, autoencoder)
-    if side == "diffusers":
-        return read_diffusers(path, held, "--input")
-    options = published_options(args)
-    if side == "training":
-        return read_training(held, path, args.weights or "ema", options, "--input", "--")
-    return read_decoder(held, path, options, "--input", "--")
+def find_source(args: argparse.Namespace) -> FoundModel:
+    """What --input is, which args.source then says. Raises ConfigError where it is not what --from says."""
+    found = find_model(str(args.input), "--input", args.weights or "ema")
+    if found.side == "kl":
+        raise ConfigError(f"--input: {args.input} is {SIDES['kl']}, expected an RAE")
+    if args.source not in (None, found.side):
+        raise ConfigError(
+            f"--input: {args.input} is {SIDES[found.side]}, expected {SIDES[args.source]}: use --from {found.side}, or "
+            "no --from"
+        )
+    args.source = found.side
+    return found
+
+
+def read_source(args: argparse.Namespace, found: FoundModel) -> ModelSource:
+    """What was found, as an RAE. Raises ConfigError where it cannot be read."""
+    path, options = Path(found.place), published_options(args)
+    if found.side == "diffusers":
+        return read_diffusers(folder_of(found, "--input"), found.held, "--input")
+    if found.side == "training":
+        return read_training(found.held, path, found.weights, options, "--input", "--")
+    if found.side == "published":
+        return read_decoder(found.held, path, options, "--input", "--")
+    model = rae_of(found, "--input")
+    return ModelSource(model, RAE(found.name, model))
 
 
 def published_options(args: argparse.Namespace) -> PublishedOptions:
@@ -306,7 +316,7 @@ def describe(args: argparse.Namespace, source: ModelSource) -> dict:
         notes.append(f"to read it back: {' '.join(reading_flags(config))}")
     return {
         "from": args.source,
-        "weights": (args.weights or "ema") if args.source == "training" else None,
+        "weights": (args.weights or "ema") if args.source in ("training", "checkpoint") else None,
         "to": args.target,
         "input": str(args.input),
         "output": str(args.output),
