@@ -1,17 +1,24 @@
 """Published stage-2 files to this suite and back: the numbers that the published classes computed. Seconds on a CPU."""
 
+import re
+
 import pytest
 import torch
 import yaml
-from conftest import error_line, run_command, tiny_dit, tiny_rae
+from conftest import ROOT, error_line, run_command, tiny_dit, tiny_rae
 from safetensors.torch import load_file, save_file
 from test_parity2 import OWN_CASES, load_model, published_config
 
 from modeling_dit import PUBLISHED_HEAD, SIZES, RAEDiTModel, config_from_published
 from modeling_rae import RAEModel
 from rae_suite.dit_folders import load_pipeline_parts
+from rae_suite.errors import ConfigError, RunError
 from rae_suite.published_dit import PublishedDiTOptions, compare_dits, config_of_tensors
 from rae_suite.rae_networks import give_latent_stats
+from rae_suite.settings_dit import parse_config
+from rae_suite.settings_rae import parse_config as parse_config_rae
+from rae_suite.updates import learning_rate
+from scripts import convert_checkpoint
 
 MODELS = sorted(path.name for path in (OWN_CASES / "models").iterdir())
 SIZES_OF = ("sample_size", "in_channels", "patch_size", "hidden_size", "num_layers", "num_attention_heads",
@@ -162,8 +169,34 @@ def test_a_head_as_wide_as_its_backbone(tmp_path):
     assert compare_dits(model, found)["velocity"]["largest_difference"] == 0
 
 
+PRESETS = {"ditdh_s": ("S", True, 16), "ditdh_xl": ("XL", True, 16), "dit_xl": ("XL", False, 16),
+           "ditdh_s_512": ("S", True, 32), "ditdh_xl_512": ("XL", True, 32)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_presets_are_the_published_models(name):
+    """Of the published sizes and recipe, whose batch arithmetic holds; the header has the launch command."""
+    size, head, grid = PRESETS[name]
+    file = ROOT / "configs" / f"{name}.yaml"
+    config = parse_config(["--config", str(file)])
+    settings = {field: getattr(config.model, field) for field in (*SIZES["XL"], *PUBLISHED_HEAD)}
+    assert settings == {**SIZES[size], **(PUBLISHED_HEAD if head else dict.fromkeys(PUBLISHED_HEAD))}
+    header = file.read_text().split("\n\n")[0]
+    assert f"train_dit.py --config configs/{name}.yaml" in header
+    processes, micro, accumulated = map(int, re.search(r"(\d+) processes x (\d+) images x (\d+) acc", header).groups())
+    assert processes * micro * accumulated == config.train.global_batch_size == 1024
+    assert accumulated == config.train.gradient_accumulation_steps
+    assert config.train.output_dir == f"runs/{name}"
+    steps = [0, 40 * 1251 - 1, 420 * 1251, 800 * 1251]
+    rates = [learning_rate(step, config.optimizer.lr, config.lr_schedule, 1251) for step in steps]
+    assert rates == pytest.approx([2e-4, 2e-4, 1.1e-4, 2e-5] if head else [2e-4] * 4)
+    assert config.ema.decay == (0.9995 if head else 0.9999)
+    encoder = parse_config_rae(["--config", str(ROOT / f"configs/{config.model.rae.split('/')[1]}.yaml")]).model
+    assert encoder.encoder_input_size // 14 == grid
+
+
 def test_bad_input(rae, tmp_path):
-    """One clear line, exit code 2, and nothing written."""
+    """One clear line, and nothing written."""
     state = published_state("dh_published")
     files = {name: tmp_path / f"{name}.pt" for name in ("good", "short", "long", "sigma", "decoder", "wrapped", "text")}
     torch.save(state, files["good"])
@@ -198,17 +231,15 @@ def test_bad_input(rae, tmp_path):
         ("good", "dit", "rae", [], "--to: expected published with a stage-2 model"),
         ("good", "dit", "dit", [], "--to: expected another side"),
     ):
-        done = convert(source, target, files[file], tmp_path / "out", *arguments, check=False)
-        assert done.returncode == 2, (file, arguments, done.stderr)
-        assert words in error_line(done.stderr), (words, done.stderr)
+        line = ["--from", source, "--to", target, "--input", files[file], "--output", tmp_path / "out", *arguments]
+        with pytest.raises(ConfigError) as caught:
+            convert_checkpoint.main([*map(str, line)])
+        assert words in str(caught.value), (words, caught.value)
         assert not (tmp_path / "out").exists()
 
 
 def test_a_damaged_result_is_not_kept(tmp_path, monkeypatch):
     """The proof is of what was written: one number that changes on the way stops the conversion."""
-    from rae_suite.errors import RunError
-    from scripts import convert_checkpoint
-
     torch.save(published_state("guide"), tmp_path / "stage2_model.pt")
     write = convert_checkpoint.write_own_dit
 
