@@ -20,6 +20,7 @@ to about 1e-5 with another one; bf16 and fp16 round the latents. The encoder is 
 
 import hashlib
 import json
+import math
 import shutil
 import sys
 import time
@@ -174,14 +175,10 @@ def is_whole_shard(file: Path) -> bool:
 
 
 def bytes_of(info: dict, shards: list) -> int:
-    """What the latents of these shards take, without labels and names."""
+    """What the latents of these shards take, and mean and squares in float64; not labels and names."""
     images = sum(len(shard_rows(info, number)) for number in shards)
-    return images * bytes_of_image(info)
-
-
-def bytes_of_image(info: dict) -> int:
-    channels, height, width = info["shape"]
-    return (1 + info["flip"]) * channels * height * width * DTYPES[info["dtype"]].itemsize
+    numbers = (1 + info["flip"]) * math.prod(info["shape"])
+    return numbers * (images * DTYPES[info["dtype"]].itemsize + len(shards) * 2 * torch.float64.itemsize)
 
 
 def in_words(size: float) -> str:
