@@ -7,7 +7,9 @@ Latents have the size of DINOv2-B's at 256 px, 768 x 16 x 16, both flips in bf16
 through the loader of train_dit.py in the order of its steps, with the same batches and workers, up to the float32
 latent on the device: from the shards of scripts/encode_latents.py, from .safetensors files of one image each, and from
 JPEGs of 500 x 375 pixels through DINOv2-B (random weights, float32, on a GPU where there is one). The files are read
-with the system's cache emptied of them ("cold") and again ("warm"). `--json FILE` writes the numbers for machines.
+with the system's cache emptied of them ("cold") and again ("warm"). `--workers 0` loads in the process itself, with one
+thread, and counts the processor's time, which other work on the machine does not change: images per second of one core,
+without the disk's share. `--json FILE` writes the numbers for machines.
 """
 
 import argparse
@@ -77,15 +79,16 @@ def empty_cache(folder: Path) -> None:
         os.close(descriptor)
 
 
-def images_per_second(build: Callable, finish: Callable, batch_size: int) -> float:
+def images_per_second(build: Callable, finish: Callable, args: argparse.Namespace) -> float:
     """Of a loader from its first batch to its last, each with what is done to it."""
+    clock = time.perf_counter if args.workers else time.process_time
     batches = iter(build())
     finish(next(batches))  # the workers are up
-    start, count = time.perf_counter(), 0
+    start, count = clock(), 0
     for batch in batches:
         finish(batch)
-        count += batch_size
-    return count / (time.perf_counter() - start)
+        count += args.batch_size
+    return count / (clock() - start)
 
 
 def batches_of(num_images: int, batch_size: int, steps: int) -> TrainBatches:
@@ -121,9 +124,7 @@ def stored(folder: Path, info: dict, images: HeldSource, args: argparse.Namespac
             for _ in range(args.rounds):
                 if temperature == "cold":
                     empty_cache(folder / ("shards" if name == "shards" else "files"))
-                found.append(
-                    images_per_second(build, lambda b: to_device(b["latents"], device).float(), args.batch_size)
-                )
+                found.append(images_per_second(build, lambda b: to_device(b["latents"], device).float(), args))
             rates[f"{name}, {temperature}"] = max(found)
     return rates
 
@@ -138,7 +139,7 @@ def on_line(folder: Path, args: argparse.Namespace, device: torch.device) -> flo
         pixels = to_device(batch["pixels"], device).float() / 255
         model.encode(pixels, add_noise=False, normalize=False).latent.sum().item()  # waits for the device
 
-    return images_per_second(lambda: train_loader(source, batches, VIEW, 0, args.workers), finish, args.batch_size)
+    return images_per_second(lambda: train_loader(source, batches, VIEW, 0, args.workers), finish, args)
 
 
 def main() -> None:
@@ -153,6 +154,8 @@ def main() -> None:
     parser.add_argument("--json", metavar="FILE", help="also write the results here")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.workers == 0:
+        torch.set_num_threads(1)
     images = HeldSource([(f"image {i}", b"", 0) for i in range(args.num_images)])
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         info = write_latents(Path(folder), images, args.shard_images)
