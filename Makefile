@@ -20,6 +20,7 @@ help:
 	@echo "make train-step a step of dinov2_b_vitb beside the published loop's, part by part and lever by lever (10 minutes)"
 	@echo "make sampling   sampling beside the published sampler, for each kind of guidance (6 minutes)"
 	@echo "make memory     peak memory of a step of every preset, calculated, and the largest batch for four cards"
+	@echo "make stored-latents  images per second of latents read from shards, from files, encoded on line (5 minutes)"
 	@echo "make real-size  two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)"
 	@echo "make scaling    collectives of a training step, counted, and a model of 1 to 64 GPUs (2 minutes)"
 	@echo "make streaming  memory while a million images are streamed (1.2 GB disk, 15 minutes)"
@@ -65,6 +66,9 @@ train-step: setup
 sampling: setup
 	$(BIN)/python benchmarks/sampling.py
 
+stored-latents: setup
+	$(BIN)/python benchmarks/stored_latents.py
+
 memory: setup
 	$(BIN)/python benchmarks/memory.py
 
@@ -95,4 +99,4 @@ streaming: setup
 cross-version: setup .venv-oldest/installed
 	$(BIN)/python tests/cross_version.py .venv-oldest/bin/python
 
-.PHONY: help setup demo demo-dit test lint faults train-step sampling memory data-pipeline start-up soak real-size scaling streaming cross-version
+.PHONY: help setup demo demo-dit test lint faults train-step sampling stored-latents memory data-pipeline start-up soak real-size scaling streaming cross-version

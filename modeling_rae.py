@@ -987,12 +987,19 @@ class RAEModel(RAEPreTrainedModel):
         tokens = self._patch_tokens(pixel_values)  # (B, N, C)
         latent = tokens.transpose(1, 2).contiguous()  # (B, C, N)
         latent = latent.unflatten(2, (config.latent_size, config.latent_size))  # (B, C, h, w)
-        if config.use_latent_stats and normalize:
-            mean, std = self._latent_mean_and_std(latent.device)
-            latent = ((latent.float() - mean) / std).to(latent.dtype)
+        if normalize:
+            latent = self.normalize(latent)
         if self.training if add_noise is None else add_noise:
             latent = self.add_noise(latent, generator)
         return RAEEncoderOutput(latent=latent)
+
+    def normalize(self, latent: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w), as `encode(..., normalize=False)` gives them, normalised with the latent statistics; as
+        they are when the model has none."""
+        if not self.config.use_latent_stats:
+            return latent
+        mean, std = self._latent_mean_and_std(latent.device)
+        return ((latent.float() - mean) / std).to(latent.dtype)
 
     def _patch_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised pixels (B, 3, S, S) to the encoder's patch tokens (B, N, C): the last block's, or the mean over

@@ -62,7 +62,6 @@ from rae_suite.flow import (
 from rae_suite.generation import draw_images
 from rae_suite.hub import Publisher, check_hub
 from rae_suite.labels import Classes, find_classes
-from rae_suite.latent_stats import LatentReader
 from rae_suite.launch import (
     build_accelerator,
     compute_deterministically,
@@ -93,6 +92,7 @@ from rae_suite.sharding import gather_to_cpu, shard
 from rae_suite.sources import ImageSource, evenly_spread
 from rae_suite.start_notes import batch_line, start_notes
 from rae_suite.steps import Steps, step_batches
+from rae_suite.stored_latents import latent_reader, open_latents
 from rae_suite.trackers import check_trackers, start_trackers
 from rae_suite.training_data import TrainingData, open_data, open_loader, write_shards
 from rae_suite.updates import (
@@ -190,10 +190,10 @@ def encode(run: Run, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def prepare(run: Run, batches: list, step: int) -> list:
-    """A step's micro-batches, (pixels, labels) as batches have them, as `train_step` takes them."""
+    """A step's micro-batches, (pixels or stored latents, labels) as batches have them, as `train_step` takes them."""
     config, prepared = run.config, []
-    for i, (pixels, labels) in enumerate(batches):
-        latents = encode(run, pixels)
+    for i, (given, labels) in enumerate(batches):
+        latents = encode(run, given) if config.data.latents is None else run.rae.normalize(given)
         place = batch_place(run.accelerator, config.train, config.data.streaming, i) * len(latents)
         draws = draw_by_place(latents, place, config.train.seed, step)
         prepared.append((latents, run.classes.of(labels).to(latents.device), draws))
@@ -421,6 +421,7 @@ def main() -> None:
     micro_batch = micro_batch_size(config.train, accelerator.num_processes)
     rae = open_rae(config.model, config.latents, Path(config.train.output_dir))
     data = open_data(config.data, config.train, config.eval.num_samples, accelerator, micro_batch)
+    data.latents = open_latents(config, rae, data.images)
     classes = find_classes(data.images, config.model.num_classes, config.model.class_names, "data.train_split")
     config = with_settings(config, {"model.num_classes": classes.num, "model.class_names": classes.names})
     check_settings(model_settings(config.model, rae, classes))
@@ -440,10 +441,10 @@ def main() -> None:
 
     # networks, and the state of an earlier part of this run
     if config.latents.stats == "compute":
-        reader = LatentReader(data.images, config.data, config.eval.batch_size, config.data.flip, accelerator)
-        compute_latent_stats(rae.to(accelerator.device), reader, run_dir)
+        compute_latent_stats(rae.to(accelerator.device), latent_reader(config, data, accelerator), run_dir)
     schedule = stretched(config.lr_schedule, total_steps)
     run = build_run(replace(config, lr_schedule=schedule), accelerator, rae, classes, data.steps_per_epoch)
+    run.frozen["data.latents"] = data.latents and data.latents.digest
     state, continued = continue_run(accelerator, config, run_dir, data, run.parts(), run.frozen)
     keep_rae(rae, run_dir, accelerator)
     write_shards(run_dir, data, accelerator.is_main_process)
@@ -484,7 +485,8 @@ def describe(run: Run, data: TrainingData, micro_batch: int, total_steps: int) -
             f"{kind} {dit:.1f}M on latents {shape} of {c.model.rae}, {normalised}, {latents.image_size} px",
             f"{data.num_images or 'streamed'} training and {len(data.eval_images)} evaluation images of "
             f"{run.classes.num} classes, {run.steps_per_epoch} steps an epoch, {total_steps} steps; "
-            f"times {c.flow.time_distribution}, shift {run.shift:.4g}",
+            f"times {c.flow.time_distribution}, shift {run.shift:.4g}; latents "
+            f"{'encoded in each step' if data.latents is None else f'read from {data.latents}'}",
             batch_line(c.train, run.accelerator, micro_batch, run.sharded),
             *start_notes(c, run.ema, run.steps_per_epoch, total_steps, {}),
         ]

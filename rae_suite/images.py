@@ -230,7 +230,12 @@ class TrainingView:
             pixels = to_tensor(center_crop(image, self.size))
         else:
             pixels = random_crop(image, self.size, training_resize_size(self.size, self.resize_size), generator)
-        return pixels.flip(2) if self.flip and generator.random() < 0.5 else pixels
+        return pixels.flip(2) if self.mirrors(generator) else pixels
+
+    def mirrors(self, generator: np.random.Generator) -> bool:
+        """Whether the mirror image is seen. Of a centre crop, which draws nothing, the call's generator decides this
+        with its first number."""
+        return self.flip and generator.random() < 0.5
 
 
 def to_tensor(image: Image.Image) -> torch.Tensor:

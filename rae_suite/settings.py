@@ -288,6 +288,7 @@ RESUMABLE_KEYS = (
 # Where data and networks lie. They may move: what they hold is compared, see run_folder.py.
 PLACE_KEYS = (
     "data.eval_path",
+    "data.latents",
     "data.path",
     "gan.backbone",
     "model.encoder",

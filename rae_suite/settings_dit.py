@@ -135,6 +135,9 @@ class DiTDataConfig(DataConfig):
     """Part of an image that training sees: a random crop, or the centre crop of evaluations, as published."""
     flip: bool = True
     """Whether training sees the mirror image half of the time."""
+    latents: Optional[PathText] = None
+    """Folder of scripts/encode_latents.py with the latents of the training images, which training then reads in place
+    of encoding the images; none: they are encoded in each step. The images are still listed, and their labels used."""
 
 
 @dataclass
@@ -275,5 +278,8 @@ def check_config(config: Config) -> None:
         "a share above 0, because sampling.guidance_scale is another than 1",
         config.model.class_dropout_prob,
     )
+    if config.data.latents is not None:
+        require(not config.data.streaming, "data.latents", "nothing with data.streaming", config.data.latents)
+        require(config.data.crop == "center", "data.crop", "center with data.latents", config.data.crop)
     check_hub_settings(config.hub)
     check_data_settings(config.data)

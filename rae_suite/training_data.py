@@ -17,6 +17,7 @@ from rae_suite.loaders import TrainBatches, train_loader
 from rae_suite.settings import DataConfig, TrainConfig
 from rae_suite.sources import ImageSource
 from rae_suite.splits import load_splits
+from rae_suite.stored_latents import StoredLatents, latent_loader
 from rae_suite.streams import Stream, load_stream_eval_images, open_stream
 
 SHARDS = "shards.json"  # in the run folder: Stream.record
@@ -32,6 +33,7 @@ class TrainingData:
     eval_images: ImageSource
     num_images: Optional[int]  # None where a stream's number is not known
     steps_per_epoch: int
+    latents: Optional[StoredLatents] = None  # of the images; None: they are encoded on line
 
     def total_steps(self, train: TrainConfig) -> int:
         return train.max_steps or max(1, round(train.epochs * self.steps_per_epoch))
@@ -111,4 +113,6 @@ def open_loader(
         )
     batches = replace(data.batches, start_step=start_step, total_steps=total_steps)
     view = TrainingView(image_size, settings.resize_size, settings.crop, settings.flip)
+    if data.latents is not None:
+        return latent_loader(data.latents, data.images, batches, view, settings.max_unreadable, settings.num_workers)
     return train_loader(data.images, batches, view, settings.max_unreadable, settings.num_workers)
