@@ -54,8 +54,8 @@ from rae_suite.flow import (
     draw_by_place,
     drop_labels,
     interpolate,
+    prediction_loss,
     training_times,
-    velocity_loss,
     velocity_target,
 )
 from rae_suite.generation import draw_images
@@ -207,8 +207,8 @@ def flow_loss(run: Run, latents: torch.Tensor, labels: torch.Tensor, draws: Draw
     t = training_times(draws.u_time, run.config.flow.time_distribution, run.shift).to(latents.device)
     noisy = interpolate(latents, draws.noise, t)
     with run.accelerator.autocast():
-        predicted = run.model(noisy, t, labels).sample
-    return velocity_loss(predicted, velocity_target(latents, draws.noise))
+        output = run.model(noisy, t, labels)
+    return prediction_loss(output, velocity_target(latents, draws.noise, t, run.dit.config.prediction))
 
 
 def train_step(run: Run, batches: list, step: int, stop: bool = False) -> StepRecord:

@@ -42,12 +42,13 @@ class SamplingConfig:
     solver: Literal["euler", "heun2"] = "euler"
     """euler has one pass of the model for each step, heun2 two."""
     guidance_scale: float = 1.0
-    """Factor of the guidance; 1 is off. With a `guide` autoguidance's, else that of classifier-free guidance."""
+    """Factor of the guidance; 1 is off. With a `guide` autoguidance's, for a model with a base head that of internal
+    guidance, else of classifier-free guidance."""
     guidance_interval: tuple[float, float] = setting((0.0, 1.0), TIMES)
     """Least and greatest shifted time at which guidance is on, both included; 1 is noise."""
     guide: Optional[PathText] = None
     """A weaker model for autoguidance, given as the model itself is; none: the model's own guide if it is saved with
-    one. "off" leaves that out: the scale is then classifier-free guidance's."""
+    one, or its base head (internal guidance). "off" leaves both out: the scale is then classifier-free guidance's."""
 
 
 def check_sampling(sampling: SamplingConfig, prefix: str = "sampling.") -> None:
@@ -99,6 +100,15 @@ class DiTModelConfig:
     train_constants: bool = False
     """Whether the position table and the Fourier frequencies of the time are trained. The published loop does so,
     though its model is built with both frozen."""
+    num_time_tokens: Optional[int] = setting(None, POSITIVE)
+    """Tokens that tell the backbone the time (RAEv2: 4), with `num_class_tokens`; none: adaptive norms do (adaLN)."""
+    num_class_tokens: Optional[int] = setting(None, POSITIVE)
+    """Tokens that tell the backbone the class (RAEv2: 8)."""
+    base_num_layers: Optional[int] = setting(None, POSITIVE)
+    """Blocks before the base head, which internal guidance takes for the weaker model (RAEv2: 8); none: no base
+    head."""
+    prediction: Literal["velocity", "data"] = "velocity"
+    """What the network predicts: the velocity, or the clean latent (RAEv2)."""
     num_classes: Optional[int] = setting(None, POSITIVE)
     """Classes that images are drawn of; none: as many as the training images have, one without labels."""
     class_names: Optional[tuple[str, ...]] = None
@@ -267,9 +277,10 @@ def check_config(config: Config) -> None:
     with error_names_setting("flow.time_distribution"):
         parse_time_distribution(config.flow.time_distribution)
     check_sampling(config.sampling)
-    guided = config.sampling.guidance_scale != 1 and config.sampling.guide is None
+    guide, internal = config.sampling.guide, config.model.base_num_layers is not None
+    by_labels = config.sampling.guidance_scale != 1 and (guide == "off" or (guide is None and not internal))
     require(
-        not guided or config.model.class_dropout_prob > 0,
+        not by_labels or config.model.class_dropout_prob > 0,
         "model.class_dropout_prob",
         "a share above 0, because sampling.guidance_scale is another than 1",
         config.model.class_dropout_prob,
