@@ -66,7 +66,7 @@ from rae_suite.launch import (
     build_accelerator,
     compute_deterministically,
     data_errors_end_this_process,
-    fsdp_is_asked_for,
+    is_sharded,
     micro_batch_size,
     quiet_transformers,
     run_main,
@@ -74,6 +74,7 @@ from rae_suite.launch import (
 )
 from rae_suite.loaders import UnreadableLog, eval_loader
 from rae_suite.metric_names import GENERATION_METRICS
+from rae_suite.optimizers import build_optimizer, check_optimizer, optimizer_lines
 from rae_suite.pictures import HEADING, GridLayout, class_grid
 from rae_suite.randomness import batch_place
 from rae_suite.run_folder import (
@@ -153,11 +154,10 @@ def build_run(config: Config, accelerator: Accelerator, rae: RAEModel, classes: 
     dit = build_dit(config.model, settings, classes, config.train.seed)
     guide = load_guide(config.sampling.guide, None, dit, rae, "sampling.guide")
     guide = None if guide is None else guide.to(accelerator.device)
-    sharded = fsdp_is_asked_for() and accelerator.use_distributed  # one process has nothing to share out
+    sharded = is_sharded(accelerator)
     model = shard(dit, accelerator) if sharded else accelerator.prepare(dit)
     dit = accelerator.unwrap_model(model)
-    trained = [p for p in dit.parameters() if p.requires_grad]
-    optimizer = accelerator.prepare(torch.optim.AdamW(trained, **asdict(config.optimizer), fused=True))
+    optimizer = accelerator.prepare(build_optimizer(dit, config.optimizer))
     if config.train.compile:
         compile_networks(dit, rae.encoder)
     return Run(
@@ -414,6 +414,7 @@ def main() -> None:
     # everything that can be wrong is looked at before anything expensive starts
     accelerator = build_accelerator(config.train, config.logging.report_to)
     config = resolve_config(config, accelerator)
+    check_optimizer(config.optimizer, is_sharded(accelerator))
     micro_batch = micro_batch_size(config.train, accelerator.num_processes)
     rae = open_rae(config.model, config.latents)
     data = open_data(config.data, config.train, config.eval.num_samples, accelerator, micro_batch)
@@ -482,6 +483,7 @@ def describe(run: Run, data: TrainingData, micro_batch: int, total_steps: int) -
             f"{run.classes.num} classes, {run.steps_per_epoch} steps an epoch, {total_steps} steps; "
             f"times {c.flow.time_distribution}, shift {run.shift:.4g}",
             batch_line(c.train, run.accelerator, micro_batch, run.sharded),
+            *optimizer_lines(run.dit, c.optimizer),
             *start_notes(c, run.ema, run.steps_per_epoch, total_steps, {}),
         ]
     )

@@ -174,6 +174,17 @@ class DiTTrainConfig(TrainConfig):
 
 
 @dataclass
+class DiTOptimizerConfig(OptimizerConfig):
+    """AdamW, or Muon for matrices (RAEv2) with AdamW for all else. See rae_suite/optimizers.py."""
+
+    type: Literal["adamw", "muon"] = "adamw"
+    """muon has every parameter of two dimensions; `lr` and `weight_decay` are those of both, `betas` and `eps` of
+    AdamW. It does not work with FSDP2."""
+    momentum: float = setting(0.95, SHARE)
+    """Decay of muon's momentum."""
+
+
+@dataclass
 class DiTLRScheduleConfig(LRScheduleConfig):
     """Learning rate over time, as published: constant, then linear to `final_lr`, then constant."""
 
@@ -233,7 +244,7 @@ class Config:
     data: DiTDataConfig = field(default_factory=DiTDataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     train: DiTTrainConfig = field(default_factory=DiTTrainConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: DiTOptimizerConfig = field(default_factory=DiTOptimizerConfig)
     lr_schedule: DiTLRScheduleConfig = field(default_factory=DiTLRScheduleConfig)
     ema: DiTEMAConfig = field(default_factory=DiTEMAConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -285,5 +296,8 @@ def check_config(config: Config) -> None:
         "a share above 0, because sampling.guidance_scale is another than 1",
         config.model.class_dropout_prob,
     )
+    momentum, default = config.optimizer.momentum, DiTOptimizerConfig().momentum
+    used = config.optimizer.type == "muon" or momentum == default
+    require(used, "optimizer.momentum", "nothing unless optimizer.type is muon", momentum)
     check_hub_settings(config.hub)
     check_data_settings(config.data)
