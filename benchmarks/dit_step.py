@@ -1,14 +1,13 @@
-"""One training step of stage 2: images per second, FLOPs, MFU and memory, beside a step that does what the published one
-does.
+"""One training step of stage 2: images/s, FLOPs, MFU and memory, beside a step that does what the published one does.
 
     python benchmarks/dit_step.py --levers                          (2 CPU cores: DiT-DH-S, float32, batch 2)
     python benchmarks/dit_step.py --size XL --batch_size 128 --mixed_precision bf16 --levers --compile      (one GPU)
 
 A DiT-DH of the published size on latents 768 x 16 x 16 and a DINOv2-B encoder, with random weights; the images are
 noise. Both steps encode, take the same draws, and must give the same losses before anything is timed. The published
-step encodes in float32, writes RMS norms out, leaves tokens in the convolution's transposed memory, averages weights one
-after the other and reads its loss back. `--levers` adds to it, one by one, what is done better here, and predicts the
-gain from the times of the parts. "from latents" is this repository's step on latents that are there already.
+step encodes in float32, writes RMS norms out, leaves tokens in the transposed memory of the convolution, averages
+weights one after the other and reads its loss back. `--levers` adds to it, one by one, what is done better here, and
+predicts the gain from the times of the parts. "from latents" is this repository's step on latents that are there.
 
 All take turns in one process; each time is the median of --repeats. FLOPs, 2 for a multiplication and addition, are
 counted from the architecture and must agree with torch's FlopCounterMode. MFU is their share of what a large matrix
@@ -57,16 +56,16 @@ LEVERS = {
 
 
 def block_macs(width: int, tokens: int, mlp_ratio: float, adaptive_tokens: int) -> int:
-    """Multiplications of one block's forward pass for one image. `adaptive_tokens`: rows that its modulation is computed
-    for: one an image in the backbone, one a token in the head, none in RAEv2's backbone."""
+    """Multiplications of one block's forward pass for one image. `adaptive_tokens`: rows of its modulation, one an
+    image in the backbone, one a token in the head, none in RAEv2's backbone."""
     hidden = int(2 / 3 * int(width * mlp_ratio))
     linear = tokens * width * (4 * width + 3 * hidden)
     return linear + 2 * tokens**2 * width + adaptive_tokens * 6 * width**2
 
 
 def forward_macs(config: dict) -> dict:
-    """Multiplications of a model's forward pass for one image, by part: `embedding`, whose backward pass has no gradient
-    of its input, `backbone`, `head`, `final`. `config`: an RAEDiTModel's, with SwiGLU and patches of 1."""
+    """Multiplications of a model's forward pass for one image, by part: `embedding`, whose backward pass has no
+    gradient of its input, `backbone`, `head`, `final`. `config`: an RAEDiTModel's, with SwiGLU and patches of 1."""
     width, head, channels = config["hidden_size"], config["head_hidden_size"], config["in_channels"]
     tokens, ratio, conditions = config["sample_size"] ** 2, config["mlp_ratio"], config.get("num_time_tokens")
     last, sequence = head or width, tokens + (conditions + config["num_class_tokens"] if conditions else 0)
@@ -84,8 +83,8 @@ def forward_macs(config: dict) -> dict:
 
 
 def training_flops(config: dict) -> int:
-    """FLOPs of a training step of the model for one image: a backward pass costs twice the forward pass, but that of the
-    embeddings once."""
+    """FLOPs of a training step of the model for one image: a backward pass costs twice the forward pass, but that of
+    the embeddings once."""
     parts = forward_macs(config)
     return 2 * (3 * sum(parts.values()) - parts["embedding"])
 
@@ -362,8 +361,8 @@ def table(result: dict) -> str:
         lines.append(f"{line}{row['times_cpu']:>10.2f}{shown:>11}{row['mfu']:>8.1%}{row['difference']:>12.1e}")
     lines += [""] + [f"{name:<28}{1e3 * seconds:>10.1f} ms" for name, seconds in result["parts"].items()]
     lines += [
-        f"\nGFLOP an image: model {result['flops_of_model'] / 1e9:.1f}, encoder {result['flops_of_encoder'] / 1e9:.1f}; "
-        f"together {result['flops_counted_by_torch'] / 1e9:.1f} counted by torch",
+        f"\nGFLOP an image: model {result['flops_of_model'] / 1e9:.1f}, encoder "
+        f"{result['flops_of_encoder'] / 1e9:.1f}, together {result['flops_counted_by_torch'] / 1e9:.1f} by torch",
         f"matrix rate {result['matrix_rate'] / 1e12:.3f} TFLOP/s; peak memory {result['peak_memory_gib']:.2f} GiB",
         f"{result['device']}, torch {result['torch']}",
     ]
