@@ -1,4 +1,4 @@
-"""benchmarks/ of stage 2: FLOPs from the architecture beside torch's count and the published sizes', memory from shapes,
+"""benchmarks/ of stage 2: FLOPs from the architecture beside torch's count and the published sizes, memory from shapes,
 and the benchmark of a step on tiny networks."""
 
 import sys
