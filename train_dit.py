@@ -55,8 +55,8 @@ from rae_suite.flow import (
     draw_by_place,
     drop_labels,
     interpolate,
+    prediction_loss,
     training_times,
-    velocity_loss,
     velocity_target,
 )
 from rae_suite.generation import draw_images
@@ -66,7 +66,7 @@ from rae_suite.launch import (
     build_accelerator,
     compute_deterministically,
     data_errors_end_this_process,
-    fsdp_is_asked_for,
+    is_sharded,
     micro_batch_size,
     quiet_transformers,
     run_main,
@@ -74,6 +74,7 @@ from rae_suite.launch import (
 )
 from rae_suite.loaders import UnreadableLog, eval_loader
 from rae_suite.metric_names import GENERATION_METRICS
+from rae_suite.optimizers import build_optimizer, check_optimizer, optimizer_lines
 from rae_suite.pictures import HEADING, GridLayout, class_grid
 from rae_suite.randomness import batch_place
 from rae_suite.run_folder import (
@@ -154,11 +155,10 @@ def build_run(config: Config, accelerator: Accelerator, rae: RAEModel, classes: 
     dit = build_dit(config.model, settings, classes, config.train.seed)
     guide = load_guide(config.sampling.guide, None, dit, rae, "sampling.guide")
     guide = None if guide is None else guide.to(accelerator.device)
-    sharded = fsdp_is_asked_for() and accelerator.use_distributed  # one process has nothing to share out
+    sharded = is_sharded(accelerator)
     model = shard(dit, accelerator) if sharded else accelerator.prepare(dit)
     dit = accelerator.unwrap_model(model)
-    trained = [p for p in dit.parameters() if p.requires_grad]
-    optimizer = accelerator.prepare(torch.optim.AdamW(trained, **asdict(config.optimizer), fused=True))
+    optimizer = accelerator.prepare(build_optimizer(dit, config.optimizer))
     if config.train.compile:
         compile_networks(dit, rae.encoder)
     return Run(
@@ -208,8 +208,8 @@ def flow_loss(run: Run, latents: torch.Tensor, labels: torch.Tensor, draws: Draw
     t = training_times(draws.u_time, run.config.flow.time_distribution, run.shift).to(latents.device)
     noisy = interpolate(latents, draws.noise, t)
     with run.accelerator.autocast():
-        predicted = run.model(noisy, t, labels).sample
-    return velocity_loss(predicted, velocity_target(latents, draws.noise))
+        output = run.model(noisy, t, labels)
+    return prediction_loss(output, velocity_target(latents, draws.noise, t, run.dit.config.prediction))
 
 
 def train_step(run: Run, batches: list, step: int, stop: bool = False) -> StepRecord:
@@ -418,6 +418,7 @@ def main() -> None:
     # everything that can be wrong is looked at before anything expensive starts
     accelerator = build_accelerator(config.train, config.logging.report_to)
     config = resolve_config(config, accelerator)
+    check_optimizer(config.optimizer, is_sharded(accelerator))
     micro_batch = micro_batch_size(config.train, accelerator.num_processes)
     rae = open_rae(config.model, config.latents, Path(config.train.output_dir))
     data = open_data(config.data, config.train, config.eval.num_samples, accelerator, micro_batch)
@@ -488,6 +489,7 @@ def describe(run: Run, data: TrainingData, micro_batch: int, total_steps: int) -
             f"times {c.flow.time_distribution}, shift {run.shift:.4g}; latents "
             f"{'encoded in each step' if data.latents is None else f'read from {data.latents}'}",
             batch_line(c.train, run.accelerator, micro_batch, run.sharded),
+            *optimizer_lines(run.dit, c.optimizer),
             *start_notes(c, run.ema, run.steps_per_epoch, total_steps, {}),
         ]
     )

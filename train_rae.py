@@ -41,7 +41,7 @@ from rae_suite.launch import (
     build_accelerator,
     compute_deterministically,
     data_errors_end_this_process,
-    fsdp_is_asked_for,
+    is_sharded,
     micro_batch_size,
     quiet_transformers,
     run_main,
@@ -181,7 +181,7 @@ def build_run(
         frozen["gan.backbone"] = weights_digest(discriminator.backbone)
     if perceptual.weight > 0:
         frozen["perceptual.vgg_path"] = weights_digest(lpips)
-    sharded = fsdp_is_asked_for() and accelerator.use_distributed  # one process has nothing to share out
+    sharded = is_sharded(accelerator)
     rae = shard(rae, accelerator, ("encode",)) if sharded else accelerator.prepare(rae)
     decoder = accelerator.unwrap_model(rae).decoder
     optimizer = accelerator.prepare(adamw(decoder.parameters(), config.optimizer))  # of the sharded parameters

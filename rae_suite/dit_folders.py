@@ -11,7 +11,6 @@ No code of a folder or of the Hub runs: the networks are this repository's.
 
 import inspect
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -41,6 +40,8 @@ WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHECKPOINT_PARTS = {"ema": "ema", "raw": "model"}
 # of SamplingConfig, what a pipeline has as its defaults; its guidance_interval is two numbers there
 PIPELINE_DEFAULTS = ("num_inference_steps", "end", "guidance_scale", "guidance_start", "guidance_end")
+# weights of the model's label table, by how it is conditioned
+LABEL_TABLES = {"y_embedder.embedding_table.weight", "ctx_embedder.embedding_table.weight"}
 KINDS = "a pipeline folder such as runs/<name>/final, a run folder, a checkpoint of one, a transformer or a Hub id"
 
 
@@ -70,7 +71,8 @@ def save_pipeline(
             Buffers may be missing.
         class_names: name of each class, in the order of their indices.
         sampling: defaults of the pipeline, by their names in SamplingConfig, and `shift`; all may be left out. `solver`
-            and `guide` are not the pipeline's: it takes Euler steps, and has the guide that is given.
+            and `guide` are not the pipeline's: it takes Euler steps, and has the guide that is given. Of `guide` only
+            "off" counts: a base head is no guide then.
         card: text of README.md.
         picture: PNG file that the card shows as samples.png.
         include_rae: whether the RAE's weights go along. If not, `rae_id` says where they come from.
@@ -93,6 +95,7 @@ def save_pipeline(
         guide,
         class_names=None if class_names is None else dict(enumerate(class_names)),
         rae_id=rae_id or hub_id(rae.name_or_path or None),
+        internal_guidance=sampling.get("guide") != "off",
         **{name: sampling[name] for name in PIPELINE_DEFAULTS if name in sampling},
     )
     pipeline.save_pretrained(folder, include_rae=include_rae)
@@ -117,8 +120,7 @@ def model_from_state(config: dict, state: dict) -> RAEDiTModel:
     state = dict(state)
     for name, module in model.named_modules():
         if isinstance(module, RotaryEmbedding):
-            tokens, head_dim = module.freqs_cos.shape
-            for which, table in zip(("cos", "sin"), rotary_table(head_dim, math.isqrt(tokens)), strict=True):
+            for which, table in zip(("cos", "sin"), rotary_table(*module.size), strict=True):
                 state.setdefault(f"{name}.freqs_{which}", table)
     try:
         model.load_state_dict(state, assign=True)
@@ -227,7 +229,8 @@ def read_defaults(index: dict) -> tuple[dict, dict]:
     sampling = {name: index[name] for name in PIPELINE_DEFAULTS if name in index}
     interval = (sampling.pop("guidance_start", 0.0), sampling.pop("guidance_end", 1.0))
     names = {int(number): name for number, name in (index.get("class_names") or {}).items()}
-    return {**sampling, "guidance_interval": interval}, names
+    off = {} if index.get("internal_guidance", True) else {"guide": "off"}
+    return {**sampling, **off, "guidance_interval": interval}, names
 
 
 def _check_class(file: Path, expected: str, source: str, key: str) -> dict:
@@ -276,11 +279,11 @@ def _checkpoint_config(given: dict, rae: RAEModel, state: dict) -> dict:
     """Arguments of RAEDiTModel from a run's settings `model.*`; what follows from its RAE and its data may be missing
     there."""
     config = {name: given[name] for name in inspect.signature(RAEDiTModel.__init__).parameters if name in given}
-    dropout = config.get("class_dropout_prob", 0.1)
+    dropout, (table,) = config.get("class_dropout_prob", 0.1), LABEL_TABLES & state.keys()
     found = {
         "sample_size": rae.config.latent_size,
         "in_channels": rae.config.latent_channels,
-        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - (dropout > 0),
+        "num_classes": state[table].shape[0] - (dropout > 0),
     }
     return {**config, **{name: value for name, value in found.items() if config.get(name) is None}}
 

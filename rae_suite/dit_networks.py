@@ -13,10 +13,10 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from modeling_dit import RAEDiTBlock, RAEDiTModel
+from modeling_dit import RAEDiTBlock, RAEDiTModel, RAEDiTTokenBlock
 from modeling_rae import RAEModel
 from rae_suite.checkpoints import checkpoints
-from rae_suite.dit_folders import load_pipeline_parts
+from rae_suite.dit_folders import LABEL_TABLES, load_pipeline_parts
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import replacing, write_folder
 from rae_suite.flow import default_shift
@@ -104,9 +104,10 @@ def fill_from(dit: RAEDiTModel, source: str, classes: Classes) -> None:
     model of another architecture."""
     start, _, found = load_pipeline_parts(source, "model.init_from")
     state, own = start.state_dict(), dit.state_dict()
-    table = "y_embedder.embedding_table.weight"
+    (table,) = LABEL_TABLES & own.keys()
     names = None if found.class_names is None else tuple(found.class_names.values())
-    if state[table].shape != own[table].shape or (names and classes.names and names != classes.names):
+    others = bool(names and classes.names and names != classes.names)
+    if table in state and (others or state[table].shape != own[table].shape):
         state[table] = own[table]
     with error_names_setting("model.init_from", source):
         load_tensors_into(own, state, f"{source} is of another architecture")
@@ -121,7 +122,7 @@ def time_shift(flow: FlowConfig, rae: RAEModel) -> float:
 def compile_networks(dit: RAEDiTModel, encoder: nn.Module) -> None:
     """Compile what a step spends its time in, in place: the blocks of the transformer and of the encoder."""
     for module in (*dit.modules(), *encoder.modules()):
-        if isinstance(module, (RAEDiTBlock, GradientCheckpointingLayer)):
+        if isinstance(module, (RAEDiTBlock, RAEDiTTokenBlock, GradientCheckpointingLayer)):
             module.forward = compiled(module.forward)
 
 

@@ -539,7 +539,7 @@ def card_of_pipeline(
     with damage_named(str(model)):
         transformer = json.loads((model / "transformer" / CONFIG_NAME).read_text())
         sampling, class_names = read_defaults(index)
-        sampling["guide"] = index["guide"][0] is not None
+        sampling["guide"] = index["guide"][0] is not None or sampling.get("guide")
         return pipeline_card(facts, transformer, image_size, sampling, class_names, index.get("rae_id"))
 
 
