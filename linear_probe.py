@@ -46,7 +46,7 @@ from rae_suite.probe_figures import (
     short,
     sweep_table,
 )
-from rae_suite.results import save_results
+from rae_suite.results import results_folder, save_results
 from rae_suite.settings import ImagesConfig
 from rae_suite.sources import ImageSource
 from rae_suite.splits import load_eval_images, load_splits
@@ -78,8 +78,8 @@ class LinearProbeConfig:
     allow_absent_classes: bool = False
     """Whether the evaluation images may lack some classes of the training images."""
     output_dir: Optional[PathText] = None
-    """Folder of the results, which replace earlier ones; none: runs/linear_probe, or with eval_only
-    runs/linear_probe_eval."""
+    """Folder of the results; none: runs/linear_probe, or with eval_only runs/linear_probe_eval, with -2, -3, ... after
+    earlier ones."""
 
 
 def check(config: LinearProbeConfig) -> None:
@@ -250,10 +250,11 @@ def main(argv: Optional[list] = None) -> None:
     model = load_autoencoder(config.model or head.config["model"])
     extractor = build_extractor(config, model, head, accelerator)
     default_dir = "runs/linear_probe_eval" if config.eval_only else "runs/linear_probe"
-    output_dir = make_folder(config.output_dir or default_dir, "output_dir")
+    output_dir = results_folder(config.output_dir, default_dir, "output_dir")
     cache_dir = make_folder(config.features.cache_dir or f"{HF_HOME}/rae_features", "features.cache_dir")
     if accelerator.is_main_process:
         print(describe(extractor, classes, train_images, eval_images, head), flush=True)
+    make_folder(str(output_dir), "output_dir")
 
     # features, by all processes
     clock, train_features = time.monotonic(), None

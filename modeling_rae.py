@@ -171,8 +171,14 @@ def read_config(source: str, **arguments) -> PreTrainedConfig:
 
     Raises:
         OSError: there is no config.json.
-        ValueError: a model type that transformers lacks, and what check_config_dict refuses.
+        ValueError: a file of weights alone, a model type that transformers lacks, and what check_config_dict refuses.
     """
+    if Path(source).is_file():
+        raise ValueError(
+            f"{source} is a file, expected a Hub id, or a folder with config.json, preprocessor_config.json and "
+            "model.safetensors as transformers writes it: a .pth or .pt file of weights says neither which network nor "
+            "which pixels they are for (Meta's are on the Hub, as facebook/dinov2-base and the like)"
+        )
     check_config_dict(PreTrainedConfig.get_config_dict(source, **arguments)[0])
     return AutoConfig.from_pretrained(source, trust_remote_code=False, **arguments)
 
@@ -879,7 +885,8 @@ class RAEModel(RAEPreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, include_encoder: bool = True, **kwargs):
         """As in transformers. `include_encoder=False` leaves the encoder's weights out; they are then fetched from
-        `config.encoder_id` on loading. Raises ValueError when there is no such id."""
+        `config.encoder_id` on loading, of which a folder is written with its whole path. Raises ValueError when there
+        is no such id."""
         if not include_encoder and self.config.encoder_id is None:
             raise ValueError("include_encoder=False needs config.encoder_id, the place to load the encoder from")
         prefix = self.config.encoder_family().file_prefix
@@ -891,11 +898,14 @@ class RAEModel(RAEPreTrainedModel):
                 elif include_encoder:
                     state[f"encoder.{prefix}{name.removeprefix('encoder.').removeprefix(prefix)}"] = tensor
             kwargs["state_dict"] = state
-        bundled, self.config.encoder_bundled = self.config.encoder_bundled, include_encoder
+        before = self.config.encoder_bundled, self.config.encoder_id
+        self.config.encoder_bundled = include_encoder
+        if not include_encoder and Path(before[1]).is_dir():
+            self.config.encoder_id = str(Path(before[1]).absolute())
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self.config.encoder_bundled = bundled
+            self.config.encoder_bundled, self.config.encoder_id = before
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "RAEModel":
         """What casts and moves the model, `.to()` among others. Its own tensors, which are the statistics and not those

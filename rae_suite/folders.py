@@ -27,6 +27,7 @@ SYSTEM_NAMES = frozenset((
     "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "recycler", "__macosx",
     "system volume information", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini",
 ))  # fmt: skip
+SHARD_ENDINGS = (".parquet", ".tar", ".tar.gz", ".tgz")  # of files with many images, see shards.py
 # text that lies beside images and is not counted among the files that are left out
 SIDECARS = (
     ".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".log", ".cls", ".caption",

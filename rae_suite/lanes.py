@@ -120,7 +120,7 @@ class Lane:
     def __init__(self, stream, lane, cfg, image_size, state=None):
         self.stream, self.lane = stream, lane
         self.view = TrainingView(image_size, cfg.resize_size, cfg.crop, cfg.flip)
-        self.max_unreadable = cfg.max_unreadable
+        self.max_unreadable, self.max_megapixels = cfg.max_unreadable, cfg.max_megapixels
         self.count = 0 if state is None else state["count"]
         self.weights = [source.weight for source in stream.sources]
         states = [None] * len(stream.sources) if state is None else state["sources"]
@@ -153,7 +153,7 @@ class Lane:
             which = generator.choice(len(self.sources), p=self.weights)
         failed = []
         while len(failed) <= self.max_unreadable:
-            source = HeldSource([self.sources[which].draw()])
+            source = HeldSource([self.sources[which].draw()], max_megapixels=self.max_megapixels)
             try:
                 image = source.load(0)
             except UnreadableImage as error:

@@ -6,8 +6,10 @@ parallelism, and what `accelerate launch` asks for is read from its environment 
 
 import os
 import re
+import shutil
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -23,7 +25,7 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting, fail, scrub
+from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting, fail, one_line, scrub
 from rae_suite.loaders import SHARED_MEMORY_FULL, shared_memory_in_words
 from rae_suite.output import close_bars, surviving_output
 from rae_suite.settings import TrainConfig
@@ -253,10 +255,28 @@ def build_accelerator(train: TrainConfig, report_to: tuple) -> Accelerator:
     check_skipping(train.max_nonfinite_steps, accelerator.device)
     set_tf32(train.tf32, accelerator)
     share_cores(accelerator, train.cpu_threads)
+    if train.compile:
+        check_compiler(accelerator.device)
     missing = set(report_to) - {str(tracker) for tracker in accelerator.log_with}
     if missing:
         raise ConfigError(f"logging.report_to: the package of tracker '{sorted(missing)[0]}' is not installed")
     return accelerator
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ConfigError where torch.compile makes no code for this device: it needs a C++ compiler, and else fails in
+    the first step. Where there is one, that is believed on a CPU: to try takes seconds."""
+    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")):
+        return
+    size = 17 + time.time_ns() % 999_983  # code of its own: what an earlier process compiled would say nothing
+    try:
+        torch.compile(lambda x: x.sin() + 1, fullgraph=True, dynamic=False)(torch.zeros(size, device=device))
+    except Exception as error:  # of many classes, with the compiler's whole output
+        reason = one_line(str(error).strip().splitlines()[0] if str(error).strip() else error)
+        raise ConfigError(
+            f"train.compile: torch.compile makes no code for {device.type} here ({reason}); expected a C++ compiler "
+            "(g++, or one that CXX names), or train.compile false"
+        ) from error
 
 
 def check_skipping(max_nonfinite_steps: int, device: torch.device) -> None:

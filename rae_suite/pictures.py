@@ -72,6 +72,11 @@ def _with_labels(grid: torch.Tensor, labels: list) -> torch.Tensor:
     return torch.from_numpy(np.array(picture))
 
 
+def named_rows(rows: dict) -> torch.Tensor:
+    """Rows of as many images, {name: (N, 3, H, W) in [0, 1]}, each under its name, as one uint8 picture (H', W', 3)."""
+    return torch.cat([_with_labels(_tiles(images, len(images)), [name]) for name, images in rows.items()])
+
+
 def image_grid(images: torch.Tensor, per_row: int) -> torch.Tensor:
     """Images (N, 3, H, W) in [0, 1] in rows of `per_row` as one uint8 picture (H', W', 3)."""
     return _tiles(images, per_row)

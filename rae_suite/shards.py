@@ -16,7 +16,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rae_suite.errors import SECRET, URL_USER, DataError, one_line
 from rae_suite.files import locks_are_missing
-from rae_suite.folders import is_system_name
+from rae_suite.folders import SHARD_ENDINGS, is_system_name
 from rae_suite.images import IMAGE_EXTENSIONS, check_codecs
 from rae_suite.splits import SAVED_DATASET_FILES
 
@@ -42,7 +42,7 @@ def is_parquet(shard):
 
 
 def is_shard(path):
-    return shard_name(path).endswith((".parquet", ".tar", ".tar.gz", ".tgz"))
+    return shard_name(path).endswith(SHARD_ENDINGS)
 
 
 def is_saved(path):

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import UnidentifiedImageError
 
 from rae_suite.errors import DataError, UnreadableImage
-from rae_suite.images import _open_image, to_rgb
+from rae_suite.images import DEFAULT_MEGAPIXELS, _open_image, to_rgb
 
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
@@ -21,16 +21,19 @@ MAX_ASPECT_RATIO = 100  # a resized shorter side would make the longer one, and 
 class ImageSource:
     """A numbered list of images. Subclasses give `__len__`, `name`, `label`, `class_names`, `fingerprint` and `_open`.
 
-    `name(i)` is the file's path or 'split[i]'. `label(i)` is the class index, or None; it never decodes the image.
+    `name(i)` is the file's path, see `shown_name`, or 'split[i]'. `label(i)` is the class index, or None; it never
+    decodes the image.
     `list_digest()` is of the list alone: the same wherever the data lies, another when images are added or renamed.
     `class_names` is the list that label indexes, or None. `check_labels()` raises DataError where it cannot be known
     which labels are meant: those who need labels call it, the others find none. `fingerprint(indices)` changes when
     images are added, removed, renamed or replaced, of those with the given indices or of all: a key for what was
-    computed from them. `split` says in words which images of the data these are, as splits.py has found them.
+    computed from them. `split` says in words which images of the data these are, as splits.py has found them. An image
+    of more than `max_megapixels` is unreadable.
     """
 
     class_names = None
     split = None
+    max_megapixels = DEFAULT_MEGAPIXELS
 
     def check_labels(self):
         pass
@@ -39,6 +42,11 @@ class ImageSource:
         """Image i as RGB. Raises UnreadableImage, whatever the decoder says."""
         try:
             with _open_image(self._open(i)) as image:
+                if image.width * image.height > self.max_megapixels * 1e6:
+                    raise ValueError(
+                        f"{image.width * image.height / 1e6:.4g} megapixels, and data.max_megapixels is "
+                        f"{self.max_megapixels}"
+                    )
                 if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                     raise ValueError(f"{image.width} x {image.height} pixels, sides over 1 : {MAX_ASPECT_RATIO}")
                 return to_rgb(image)
@@ -61,7 +69,7 @@ class FileSource(ImageSource):
         self._bytes = paths
         self._ends = ends
         self._labels = None if labels is None else np.asarray(labels, dtype=np.int32)
-        self.class_names = class_names
+        self.class_names = None if class_names is None else [shown_name(name) for name in class_names]
 
     def __len__(self):
         return len(self._ends)
@@ -70,8 +78,12 @@ class FileSource(ImageSource):
         """Of image i below root, as bytes."""
         return self._bytes[self._ends[i - 1] if i else 0 : self._ends[i]]
 
-    def name(self, i):
+    def file(self, i):
+        """Path of image i, as the system's calls take it."""
         return os.path.join(self.root, os.fsdecode(self._path(i)))
+
+    def name(self, i):
+        return shown_name(self.file(i))
 
     def label(self, i):
         return None if self._labels is None else int(self._labels[i])
@@ -82,7 +94,7 @@ class FileSource(ImageSource):
         for i in range(len(self)) if indices is None else indices:
             digest.update(self._path(i) + b"\0")
             try:
-                status = os.stat(self.name(i))
+                status = os.stat(self.file(i))
             except OSError:
                 continue  # gone since: it will be named as unreadable
             digest.update(struct.pack("<qq", status.st_size, status.st_mtime_ns))
@@ -92,7 +104,13 @@ class FileSource(ImageSource):
         return hashlib.sha256(self._bytes).hexdigest()
 
     def _open(self, i):
-        return self.name(i)
+        return self.file(i)
+
+
+def shown_name(name):
+    """The name of a file or folder as text that can be written anywhere: bytes that are not UTF-8 become \\xe9 and the
+    like."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def join_paths(files):
@@ -199,9 +217,10 @@ class HeldSource(ImageSource):
     """Undecoded images in memory: (name, value, label) each, the value bytes, a path, or a dict of both, the label a
     number or None."""
 
-    def __init__(self, images, class_names=None):
+    def __init__(self, images, class_names=None, max_megapixels=DEFAULT_MEGAPIXELS):
         self._images = images
         self.class_names = class_names
+        self.max_megapixels = max_megapixels
 
     def __len__(self):
         return len(self._images)

@@ -379,6 +379,15 @@ def unreadable_name(source, index):
     return None
 
 
+def image_row(source, index):
+    """What `datasets` takes of an image: its path, and where that is not UTF-8, its bytes."""
+    file, name = source.file(index), source.name(index)
+    if file == name:
+        return {"bytes": None, "path": file}
+    with open(file, "rb") as content:
+        return {"bytes": content.read(), "path": name}
+
+
 def write_dataset(sources, folder, num_workers):
     """Write a DatasetDict. save_to_disk puts the bytes of the files that the rows name into its tables."""
     import datasets
@@ -387,7 +396,7 @@ def write_dataset(sources, folder, num_workers):
     for split, (source, indices) in sources.items():
         features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=source.class_names))
         rows = {
-            "image": [{"bytes": None, "path": source.name(i)} for i in indices],
+            "image": [image_row(source, i) for i in indices],
             "label": [source.label(i) for i in indices],
         }
         splits[split] = datasets.Dataset.from_dict(rows, features=features, split=datasets.NamedSplit(split))

@@ -45,8 +45,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
 from rae_suite.cli import AT_LEAST_0, POSITIVE, Limit, parse, require, setting
 from rae_suite.errors import ConfigError, DataError, RunError, UnreadableImage
-from rae_suite.files import check_output_file, make_folder, writing
-from rae_suite.images import center_crop
+from rae_suite.files import check_folder, check_output_file, make_folder, share, writing
+from rae_suite.images import DEFAULT_MEGAPIXELS, center_crop
 from rae_suite.launch import (
     data_errors_end_this_process,
     measuring_accelerator,
@@ -59,7 +59,7 @@ from rae_suite.loaders import UnreadableLog, WorkerLoader, collate, start_worker
 from rae_suite.metrics import image_metrics, to_8bit
 from rae_suite.pictures import reconstruction_grid
 from rae_suite.settings import FEW_TASKS
-from rae_suite.sources import FileSource, ImageSource, evenly_spread, join_paths
+from rae_suite.sources import FileSource, ImageSource, evenly_spread, join_paths, shown_name
 from rae_suite.splits import scan_folder
 from rae_suite.values import PathText
 
@@ -72,6 +72,8 @@ class LoadingConfig:
 
     max_unreadable: int = setting(10, AT_LEAST_0)
     """Unreadable images that a process skips before the run stops."""
+    max_megapixels: float = setting(DEFAULT_MEGAPIXELS, POSITIVE)
+    """Millions of pixels of the largest image that is read; a larger one counts as unreadable."""
     num_workers: int = setting(4, AT_LEAST_0, FEW_TASKS)
     """Data loading processes, and threads that write files, for each process."""
 
@@ -129,13 +131,13 @@ def find_inputs(places: tuple) -> tuple[ImageSource, list]:
             except DataError as error:  # splits.py names the setting of the other commands
                 raise ConfigError(str(error).replace("data.path:", "input:")) from error
             prefix = Path(place).resolve().name if several else ""
-            files = (source.name(i) for i in range(len(source)))
+            files = (source.file(i) for i in range(len(source)))
             found = {file: os.path.join(prefix, os.path.relpath(file, place)) for file in files}
         else:
             found = {place: os.path.basename(place)}
         for file, name in found.items():
             names.setdefault(os.path.abspath(file), os.path.splitext(name)[0])
-    return FileSource("", *join_paths(names)), distinct(list(names.values()))
+    return FileSource("", *join_paths(names)), distinct([shown_name(name) for name in names.values()])
 
 
 def distinct(names: list) -> list:
@@ -229,6 +231,7 @@ def write_image(output: Path, name: str, box: tuple, image: torch.Tensor, recon:
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"latent": latent.contiguous()}, file)
+            share(file)
     return image_metrics(image[None].float() / 255, recon[None].float() / 255, ["psnr"], None)["psnr"].item()
 
 
@@ -282,7 +285,7 @@ def report(config: ReconstructConfig, images: SquareImages, names: list, measure
     """Write images.csv and grid.png, print the table."""
     output = Path(config.output)
     listed = output / "images.csv"
-    with writing(listed), listed.open("w", newline="", encoding="utf-8") as file:
+    with writing(listed), listed.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.writer(file)
         table.writerow(["input", "name", "psnr"])
         table.writerows([images.source.name(i), names[i], f"{psnr:.4f}"] for i, psnr in measured)
@@ -315,10 +318,12 @@ def main() -> None:
     quiet_transformers()
     accelerator = measuring_accelerator()
     source, names = find_inputs(config.input)
-    make_folder(f"{config.output}/reconstructions", "output")
+    source.max_megapixels = config.data.max_megapixels
+    check_folder(config.output, "output")
     check_output_file(config.json, "json")
     autoencoder = load_autoencoder(config.model)
     images = SquareImages(source, picture_size(config, autoencoder), config.resize)
+    make_folder(f"{config.output}/reconstructions", "output")
     autoencoder.to(accelerator.device)
     measured = reconstruct_all(config, autoencoder, images, names, accelerator)
     if accelerator.is_main_process:
