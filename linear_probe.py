@@ -207,11 +207,12 @@ def load_head(config: LinearProbeConfig) -> LinearHead:
 
 def report(results: dict, output_dir: Path) -> None:
     """Print the tables."""
-    sweep, lrs = results["sweep"], results["config"]["train"]["lrs"]
+    sweep = results["sweep"]
     if sweep is not None:
         print(sweep_table(sweep, results["chosen"]))
+        lrs = {line["lr"] for line in sweep}
         if len(lrs) > 1 and results["lr"] in (min(lrs), max(lrs)):
-            print(f"note: {results['lr']:g} is at the edge of train.lrs, others may be better")
+            print(f"note: {results['lr']:g} is at the edge of all learning rates that were tried, others may be better")
     print(f"\n{class_table(results['per_class'])}\n")
     if results["absent_classes"]:
         names = [short(name) for name in results["absent_classes"]]

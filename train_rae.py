@@ -550,7 +550,7 @@ def main() -> None:
     size, lanes = config.model.image_size, (state.stream or {}).get("lanes")
     loader = open_loader(data, config.data, config.train, accelerator, size, state.step, total_steps, lanes)
     unreadable = UnreadableLog(config.data.max_unreadable)
-    log = RunLog(accelerator, run_dir, state, data.steps_per_epoch, unreadable)
+    log = RunLog(accelerator, run_dir, state, data.steps_per_epoch, unreadable, config.logging.report_to)
     evaluation = build_evaluation(run, data.eval_images, unreadable, distances)
     log.forget_after(state.step if continued else -1)
     start_trackers(config, accelerator, run_dir, state.step)

@@ -21,10 +21,11 @@ class Autoencoder(nn.Module):
 
     `name` is the folder or Hub id, `kind` the class of the network, `image_size` the side S in pixels of the images
     that it takes and makes; None: any. Pixels are (B, 3, S, S) in [0, 1], latents (B, C, h, w) as a diffusion model
-    sees them.
+    sees them. `rectangle_step`: pixels that divide the sides of the rectangles that it takes too; None: squares alone.
     """
 
     image_size: Optional[int] = None
+    rectangle_step: Optional[int] = None
 
     def __init__(self, name: str, model: nn.Module):
         super().__init__()
@@ -54,6 +55,10 @@ class RAE(Autoencoder):
     def __init__(self, name: str, model: RAEModel):
         super().__init__(name, model)
         self.image_size = model.config.image_size
+        self.rectangle_step = model.config.decoder_patch_size if model.takes_rectangles else None
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        return self.model.decode(latent, other_grid="keep").sample
 
     def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.model.encode(pixels, normalize=False).latent
@@ -71,8 +76,12 @@ class DiffusersRAE(Autoencoder):
 class DiffusersKL(Autoencoder):
     """Its latents are the posterior's mean, shifted and scaled as diffusers' pipelines do."""
 
+    @property
+    def rectangle_step(self) -> int:
+        return 2 ** (len(self.model.config.block_out_channels) - 1)  # it halves between blocks
+
     def check_size(self, size: int, key: str) -> None:
-        factor = 2 ** (len(self.model.config.block_out_channels) - 1)  # it halves between blocks
+        factor = self.rectangle_step
         if size % factor or size < 8 * factor:
             raise ConfigError(
                 f"{key}: expected a multiple of {factor}, {8 * factor} or more, for {self.name}, got {size}"

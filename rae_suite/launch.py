@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting, fail, one_line, scrub
-from rae_suite.loaders import SHARED_MEMORY_FULL, shared_memory_in_words
+from rae_suite.loaders import SHARED_MEMORY_FULL, cores, shared_memory_in_words
 from rae_suite.output import close_bars, surviving_output
 from rae_suite.settings import TrainConfig
 
@@ -101,8 +101,7 @@ def check_precision(accelerator: Accelerator) -> None:
 def cores_of_process(accelerator: Accelerator) -> int:
     """This process's share of the machine's cores."""
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // local_processes)
+    return max(1, cores() // local_processes)
 
 
 def share_cores(accelerator: Accelerator, threads: Optional[int] = None) -> None:
@@ -212,12 +211,18 @@ def plain_accelerator() -> Iterator[None]:
             os.environ["ACCELERATE_USE_FSDP"] = asked
 
 
+def launcher() -> str:
+    """What started this process, for messages."""
+    by_accelerate = any(name.startswith("ACCELERATE_") and name != "ACCELERATE_USE_CPU" for name in os.environ)
+    return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ and not by_accelerate else "accelerate launch"
+
+
 def check_processes(accelerator: Accelerator) -> None:
-    """Raise ConfigError when the processes that accelerate launch started do not know of each other."""
+    """Raise ConfigError when the processes that a launcher started do not know of each other."""
     started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     if started != accelerator.num_processes:
         raise ConfigError(
-            f"accelerate launch: it started {started} processes, and there is no GPU for them; to train with several "
+            f"{launcher()}: it started {started} processes, and there is no GPU for them; to train with several "
             "processes on a CPU set ACCELERATE_USE_CPU=true"
         )
 
@@ -227,10 +232,10 @@ def build_accelerator(train: TrainConfig, report_to: tuple) -> Accelerator:
     Raises ConfigError for what is asked for and cannot be had: trackers, engines, a precision, TF32, steps that are
     skipped on a device that cannot."""
     for name in report_to:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise ConfigError(
-                f"logging.report_to: expected trackers among {', '.join(LOGGER_TYPE_TO_CLASS)}, got {name!r}"
-            )
+        if name not in (*LOGGER_TYPE_TO_CLASS, "csv"):
+            known = ", ".join(["csv", *LOGGER_TYPE_TO_CLASS])
+            raise ConfigError(f"logging.report_to: expected trackers among {known}, got {name!r}")
+    report_to = tuple(name for name in report_to if name != "csv")  # see metrics_file.py
     check_launch()
     # Accelerate drops a timeout of exactly 10 minutes, because it equals its default: so add a microsecond
     timeout = timedelta(minutes=train.timeout_minutes, microseconds=1)

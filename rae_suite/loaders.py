@@ -269,10 +269,19 @@ def build_loader(images, batches, collate_fn, num_workers):
     )
 
 
+def cores():
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class WorkerLoader(torch.utils.data.DataLoader):
     """A DataLoader whose processes have SIGTERM blocked from their first moment: `start_worker` comes too late for the
     threads that some libraries (Arrow) start again within a fork, and one that takes the signal ends the process.
-    Raises RunError where there is no shared memory for what they are started with."""
+    Raises RunError where there is no shared memory for what they are started with. There are at most as many as cores:
+    more would wait for each other."""
+
+    def __init__(self, *args, num_workers=0, **options):
+        super().__init__(*args, num_workers=min(num_workers, cores()), **options)
 
     def __iter__(self):
         with _waiting_for_workers():  # a second pass waits for all of them

@@ -51,7 +51,8 @@ CHECKPOINT_FORMAT = 1  # to be raised when older versions could not continue fro
 # what state.json of older formats lacks
 OLDER_STATE = {"format": 0, "images": None}
 # what a start leaves in a new run folder before the run has anything to show: it may be that of another run then
-LEFT_BY_A_START = {"config.yaml", SHARDS, "wandb_run_id.txt", "wandb", "logs", "checkpoints", "hub.log", "hub"}
+LEFT_BY_A_START = {"config.yaml", SHARDS, "wandb_run_id.txt", "wandb", "mlflow_run_id.txt", "dvclive", "logs",
+                   "checkpoints", "hub.log", "hub"}  # fmt: skip
 
 
 @dataclass

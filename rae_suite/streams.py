@@ -27,7 +27,7 @@ from accelerate.utils import broadcast_object_list
 
 from rae_suite.errors import DataError
 from rae_suite.lanes import Lane
-from rae_suite.loaders import UnreadableLog, WorkerLoader, start_worker
+from rae_suite.loaders import UnreadableLog, WorkerLoader, cores, start_worker
 from rae_suite.randomness import PASS_STREAM, SHARD_STREAM
 from rae_suite.settings import DataConfig
 from rae_suite.shards import (
@@ -354,7 +354,8 @@ class StreamLoader:
         self.loader = WorkerLoader(
             LaneChunks(stream, lanes, cfg, image_size, dict(self.states)),
             batch_size=None,
-            num_workers=cfg.num_workers,
+            # a divisor, so that each has equally many lanes: else they would come in another order
+            num_workers=max(n for n in range(cfg.num_workers + 1) if n <= cores() and cfg.num_workers % max(n, 1) == 0),
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # the loader draws a seed from it, and would else move the global generator
         )
