@@ -5,7 +5,8 @@
     python linear_probe.py --eval_only --head runs/linear_probe/head --data.path /data/imagenet_hf
 
 The evaluation images are the split `validation`, or what --data.eval_split says (`val` for most image folders).
-Models are RAE folders or Hub ids, or diffusers' AutoencoderRAE and AutoencoderKL. Published top-1 on ImageNet-1k
+Models are RAE folders or Hub ids, diffusers' AutoencoderRAE and AutoencoderKL, or a vision encoder alone, such as
+facebook/dinov2-base. Published top-1 on ImageNet-1k
 (RAE paper): DINOv2-B 84.5, SigLIP2-B 79.1, MAE-B 68.0, SD-VAE 8.0. configs/linear_probe.yaml, the default --config,
 has the protocol and what it gives on the handwritten digits.
 
@@ -28,8 +29,8 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub.constants import HF_HOME
 
-from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
-from rae_suite.cli import config_dict, parse, require
+from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, is_encoder, load_autoencoder, load_encoder
+from rae_suite.cli import POSITIVE, config_dict, parse, require, setting
 from rae_suite.digests import latents_digest
 from rae_suite.errors import ConfigError
 from rae_suite.features import Extractor, FeaturesConfig, cached_features
@@ -37,6 +38,7 @@ from rae_suite.files import make_folder
 from rae_suite.labels import number_labels, read_labels
 from rae_suite.launch import measuring_accelerator, quiet_transformers, run_main
 from rae_suite.linear_heads import HeadTrainingConfig, LinearHead, evaluate_head, fit, hold_out, training_set
+from rae_suite.loaders import chosen_images
 from rae_suite.probe_figures import (
     SHOWN_CLASSES,
     class_table,
@@ -48,7 +50,7 @@ from rae_suite.probe_figures import (
 )
 from rae_suite.results import results_folder, save_results
 from rae_suite.settings import ImagesConfig
-from rae_suite.sources import ImageSource
+from rae_suite.sources import ImageSource, SubsetSource
 from rae_suite.splits import load_eval_images, load_splits
 from rae_suite.values import PathText
 
@@ -65,12 +67,15 @@ class LinearProbeConfig:
     """Settings of linear_probe.py."""
 
     model: Optional[PathText] = None
-    """Folder or Hub id of the autoencoder; with eval_only none: the one that the head was trained on."""
+    """Folder or Hub id of the autoencoder, or of a vision encoder alone; with eval_only none: the one that the head was
+    trained on."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
     """The images. With eval_only, data without a split level is taken whole, unless eval_split names another split than
     the default."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     train: HeadTrainingConfig = field(default_factory=HeadTrainingConfig)
+    num_samples: Optional[int] = setting(None, POSITIVE)
+    """Images of each split that are used, spread evenly over it; none: all."""
     eval_only: bool = False
     """Evaluate a saved head instead of training one."""
     head: Optional[PathText] = None
@@ -106,12 +111,21 @@ class LabelledImages:
     labels: torch.Tensor
 
 
+def part(images: ImageSource, config: LinearProbeConfig) -> ImageSource:
+    """The images that num_samples leaves."""
+    if config.num_samples is None or config.num_samples >= len(images):
+        return images
+    chosen = SubsetSource(images, chosen_images(images, config.num_samples))
+    chosen.split = f"{config.num_samples} of {len(images)} images of {images.split}"
+    return chosen
+
+
 def load_images(config: LinearProbeConfig, head: Optional[LinearHead]) -> tuple:
     """(training images, evaluation images, classes of the head, those of them that the evaluation images lack). With a
     trained head the training images are None, and need not be there unless evaluation images are held out of them."""
     train = None
     if head is None:
-        train_source, source = load_splits(config.data, config.train.seed)
+        train_source, source = (part(images, config) for images in load_splits(config.data, config.train.seed))
         labels, names = read_labels(train_source, "data.train_split")
         classes, trained_on = list(names.values()), "the training split"
         require(len(classes) > 1, "data.train_split", "images of at least 2 classes", classes)
@@ -119,7 +133,7 @@ def load_images(config: LinearProbeConfig, head: Optional[LinearHead]) -> tuple:
         if len(config.train.lrs) * len(config.train.weight_decays) > 1:
             hold_out(train.labels, config.train.selection_fraction, config.train.seed)  # raises when nothing is left
     else:
-        source = load_eval_images(config.data, config.train.seed)
+        source = part(load_eval_images(config.data, config.train.seed), config)
         classes, trained_on = head.config["classes"], f"the head {config.head}"
     labels, names = read_labels(source, "data.eval_split")
     absent = check_classes(list(names.values()), classes, trained_on, config.allow_absent_classes)
@@ -150,6 +164,15 @@ def check_classes(found: list, classes: list, trained_on: str, allow_absent: boo
 # --------------------------------------------------------------------------------------------------------------------
 # The model
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(config: LinearProbeConfig, head: Optional[LinearHead]) -> Autoencoder:
+    """The autoencoder, or the vision encoder alone."""
+    source = config.model or head.config["model"]
+    if not is_encoder(source):
+        return load_autoencoder(source)
+    size = config.features.image_size
+    return load_encoder(source, size if size is not None or head is None else head.config["image_size"])
 
 
 def build_extractor(
@@ -248,7 +271,7 @@ def main(argv: Optional[list] = None) -> None:
     # everything that can be wrong is looked at before features are extracted
     head = load_head(config) if config.eval_only else None
     train_images, eval_images, classes, absent = load_images(config, head)
-    model = load_autoencoder(config.model or head.config["model"])
+    model = load_model(config, head)
     extractor = build_extractor(config, model, head, accelerator)
     default_dir = "runs/linear_probe_eval" if config.eval_only else "runs/linear_probe"
     output_dir = results_folder(config.output_dir, default_dir, "output_dir")

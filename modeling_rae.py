@@ -59,7 +59,8 @@ class EncoderFamily:
     """What the RAE must know about one transformers vision architecture.
 
     Attributes:
-        final_norm: name of the LayerNorm after the last block; its affine part is dropped. "none": there is none.
+        final_norm: name of the LayerNorm, or RMSNorm, after the last block; its affine part is dropped. "none": there
+            is none.
         prefix_tokens: number of tokens before the patch tokens (CLS, registers), from the encoder's config.
         call_kwargs: extra arguments of the forward call, from (normalised pixels, number of patches). Where forward
             takes `interpolate_pos_encoding`, it is always set.
@@ -89,6 +90,11 @@ def _mae_kwargs(pixels: torch.Tensor, num_patches: int) -> dict:
 
 # A new family is one entry here, under the `model_type` of its transformers config.
 ENCODER_FAMILIES = {
+    "aimv2_vision_model": EncoderFamily(
+        "rms_norm",
+        lambda config: 0,
+        config_overrides=(("use_head", False),),  # the pooling head is not used: not built, not saved
+    ),
     "clip_vision_model": EncoderFamily(
         "post_layernorm",
         lambda config: 1,
@@ -225,24 +231,49 @@ class LayerNormWithoutAffine(nn.Module):
         return F.layer_norm(x, self.normalized_shape, eps=self.eps)
 
 
+class RMSNormWithoutAffine(nn.Module):
+    """RMSNorm over the last dimension, no weight; computed in float32, as transformers' are."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm or an RMSNorm; of the latter, many transformers models have a class."""
+    return isinstance(module, nn.LayerNorm) or (type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight"))
+
+
+def _without_affine(norm: nn.Module) -> nn.Module:
+    """The same norm without weight and bias."""
+    if isinstance(norm, nn.LayerNorm):
+        return LayerNormWithoutAffine(norm.normalized_shape, norm.eps)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return RMSNormWithoutAffine(torch.finfo(torch.float32).eps if eps is None else eps)
+
+
 def _final_norm(encoder: PreTrainedModel, name: str, keep_affine: bool) -> nn.Module:
-    """The encoder's final LayerNorm, the one module whose path ends in `name`. Unless `keep_affine`, one without weight
-    and bias takes its place first (RAE paper, appendix on encoders)."""
+    """The encoder's final LayerNorm or RMSNorm, the one module whose path ends in `name`. Unless `keep_affine`, one
+    without weight and bias takes its place first (RAE paper, appendix on encoders)."""
     if name == "none":
         return LayerNormWithoutAffine((encoder.config.hidden_size,), eps=1e-6)
     paths = [path for path, _ in encoder.named_modules() if f".{path}".endswith(f".{name}")]
     norm = encoder.get_submodule(paths[0]) if len(paths) == 1 else None
-    if not isinstance(norm, nn.LayerNorm):
-        norms = (path for path, module in encoder.named_modules() if isinstance(module, nn.LayerNorm))
+    if norm is None or not _is_norm(norm):
+        norms = (path for path, module in encoder.named_modules() if _is_norm(module))
         outside = [path for path in norms if not any(part.isdigit() for part in path.split("."))]  # of the blocks
         raise ValueError(
-            f"encoder_final_norm: expected the LayerNorm after the last block of {type(encoder).__name__}, one of "
-            f"{outside}, or none, got '{name}'"
+            f"encoder_final_norm: expected the LayerNorm or RMSNorm after the last block of {type(encoder).__name__}, "
+            f"one of {outside}, or none, got '{name}'"
         )
     if keep_affine:
         return norm
     parent, _, attribute = paths[0].rpartition(".")
-    plain = LayerNormWithoutAffine(norm.normalized_shape, norm.eps)
+    plain = _without_affine(norm)
     setattr(encoder.get_submodule(parent), attribute, plain)
     return plain
 

@@ -7,13 +7,15 @@ from typing import Optional
 
 import torch
 from torch import nn
+from transformers import PreTrainedConfig
 
-from modeling_rae import RAEModel, check_config_dict
+from modeling_rae import RAEModel, check_config_dict, read_config, vision_config
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.hub import fetch_file
 from rae_suite.state_dicts import check_loading_info
 
 DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
+DEFAULT_ENCODER_SIZE = 224  # pixels, what most vision encoders are trained with
 
 
 class Autoencoder(nn.Module):
@@ -50,6 +52,10 @@ class Autoencoder(nn.Module):
         there is no such encoder."""
         raise ConfigError(f"{self.name} is a {self.kind}: it has no frozen vision encoder, expected an RAE")
 
+    def cls(self, pixels: torch.Tensor) -> torch.Tensor:
+        """The frozen encoder's CLS token (B, C). Raises ConfigError where there is none."""
+        raise ConfigError(f"{self.name} is a {self.kind}: it has no CLS token")
+
 
 class RAE(Autoencoder):
     def __init__(self, name: str, model: RAEModel):
@@ -62,6 +68,29 @@ class RAE(Autoencoder):
 
     def tokens(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.model.encode(pixels, normalize=False).latent
+
+    def cls(self, pixels: torch.Tensor) -> torch.Tensor:
+        family, outputs = self.model.config.encoder_family(), []
+        if family.prefix_tokens(self.model.config.encoder_config) == 0:
+            raise ConfigError(f"{type(self.model.encoder).__name__} of {self.name} has no CLS token")
+        handle = self.model.encoder.register_forward_hook(lambda *call: outputs.append(call[-1].last_hidden_state))
+        try:
+            self.model.encode(pixels, normalize=False)
+        finally:
+            handle.remove()
+        token = outputs[0][:, 0]
+        return token if family.norm_in_forward else self.model.encoder_norm(token)
+
+
+class Encoder(RAE):
+    """A vision encoder alone, as published, with the weight and bias of its last norm; it decodes nothing."""
+
+    def __init__(self, name: str, model: RAEModel):
+        super().__init__(name, model)
+        self.kind = type(model.encoder).__name__
+
+    def decode(self, latent: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
 
 
 class DiffusersRAE(Autoencoder):
@@ -116,6 +145,29 @@ def load_autoencoder(source: str, key: str = "model") -> Autoencoder:
         model, info = load(source, torch_dtype=torch.float32, output_loading_info=True)
     check_loading_info(info, source, key)
     return {"AutoencoderRAE": DiffusersRAE, "AutoencoderKL": DiffusersKL}[kind](source, model)
+
+
+def is_encoder(source: str) -> bool:
+    """Whether a folder or Hub repository is that of a vision encoder of transformers."""
+    try:
+        settings, _ = PreTrainedConfig.get_config_dict(source)
+    except (OSError, ValueError):
+        return False  # load_autoencoder says what is wrong
+    return "_class_name" not in settings and settings.get("model_type", "rae") != "rae"
+
+
+def load_encoder(source: str, image_size: Optional[int], key: str = "model") -> Encoder:
+    """The vision encoder in a folder or on the Hub, on the CPU in float32. `image_size`: side in pixels of its images;
+    none: 224, or the number below it that the encoder's patches divide. Raises ConfigError, about the setting `key`."""
+    with error_names_setting(key, source):
+        patch = vision_config(read_config(source)).patch_size
+        patch = patch if isinstance(patch, int) else patch[0]
+        size = image_size or DEFAULT_ENCODER_SIZE // patch * patch
+        # an RAE whose decoder is as small as one can be
+        decoder = dict(decoder_hidden_size=4, decoder_num_hidden_layers=1, decoder_num_attention_heads=1,
+                       decoder_intermediate_size=4, decoder_patch_size=patch)  # fmt: skip
+        keep = {"encoder_keep_final_affine": True}
+        return Encoder(source, RAEModel.from_encoder(source, encoder_input_size=size, **decoder, **keep))
 
 
 def _kind(source: str, key: str) -> str:

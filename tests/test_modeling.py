@@ -332,7 +332,7 @@ def test_a_rectangle_is_decoded_at_its_places(encoders):
     along = table[0, 1:].unflatten(0, (grid, 2 * grid))
     torch.testing.assert_close(along.unflatten(1, (grid, 2)).mean(2)[:, 1:-1],
                                model.decoder.decoder_pos_embed[0, 1:].unflatten(0, (grid, grid))[:, 1:-1],
-                               atol=0.1, rtol=0)  # fmt: skip
+                               atol=0.2, rtol=0)  # fmt: skip
 
 
 def test_wrong_inputs_are_refused_with_their_shapes(rae):
