@@ -191,11 +191,12 @@ def panels_of(lines: list) -> dict:
     for kind in ("train", "eval"):
         for line in (line for line in lines if line["kind"] == kind and line.get("model", "ema") == "ema"):
             for name, value in line.items():
-                if name in NOT_DRAWN or value is None:
+                plain = name.rpartition("/")[2]  # of a metric in a set of eval.sets
+                if plain in NOT_DRAWN or value is None:
                     continue
                 title = PANELS.get(name, name.replace("_", " "))
                 if kind == "eval":
-                    title = f"{METRICS[name].panel if name in METRICS else name.replace('_', ' ')}, EMA"
+                    title = f"{METRICS[plain].panel if plain in METRICS else name.replace('_', ' ')}, EMA"
                 panels.setdefault(title, {}).setdefault(name, []).append((line["step"], value))
     return panels
 

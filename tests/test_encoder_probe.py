@@ -1,4 +1,4 @@
-"""linear_probe.py on a vision encoder alone, its CLS token, and a part of the images; encoders that end in an RMSNorm."""
+"""linear_probe.py on a vision encoder alone, its CLS token and some of the images; encoders that end in an RMSNorm."""
 
 import json
 
@@ -112,8 +112,6 @@ def test_latents_of_an_encoder_that_ends_in_an_rms_norm(tmp_path, layers):
 
 def test_a_norm_of_another_kind_is_refused():
     config = dict(tiny_rae().config.encoder_config.to_dict())
-    with pytest.raises(
-        ValueError, match=r"expected the LayerNorm or RMSNorm after the last block of .*\['layernorm'\]"
-    ):
+    with pytest.raises(ValueError, match=r"the LayerNorm or RMSNorm after the last block of .*\['layernorm'\]"):
         RAEModel(RAEConfig(encoder_config=config, encoder_input_size=32, encoder_final_norm="embeddings",
                            decoder_hidden_size=16, decoder_num_attention_heads=1, decoder_patch_size=8))  # fmt: skip
