@@ -34,7 +34,7 @@ data/digits: | setup
 	$(BIN)/python scripts/prepare_data.py digits --output data/digits
 
 demo: setup data/digits
-	$(BIN)/accelerate launch --config_file accelerate_configs/cpu.yaml train_rae.py --config configs/digits_tiny.yaml
+	$(BIN)/python train_rae.py --config configs/digits_tiny.yaml
 
 test: setup
 	$(BIN)/python -m pytest
