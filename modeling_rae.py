@@ -262,6 +262,7 @@ def _final_norm(encoder: PreTrainedModel, name: str, keep_affine: bool) -> nn.Mo
     if name == "none":
         return LayerNormWithoutAffine((encoder.config.hidden_size,), eps=1e-6)
     paths = [path for path, _ in encoder.named_modules() if f".{path}".endswith(f".{name}")]
+    paths = [name] if name in paths else paths  # AIMv2 has an embeddings.rms_norm beside its last one
     norm = encoder.get_submodule(paths[0]) if len(paths) == 1 else None
     if norm is None or not _is_norm(norm):
         norms = (path for path, module in encoder.named_modules() if _is_norm(module))

@@ -765,10 +765,8 @@ def test_eval_results_beside_the_card(push, run_dir, model):
     written_card(push, run_dir / "final")
     text = (run_dir / "final-upload/.eval_results/reconstruction.yaml").read_text()
     entries = parse_eval_result_entries(yaml.safe_load(text))
-    assert {entry.task_id: entry.value for entry in entries} == {
-        "reconstruction_psnr": 25.0,
-        "reconstruction_rfid": 2.0,
-    }
+    values = {entry.task_id: entry.value for entry in entries}
+    assert values == {"reconstruction_psnr": 25.0, "reconstruction_rfid": 2.0}
     assert {entry.dataset_id for entry in entries} == {"user/photos"}
     assert entries[0].notes == "8 images; split: validation; at step 9 of training"
     (run_dir / "config.yaml").write_text((run_dir / "config.yaml").read_text().replace("user/photos", "/data/photos"))
