@@ -429,10 +429,10 @@ def measure(run: Run, evaluation: Evaluation, log: RunLog, model: str) -> dict:
     folder = log.run_dir / "pairs" / f"step-{log.state.step:08d}-{model}"
     with run.ema.applied() if model == "ema" else nullcontext():
         found = evaluation.evaluator(partial(reconstruct, run), partial(save_pairs, folder, evaluation.pairs))
-    values = found.summary()
-    for name, evaluator in evaluation.sets.items():
-        found = evaluator(partial(reconstruct, run)).summary()
-        values |= {f"{name}/{key}": value for key, value in found.items()}
+        values = found.summary()
+        for name, evaluator in evaluation.sets.items():
+            found = evaluator(partial(reconstruct, run)).summary()
+            values |= {f"{name}/{key}": value for key, value in found.items()}
     log.write("eval", {"model": model, **values})
     return values
 

@@ -252,7 +252,8 @@ def choose(sweep: list, num_images: int) -> Optional[int]:
     if not finite:
         return None
     most = max(sweep[i]["top1"] for i in finite)
-    error = math.sqrt(most * (1 - most) / num_images)
+    share = (most * num_images + 2) / (num_images + 4)  # Agresti and Coull 1998: also of few images, all of them right
+    error = math.sqrt(share * (1 - share) / (num_images + 4))
     return min((i for i in finite if sweep[i]["top1"] >= most - error), key=lambda i: sweep[i]["loss"])
 
 
