@@ -30,7 +30,7 @@ OPTIONAL_CODECS = {
     **dict.fromkeys(JPEG_2000, ("jpg_2000", "JPEG 2000")),
 }
 SIGNED = 2  # TIFF's SampleFormat
-DEFAULT_MEGAPIXELS = 179  # what Pillow allows; a file of some kilobytes may claim any number
+DEFAULT_MEGAPIXELS = 179.0  # what Pillow allows; a file of some kilobytes may claim any number
 Image.MAX_IMAGE_PIXELS = None  # sources.py looks at the number, under a setting and with the image's name
 # Pillow reads this kind of file with another byte order or sense of grey, but not with both (as of 13.0)
 TiffImagePlugin.OPEN_INFO.setdefault((TiffImagePlugin.MM, 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))

@@ -49,7 +49,7 @@ class ImagesConfig:
     """Column of the labels; none: found by its type."""
     max_unreadable: int = setting(10, AT_LEAST_0)
     """Distinct unreadable images that a process skips before the run stops."""
-    max_megapixels: float = setting(179, POSITIVE)
+    max_megapixels: float = setting(179.0, POSITIVE)
     """Millions of pixels of the largest image that is read; a larger one counts as unreadable. It is held in memory, 3
     bytes for each pixel."""
     num_workers: int = setting(4, AT_LEAST_0, FEW_TASKS)

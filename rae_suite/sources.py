@@ -45,7 +45,7 @@ class ImageSource:
                 if image.width * image.height > self.max_megapixels * 1e6:
                     raise ValueError(
                         f"{image.width * image.height / 1e6:.4g} megapixels, and data.max_megapixels is "
-                        f"{self.max_megapixels}"
+                        f"{self.max_megapixels:g}"
                     )
                 if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                     raise ValueError(f"{image.width} x {image.height} pixels, sides over 1 : {MAX_ASPECT_RATIO}")

@@ -764,7 +764,7 @@ def test_wide_features_of_few_images(tmp_path):
         for c in (1e-4, 1e-3, 1e-2, 1e-1)
     )
     assert accuracy((scaled @ weights).argmax(1)) > theirs - 0.01 and theirs > 0.5
-    assert sweep[best]["lr"] < 10 and len(sweep) > 6
+    assert len(sweep) > 6 and sweep[best]["lr"] < 30
 
 
 def test_head_loads_without_anything_else(tmp_path):
