@@ -69,8 +69,8 @@ class EncoderFamily:
             do not have: written in any case, so that every release reads it.
         norm_in_forward: whether the patch tokens in `last_hidden_state` have gone through `final_norm`; where not, the
             RAE normalises them, so that latents are normalised tokens whatever the family.
-        computes_positions: whether positions are computed for any grid (RoPE), rectangles too, without
-            `interpolate_pos_encoding`.
+        any_grid: whether forward takes images of any grid, rectangles too, without `interpolate_pos_encoding`: it
+            always interpolates its positions, or computes them (RoPE).
     """
 
     final_norm: str
@@ -79,7 +79,7 @@ class EncoderFamily:
     config_overrides: tuple = ()
     file_prefix: str = ""
     norm_in_forward: bool = True
-    computes_positions: bool = False
+    any_grid: bool = False
 
 
 def _mae_kwargs(pixels: torch.Tensor, num_patches: int) -> dict:
@@ -101,9 +101,9 @@ ENCODER_FAMILIES = {
         file_prefix="vision_model.",
         norm_in_forward=False,  # CLIP itself gives only the pooled CLS token to it
     ),
-    "dinov2": EncoderFamily("layernorm", lambda config: 1),
-    "dinov2_with_registers": EncoderFamily("layernorm", lambda config: 1 + config.num_register_tokens),
-    "dinov3_vit": EncoderFamily("norm", lambda config: 1 + config.num_register_tokens, computes_positions=True),
+    "dinov2": EncoderFamily("layernorm", lambda config: 1, any_grid=True),
+    "dinov2_with_registers": EncoderFamily("layernorm", lambda config: 1 + config.num_register_tokens, any_grid=True),
+    "dinov3_vit": EncoderFamily("norm", lambda config: 1 + config.num_register_tokens, any_grid=True),
     "ijepa": EncoderFamily("layernorm", lambda config: 0),
     "siglip_vision_model": EncoderFamily(
         "post_layernorm",
@@ -1057,7 +1057,7 @@ class RAEModel(RAEPreTrainedModel):
     @property
     def takes_rectangles(self) -> bool:
         """Whether the encoder has positions for another grid than its own: it interpolates them, or computes them."""
-        return self._interpolates or self.config.encoder_family().computes_positions
+        return self._interpolates or self.config.encoder_family().any_grid
 
     def _grid(self, height: int, width: int) -> tuple:
         """(h, w) of the latent of an image. Raises ValueError for rectangles that cannot be encoded."""
