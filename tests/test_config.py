@@ -587,7 +587,8 @@ def test_the_home_folder_is_expanded_wherever_a_path_is_taken(tmp_path, monkeypa
     write(tmp_path / "mine.yaml", yaml.safe_dump(tree))
     flags = [part for key, value in plain.items() for part in (f"--{key}", value)]
     other = ["--data.streaming", "--data.steps_per_epoch", "3", "--perceptual.weights", "pretrained", "--eval.metrics",
-             "psnr", "rfid", "--data.mixture", "{~/x: 1, '~/y/{0..3}.tar': 2}", "--eval.sets", "{faces: ~/faces}"]  # fmt: skip
+             "psnr", "rfid", "--data.mixture", "{~/x: 1, '~/y/{0..3}.tar': 2}",
+             "--eval.sets", "{faces: ~/faces}"]  # fmt: skip
     for argv in (["--config", "~/mine.yaml"], [*flags, *other]):
         config = parse_config(argv)
         for key, value in plain.items():
