@@ -39,7 +39,7 @@ data/digits: | setup
 	$(BIN)/python scripts/prepare_data.py digits --output data/digits
 
 demo: setup data/digits
-	$(BIN)/accelerate launch --num_processes 1 train_rae.py --config configs/digits_tiny.yaml
+	$(BIN)/python train_rae.py --config configs/digits_tiny.yaml
 
 demo-dit: setup data/digits
 	test -d runs/digits_tiny/final || $(MAKE) demo

@@ -756,3 +756,19 @@ def test_sigterm_ends_the_final_upload(server, model, tmp_path, monkeypatch):
         assert process.returncode == -signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_eval_results_beside_the_card(push, run_dir, model):
+    """As the Hub's own reader takes them; nothing where the data is not on the Hub."""
+    from huggingface_hub import parse_eval_result_entries
+
+    written_card(push, run_dir / "final")
+    text = (run_dir / "final-upload/.eval_results/reconstruction.yaml").read_text()
+    entries = parse_eval_result_entries(yaml.safe_load(text))
+    values = {entry.task_id: entry.value for entry in entries}
+    assert values == {"reconstruction_psnr": 25.0, "reconstruction_rfid": 2.0}
+    assert {entry.dataset_id for entry in entries} == {"user/photos"}
+    assert entries[0].notes == "8 images; split: validation; at step 9 of training"
+    (run_dir / "config.yaml").write_text((run_dir / "config.yaml").read_text().replace("user/photos", "/data/photos"))
+    written_card(push, run_dir / "final")
+    assert not (run_dir / "final-upload/.eval_results").exists()
