@@ -12,7 +12,7 @@ import torch
 
 from rae_suite.errors import DataError, UnreadableImage
 from rae_suite.images import TrainingView
-from rae_suite.loaders import WorkerLoader, label_of, start_worker, too_many_in_a_row
+from rae_suite.loaders import WorkerLoader, cores, label_of, start_worker, too_many_in_a_row
 from rae_suite.randomness import LANE_CROP_STREAM, MIXTURE_STREAM, WINDOW_STREAM
 from rae_suite.settings import DataConfig
 from rae_suite.shard_reading import UnreadableShard, read_shard

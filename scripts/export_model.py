@@ -28,7 +28,7 @@ from torch import nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
 from modeling_rae import RAEModel
-from rae_suite.autoencoders import RAE, load_autoencoder
+from rae_suite.autoencoders import RAE
 from rae_suite.cli import parse, require
 from rae_suite.errors import ConfigError, RunError, one_line
 from rae_suite.files import check_folder, write_folder

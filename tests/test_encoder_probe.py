@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from transformers import Aimv2VisionConfig, Aimv2VisionModel, AutoModel, Dinov2Config, SiglipVisionConfig
 
 from modeling_rae import RAEConfig, RAEModel
-from rae_suite.autoencoders import is_encoder, load_autoencoder, load_encoder
+from rae_suite.autoencoders import is_encoder, load_encoder
+from rae_suite.model_loading import load_autoencoder
 from rae_suite.errors import ConfigError
 from rae_suite.features import image_features
 

@@ -230,7 +230,7 @@ def test_folders_that_are_no_model(server, model, push, tmp_path):
         "has no config.json": lambda folder: (folder / "config.json").unlink(),
         "has no modeling_rae.py": lambda folder: (folder / "modeling_rae.py").unlink(),
         "is no model config": lambda folder: (folder / "config.json").write_text("[]"),
-        "has model_type vit,": lambda folder: change_config(folder, model_type="vit"),
+        "is a vit, expected an RAE": lambda folder: change_config(folder, model_type="vit"),
         "encoder_input_size (33)": lambda folder: change_config(folder, encoder_input_size=33),
         "model.safetensors) cannot be read": lambda folder: (folder / "model.safetensors").unlink(),
         "cannot be read: ": lambda folder: os.truncate(folder / "model.safetensors", 5000),
@@ -245,7 +245,7 @@ def test_folders_that_are_no_model(server, model, push, tmp_path):
         damage(folder)
         message = error_line(push(folder))
         assert message.startswith("error: model: ") and words in message, (words, message)
-    assert "has no config.json" in error_line(push(tmp_path / "nowhere"))
+    assert "does not exist, expected an RAE" in error_line(push(tmp_path / "nowhere"))
     assert server.requests == []
 
 
