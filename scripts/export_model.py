@@ -33,6 +33,7 @@ from rae_suite.cli import parse, require
 from rae_suite.errors import ConfigError, RunError, one_line
 from rae_suite.files import check_folder, write_folder
 from rae_suite.launch import quiet_transformers, run_main
+from rae_suite.model_loading import load_autoencoder
 from rae_suite.values import PathText
 
 MOST_DIFFERENCE = 1e-5  # absolute, of pixels in [0, 1], and relative to the largest latent

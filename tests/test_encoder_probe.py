@@ -10,9 +10,9 @@ from transformers import Aimv2VisionConfig, Aimv2VisionModel, AutoModel, Dinov2C
 
 from modeling_rae import RAEConfig, RAEModel
 from rae_suite.autoencoders import is_encoder, load_encoder
-from rae_suite.model_loading import load_autoencoder
 from rae_suite.errors import ConfigError
 from rae_suite.features import image_features
+from rae_suite.model_loading import load_autoencoder
 
 SIZES = dict(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, patch_size=8, image_size=32)
 MEAN, STD = [0.5, 0.4, 0.3], [0.2, 0.3, 0.25]
