@@ -33,16 +33,20 @@ from tqdm import tqdm
 
 from modeling_dit import RAEDiTModel, check_parts_fit
 from modeling_rae import RAEModel
+from rae_suite.autoencoders import RAE
 from rae_suite.class_labels import balanced_labels, find_classes, random_labels
 from rae_suite.cli import POSITIVE, config_dict, parse, require, setting
 from rae_suite.digests import weights_digest
 from rae_suite.dit_card import sampling_words
+from rae_suite.dit_evaluation import measure_set, open_comparison
 from rae_suite.dit_folders import PartsSettings, latents_key, load_guide, load_pipeline_parts
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import make_folder, write_text
 from rae_suite.flow import guidance_kind
 from rae_suite.generation import count_passes, draw_images
+from rae_suite.image_sets import open_images
 from rae_suite.launch import measuring_accelerator, quiet_transformers, run_main, say, set_tf32
+from rae_suite.metric_names import DRAWN_METRICS
 from rae_suite.model_loading import load_rae
 from rae_suite.results import save_results
 from rae_suite.sample_files import (
@@ -59,8 +63,8 @@ from rae_suite.sample_files import (
     write_images,
     write_labels,
 )
-from rae_suite.settings import SEED
-from rae_suite.settings_dit import SamplingConfig, check_sampling
+from rae_suite.settings import SEED, check_used
+from rae_suite.settings_dit import DrawnEvalConfig, SamplingConfig, check_sampling
 from rae_suite.values import PathText
 
 LABELS = {"balanced": balanced_labels, "random": random_labels}
@@ -95,6 +99,8 @@ class SampleDiTConfig:
     """Whether the PNG files stay. Without them, they are deleted when samples.npz is written."""
     npz: bool = False
     """Whether samples.npz is written."""
+    eval: DrawnEvalConfig = field(default_factory=DrawnEvalConfig)
+    """Whether the images are measured at once."""
     output_dir: Optional[PathText] = None
     """Folder of the images; none: samples/<run>-<folder> of the model. Several nodes need a common file system."""
     mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = None
@@ -107,6 +113,9 @@ def check(config: SampleDiTConfig) -> None:
     """Raise ConfigError for what can be seen without loading anything."""
     check_sampling(config.sampling)
     require(config.png or config.npz, "png", "true unless npz is", config.png)
+    needed = any(DRAWN_METRICS[name].needs for name in config.eval.metrics)
+    require(not needed or config.eval.reference, "eval.reference", "what eval.metrics compare with", None)
+    check_used("eval.reference", config.eval.reference, needed, "eval.metrics name a metric that compares")
 
 
 def without_group(argv: list) -> list:
@@ -147,7 +156,7 @@ def load_models(config: SampleDiTConfig) -> Models:
 
 def what_decides_pixels(config: SampleDiTConfig, models: Models, accelerator: Accelerator) -> dict:
     """All that the images are a function of, up to the order of sums. Paths are not: weights are."""
-    left_out = ("model", "weights", "rae", "batch_size", "png", "npz", "output_dir")
+    left_out = ("model", "weights", "rae", "batch_size", "png", "npz", "output_dir", "eval")
     settings = {name: value for name, value in config_dict(config).items() if name not in left_out}
     networks = {"transformer": models.transformer, "rae": models.rae, "guide": models.guide}
     digests = {name: None if network is None else weights_digest(network) for name, network in networks.items()}
@@ -279,12 +288,14 @@ def finish(
     if config.npz and (drawn or not is_whole_npz(folder, config.num_samples, size)):
         print(f"packing {folder / NPZ}", flush=True)
         pack(folder, config.num_samples, size)
-    if drawn or not (folder / RESULTS).is_file():
+    if drawn or "metrics" in results or not (folder / RESULTS).is_file():
         write_grid(folder, labels)
         save_results(folder / RESULTS, {**results, "drawn": drawn, "seconds": seconds, "images_per_second": speed})
     if not config.png:
         shutil.rmtree(folder / "images", ignore_errors=True)
     print(f"{results['how']}" + (f"; {speed:.2f} images/s" if drawn else "; nothing was left to draw"))
+    for name, value in results.get("metrics", {}).items():
+        print(f"{DRAWN_METRICS[name].title:<28}{value:>12.4f}")
     places = {"images": config.png and "images", "npz": config.npz and NPZ, "picture": GRID, "results": RESULTS}
     for what, place in places.items():
         if place:
@@ -300,12 +311,22 @@ def main() -> None:
     models = load_models(config)
     class_names = models.settings.class_names
     classes = find_classes(config.classes, class_names, models.transformer.config.num_classes, "classes")
+    count = (config.num_samples, "num_samples")
+    named_rae = RAE(models.rae.name_or_path, models.rae)
+    comparison = open_comparison(config.eval, count, config.batch_size, 0, named_rae, accelerator)
     labels = LABELS[config.labels](config.num_samples, classes, config.seed)
     decides = what_decides_pixels(config, models, accelerator)
     folder = take_folder(config, decides, labels, class_names, accelerator)
     done = draw(config, models, labels, folder, accelerator)
+    results = report(config, models, decides, accelerator)
+    if comparison.metrics:
+        files = folder / ("images" if (folder / "images").is_dir() else NPZ)
+        images = open_images(str(files), "output_dir", config.num_samples)
+        results["metrics"] = measure_set(comparison, images, accelerator, config.batch_size)
+        results["reference"] = comparison.reference and comparison.reference.facts
+        accelerator.wait_for_everyone()
     if accelerator.is_main_process:
-        finish(config, models, labels, folder, report(config, models, decides, accelerator), done)
+        finish(config, models, labels, folder, results, done)
     accelerator.end_training()
 
 

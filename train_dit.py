@@ -35,7 +35,7 @@ from rae_suite.class_labels import balanced_labels
 from rae_suite.cli import with_settings
 from rae_suite.digests import weights_digest
 from rae_suite.dit_card import card_of_run
-from rae_suite.dit_evaluation import Comparison, held_out_loss, measure_drawn, open_comparison
+from rae_suite.dit_evaluation import Comparison, held_out_loss, measure_drawn, run_comparison
 from rae_suite.dit_folders import is_whole_pipeline, load_guide, save_pipeline
 from rae_suite.dit_networks import (
     build_dit,
@@ -435,7 +435,7 @@ def main() -> None:
 
     check_trackers(config.logging.report_to, accelerator)
     named_rae = RAE(config.model.rae, rae)
-    comparison = open_comparison(config.eval, config.data, data.eval_images, named_rae, accelerator)
+    comparison = run_comparison(config.eval, config.data, data.eval_images, named_rae, accelerator)
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
     lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
     check_shared_folder(run_dir, lock)

@@ -171,7 +171,8 @@ def card_of_run(
     sampling, figures = asdict(config.sampling), None
     if values:
         compared = "the held-out images" if config.eval.reference is None else Path(config.eval.reference).name
-        how = f"at step {step} of training; {sampling_words(sampling)}; 8 bit by round; reference {compared}"
+        words = sampling_words(sampling, transformer.get("base_num_layers") is not None)
+        how = f"at step {step} of training; {words}; 8 bit by round; reference {compared}"
         figures = GenerationFigures(values, lines[-1]["num_generated"], how)
     picture = run_dir / "samples" / f"step-{step:08d}.png"
     facts = CardFacts(

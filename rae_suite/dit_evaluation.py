@@ -3,12 +3,12 @@
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import Optional
+from typing import Optional, Union
 
 import torch
 from accelerate import Accelerator
 
-from rae_suite.autoencoders import RAE
+from rae_suite.autoencoders import Autoencoder
 from rae_suite.errors import ConfigError
 from rae_suite.flow import interpolate, velocity_loss, velocity_target
 from rae_suite.generation_metrics import (
@@ -17,10 +17,11 @@ from rae_suite.generation_metrics import (
     build_spaces,
     check_encoder_takes,
     generation_metrics,
+    measure_images,
     warn_of_few,
 )
 from rae_suite.generation_reference import check_count, open_reference, read_reference, reference_of_data
-from rae_suite.image_sets import CroppedImages
+from rae_suite.image_sets import CroppedImages, ImageSet
 from rae_suite.labels import Classes
 from rae_suite.launch import to_device
 from rae_suite.loaders import chosen_images
@@ -28,7 +29,7 @@ from rae_suite.metric_names import DRAWN_METRICS
 from rae_suite.metrics import gather_rows
 from rae_suite.randomness import EVAL_STREAM, seeded_generator
 from rae_suite.settings import ImagesConfig
-from rae_suite.settings_dit import DiTEvalConfig
+from rae_suite.settings_dit import DiTEvalConfig, DrawnEvalConfig
 from rae_suite.sources import ImageSource, SubsetSource
 
 FIXED_TIMES = 4  # at which the loss on held-out images is measured: the middles of as many parts of the distribution
@@ -99,35 +100,68 @@ class Comparison:
 
     metrics: list
     spaces: list
-    read: Callable[[], GenerationReference]
+    read: Callable[[], Optional[GenerationReference]]
     reference: Optional[GenerationReference] = None
 
 
 def open_comparison(
-    settings: DiTEvalConfig, data: ImagesConfig, held_out: ImageSource, rae: RAE, accelerator: Accelerator
+    settings: Union[DiTEvalConfig, DrawnEvalConfig],
+    count: tuple[int, str],
+    batch_size: int,
+    num_workers: int,
+    rae: Autoencoder,
+    accelerator: Accelerator,
+    held_out: Optional[CroppedImages] = None,
 ) -> Comparison:
-    """What drawn images are compared with: `settings.reference`, else the held-out images. Raises ConfigError for a
-    reference that does not do for the metrics, too few images, or an Inception network that cannot be had."""
-    metrics = [name for name in settings.metrics if name in DRAWN_METRICS]
-    place = None
+    """What drawn images are compared with: `settings.reference`, else the images `held_out`, if there are any.
+
+    Args:
+        count: how many are drawn, and the setting that says so.
+        rae: whose encoder's features are meant.
+
+    Raises:
+        ConfigError: a reference that does not do for the metrics, too few images, or an Inception network that cannot
+            be had.
+    """
+    metrics, place = [name for name in settings.metrics if name in DRAWN_METRICS], None
     if settings.reference is not None:
-        place = open_reference(settings.reference, "eval.reference", data.num_workers)
+        place = open_reference(settings.reference, "eval.reference", num_workers)
         for name in metrics:
             if reason := place.lacks(name):
                 raise ConfigError(f"eval.reference: {settings.reference} does not do for {name}: {reason}")
         if place.images is not None and any(DRAWN_METRICS[name].features == "encoder" for name in metrics):
             check_encoder_takes(rae, place.images)
-    check_count(settings.num_generated, metrics, "eval.num_generated", "eval.num_generated")
+    check_count(count[0], metrics, count[1], count[1])
+    if held_out is not None:
+        check_count(held_out.count, metrics, held_out.name, "data.eval_split")
     spaces = build_spaces(metrics, settings.inception_path, "eval.inception_path", rae, accelerator)
     if accelerator.is_main_process:
-        warn_of_few(metrics, spaces, settings.num_generated)
-    common = (metrics, spaces, accelerator, settings.batch_size)
+        warn_of_few(metrics, spaces, count[0])
+    common = (metrics, spaces, accelerator, batch_size)
     if place is not None:
         return Comparison(metrics, spaces, partial(read_reference, place, *common))
+    if held_out is not None:
+        return Comparison(metrics, spaces, partial(reference_of_data, held_out, *common, "data.eval_split"))
+    return Comparison(metrics, spaces, lambda: None)  # the Inception Score needs none
+
+
+def run_comparison(
+    settings: DiTEvalConfig, data: ImagesConfig, held_out: ImageSource, rae: Autoencoder, accelerator: Accelerator
+) -> Comparison:
+    """How a run measures its drawn images: as `open_comparison`, with the run's held-out images."""
     chosen = SubsetSource(held_out, chosen_images(held_out, settings.num_samples))
     images = CroppedImages(chosen, f"{len(chosen)} held-out images", "data", rae.image_size, data)
-    check_count(images.count, metrics, images.name, "data.eval_split")
-    return Comparison(metrics, spaces, partial(reference_of_data, images, *common, "data.eval_split"))
+    count = (settings.num_generated, "eval.num_generated")
+    return open_comparison(settings, count, settings.batch_size, data.num_workers, rae, accelerator, images)
+
+
+def measure_set(comparison: Comparison, images: ImageSet, accelerator: Accelerator, batch_size: int) -> dict:
+    """The comparison's metrics of images in files, by name. Every process calls this."""
+    comparison.reference = comparison.reference or comparison.read()
+    sets = [ImageStatistics(comparison.metrics, space, images.count, accelerator.device) for space in comparison.spaces]
+    measure_images(images, sets, accelerator, batch_size, "measured")
+    return {name: value for part in sets for name, value in
+            generation_metrics(part, comparison.reference, accelerator).items()}  # fmt: skip
 
 
 @torch.no_grad()
@@ -141,8 +175,7 @@ def measure_drawn(
         draw: labels (B,) and the images' indices, a list, to uint8 images (B, 3, H, W).
         labels: of all images, (N,).
     """
-    if comparison.reference is None:
-        comparison.reference = comparison.read()
+    comparison.reference = comparison.reference or comparison.read()
     world, rank, count = accelerator.num_processes, accelerator.process_index, len(labels)
     sets = [ImageStatistics(comparison.metrics, space, count, accelerator.device) for space in comparison.spaces]
     for start in range(0, -(-count // world), batch_size):

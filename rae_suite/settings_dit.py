@@ -9,7 +9,7 @@ from typing import Literal, Optional
 
 from rae_suite.cli import AT_LEAST_0, POSITIVE, PROBABILITY, SHARE, Limit, parse, require, setting
 from rae_suite.errors import error_names_setting
-from rae_suite.metric_names import GENERATION_METRICS
+from rae_suite.metric_names import DRAWN_METRICS, GENERATION_METRICS
 from rae_suite.settings import (
     DataConfig,
     EMAConfig,
@@ -208,6 +208,19 @@ class DiTEMAConfig(EMAConfig):
 
     decay: float = setting(0.9995, SHARE)
     """Decay for each step."""
+
+
+@dataclass
+class DrawnEvalConfig:
+    """Metrics of images that sample_dit.py has drawn, as eval_fid.py measures them."""
+
+    metrics: tuple[Literal[tuple(DRAWN_METRICS)], ...] = ()
+    """fid, sfid, is, precision, recall on Inception features, fdd, precision_encoder, recall_encoder on features of the
+    RAE's encoder."""
+    reference: Optional[PathText] = None
+    """What the images are compared with, as eval_fid.py takes it; the Inception Score needs none."""
+    inception_path: Optional[PathText] = None
+    """Local copy of inception-2015-12-05.pt; none: torch.hub's folder (TORCH_HOME), else downloaded."""
 
 
 @dataclass

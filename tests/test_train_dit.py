@@ -394,7 +394,12 @@ def test_figures_in_training_are_those_afterwards(rae, images, tmp_path):
     train(rae, images, run_dir, settings)
     found = read_metrics(run_dir)[-1]
     drawn = {"num_samples": 12, "batch_size": 4, "quantize": "round", "num_inference_steps": 3}
-    run_command("sample_dit.py", *flags({"model": run_dir / "final", "output_dir": tmp_path / "drawn", **drawn}))
+    at_once = {"eval.metrics": f"[{', '.join(names)}]", "eval.reference": tmp_path / "reference.npz"}
+    at_once |= {"eval.inception_path": tmp_path / "inception.pt"}
+    model = {"model": run_dir / "final", "output_dir": tmp_path / "drawn"}
+    done = run_command("sample_dit.py", *flags({**model, **drawn, **at_once}))
+    sampled = json.loads((tmp_path / "drawn/results.json").read_text())["metrics"]
+    assert "Inception Score" in done.stdout and set(sampled) == set(names)
     for kind, metrics in (("inception", names), ("encoder", ["fdd"])):
         more = {"inception": {"inception_path": tmp_path / "inception.pt"}, "encoder": {"encoder": run_dir / "rae"}}
         output = tmp_path / kind
@@ -402,6 +407,7 @@ def test_figures_in_training_are_those_afterwards(rae, images, tmp_path):
                     "features": f"[{kind}]", "output_dir": output, "num_workers": 0, **more[kind]}))  # fmt: skip
         afterwards = json.loads((output / "results.json").read_text())
         for name in metrics:
+            assert sampled.get(name, afterwards[name]) == pytest.approx(afterwards[name], rel=1e-6, abs=1e-9), name
             assert found[name] == pytest.approx(afterwards[name], rel=1e-4, abs=1e-6), name
     for changed, words in (
         ({"eval.reference": tmp_path / "none.npz"}, "eval.reference: .*none.npz does not exist"),
