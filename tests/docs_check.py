@@ -5,9 +5,9 @@
     python tests/docs_check.py docs/training.md:41     one block, by the line of its fence
 
 Blocks without a language, and those of bash, sh and python, are run, each page in a copy of the repository of its own,
-in the order of the page and offline. Blocks of any other language (text, yaml, ...) are read, not run. The copy has what
-the pages speak of, tiny: data/imagenet and data/my_images, stage-1 runs, a stage-2 run, and stand-ins for the files of
-Inception and VGG16. HTML comments in a page, which readers of the page do not see, say what is changed:
+in the order of the page and offline. Blocks of any other language (text, yaml, ...) are read, not run. The copy has
+what the pages speak of, tiny: data/imagenet and data/my_images, a stage-1 run, a stage-2 run, and stand-ins for the
+files of Inception and VGG16. HTML comments in a page, which readers of the page do not see, say what is changed:
 
     <!-- docs-check: replace                      in every block of the page
     /data/imagenet => data/imagenet
@@ -50,8 +50,8 @@ torch.save(random_vgg16_state(), folder / "vgg16-397923af.pth")
 PY
 python train_rae.py --config configs/dinov2_b.yaml --config tests/docs/tiny.yaml --data.path data/imagenet \\
     --train.output_dir runs/dinov2_b --data.eval_split val
-python train_dit.py --config configs/ditdh_digits.yaml --config tests/docs/tiny_dit.yaml --model.rae runs/dinov2_b/final \\
-    --data.path data/imagenet --train.output_dir runs/ditdh_xl --data.eval_split val
+python train_dit.py --config configs/ditdh_digits.yaml --config tests/docs/tiny_dit.yaml --data.path data/imagenet \\
+    --model.rae runs/dinov2_b/final --train.output_dir runs/ditdh_xl --data.eval_split val
 """
 
 

@@ -29,8 +29,8 @@ def submit(folder: Path, settings: dict, element: int = 1) -> subprocess.Popen:
     variables = {
         **os.environ, "PATH": f"{bin_dir}:{Path(sys.executable).parent}:{os.environ['PATH']}",
         "PYTHONPATH": str(ROOT), "SCONTROL_LOG": str(folder / "scontrol.log"), "LAUNCH": "accelerate_configs/cpu.yaml",
-        "SLURM_ARRAY_TASK_ID": str(element), "SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "localhost", "SLURM_NNODES": "1",
-        "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "1", "SCRIPT": str(ROOT / "train_rae.py"),
+        "SLURM_ARRAY_TASK_ID": str(element), "SLURM_JOB_ID": "4242", "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_NNODES": "1", "SLURM_NODEID": "0", "SLURM_GPUS_ON_NODE": "1", "SCRIPT": str(ROOT / "train_rae.py"),
     }  # fmt: skip
     for name in ("accelerate_configs", "configs"):
         if not (folder / name).exists():
