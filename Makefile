@@ -11,6 +11,7 @@ help:
 	@echo "make demo       train on handwritten digits (about 3 minutes on 2 CPU cores)"
 	@echo "make demo-dit   train a diffusion transformer on the demo's latents, draw 200 digits, judge them (5 minutes)"
 	@echo "make test       run all tests (about 8 minutes on 2 cores)"
+	@echo "make docs-check  run the commands of README.md and docs/ on tiny data (15 minutes)"
 	@echo "make lint       ruff check and format check"
 	@echo "make faults     damaged files, full disks, lost data; kills at 50 random moments and named places (20 minutes)"
 	@echo "make cross-version  model folders between the oldest and newest transformers and diffusers (6 minutes)"
@@ -48,6 +49,9 @@ demo-dit: setup data/digits
 
 test: setup
 	$(BIN)/python -m pytest
+
+docs-check: setup
+	$(BIN)/python tests/docs_check.py
 
 lint: setup
 	$(BIN)/ruff check .
@@ -95,4 +99,4 @@ streaming: setup
 cross-version: setup .venv-oldest/installed
 	$(BIN)/python tests/cross_version.py .venv-oldest/bin/python
 
-.PHONY: help setup demo demo-dit test lint faults train-step sampling memory data-pipeline start-up soak real-size scaling streaming cross-version
+.PHONY: help setup demo demo-dit test docs-check lint faults train-step sampling memory data-pipeline start-up soak real-size scaling streaming cross-version

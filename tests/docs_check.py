@@ -122,7 +122,7 @@ def read_page(path: Path) -> tuple:
 
 def commands(text: str) -> list:
     """The lines of a shell block, continued ones joined, without comments and empty ones."""
-    joined = re.sub(r"\\\n\s*", " ", text)
+    joined = re.sub(r"\s*\\\n\s*", " ", text)
     return [line for line in joined.splitlines() if line.strip() and not line.strip().startswith("#")]
 
 
