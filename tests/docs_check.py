@@ -207,6 +207,7 @@ def main(names: list) -> int:
             "HF_HUB_OFFLINE": "1",
             "ACCELERATE_USE_CPU": "true",
             "PYTHONWARNINGS": "ignore",
+            "OMP_NUM_THREADS": "1",  # networks are tiny, and other work may share the cores
         }
         code, seconds, output = run(PREPARE, base, variables)
         print(f"data and models: {seconds:.0f} s", file=sys.stderr, flush=True)
