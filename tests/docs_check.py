@@ -4,8 +4,8 @@
     python tests/docs_check.py docs/training.md        some pages
     python tests/docs_check.py docs/training.md:41     one block, by the line of its fence
 
-Blocks without a language, and those of bash, sh and python, are run, each page in a copy of the repository of its own,
-in the order of the page and offline. Blocks of any other language (text, yaml, ...) are read, not run. The copy has
+Blocks of bash, sh and python are run, and blocks without a language that begin with a program of PROGRAMS, each page in
+a copy of the repository of its own, in the order of the page and offline. Other blocks are read, not run. The copy has
 what the pages speak of, tiny: data/imagenet and data/my_images, a stage-1 run, a stage-2 run, and stand-ins for the
 files of Inception and VGG16. HTML comments in a page, which readers of the page do not see, say what is changed:
 
@@ -31,6 +31,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SHELL = ("", "bash", "sh")
+PROGRAMS = ("python", "accelerate", "torchrun", "make", "hf")
 LIMIT = 900  # seconds for a block
 PREPARE = """
 python scripts/prepare_data.py dummy --output data/imagenet --num_images 40 --num_classes 5 --size 40 \\
@@ -111,8 +112,11 @@ def read_page(path: Path) -> tuple:
             while not lines[i].startswith("```"):
                 i += 1
             text = "\n".join(lines[start + 1 : i])
-            name = str(path.relative_to(ROOT))
-            blocks.append(Block(name, start + 1, language, text, **waiting))
+            if language == "" and not text.startswith(PROGRAMS):
+                language = "text"
+            if text.startswith("hf "):
+                waiting.setdefault("not_run", "it talks to the Hub")
+            blocks.append(Block(str(path.relative_to(ROOT)), start + 1, language, text, **waiting))
             waiting = {}
         i += 1
     if waiting:
