@@ -21,7 +21,10 @@ help:
 	@echo "make train-step a step of dinov2_b_vitb beside the published loop's, part by part and lever by lever (10 minutes)"
 	@echo "make sampling   sampling beside the published sampler, for each kind of guidance (6 minutes)"
 	@echo "make memory     peak memory of a step of every preset, calculated, and the largest batch for four cards"
+	@echo "make stored-latents  images per second of latents read from shards, from files, encoded on line (5 minutes)"
 	@echo "make real-size  two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)"
+	@echo "make real-size-dit  two steps of a full-size DiT-DH-S on DINOv2-B's latents (6 GB memory, 10 GB disk)"
+	@echo "make dit-step   a step of stage 2 beside the published one's, lever by lever (7 GB memory)"
 	@echo "make scaling    collectives of a training step, counted, and a model of 1 to 64 GPUs (2 minutes)"
 	@echo "make streaming  memory while a million images are streamed (1.2 GB disk, 15 minutes)"
 
@@ -63,11 +66,20 @@ soak: setup
 real-size: setup
 	$(BIN)/python benchmarks/real_size.py
 
+real-size-dit: setup
+	$(BIN)/python benchmarks/real_size_dit.py
+
+dit-step: setup
+	$(BIN)/python benchmarks/dit_step.py --levers
+
 train-step: setup
 	$(BIN)/python benchmarks/train_step.py --baseline --levers
 
 sampling: setup
 	$(BIN)/python benchmarks/sampling.py
+
+stored-latents: setup
+	$(BIN)/python benchmarks/stored_latents.py
 
 memory: setup
 	$(BIN)/python benchmarks/memory.py
@@ -99,4 +111,4 @@ streaming: setup
 cross-version: setup .venv-oldest/installed
 	$(BIN)/python tests/cross_version.py .venv-oldest/bin/python
 
-.PHONY: help setup demo demo-dit test docs-check lint faults train-step sampling memory data-pipeline start-up soak real-size scaling streaming cross-version
+.PHONY: help setup demo demo-dit test docs-check lint faults train-step dit-step real-size-dit sampling stored-latents memory data-pipeline start-up soak real-size scaling streaming cross-version

@@ -22,7 +22,7 @@ from typing import Literal, Optional
 
 from accelerate import Accelerator
 
-from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
+from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder
 from rae_suite.cli import AT_LEAST_0, POSITIVE, Limit, config_dict, flat, parse, require, setting
 from rae_suite.comparability import differences, read_sampling, what_decides
 from rae_suite.errors import ConfigError, renamed_settings
@@ -47,6 +47,7 @@ from rae_suite.generation_reference import (
 from rae_suite.image_sets import CroppedImages, ImageSet, open_images
 from rae_suite.launch import measuring_accelerator, quiet_transformers, run_main
 from rae_suite.metric_names import DRAWN_METRICS
+from rae_suite.model_loading import load_autoencoder
 from rae_suite.precision_recall import NEIGHBOURS
 from rae_suite.results import save_results
 from rae_suite.settings import FEW_TASKS, ImagesConfig

@@ -4,11 +4,13 @@
     accelerate launch --num_processes 8 eval_rfid.py --model runs/dinov2_b/final --data.path /data/imagenet/val
     python eval_rfid.py --model runs/a/final stabilityai/sd-vae-ft-mse --latent_noise 0 0.2 0.4 0.8 --data.path ...
 
-Models are RAE folders or Hub ids, or diffusers' AutoencoderRAE and AutoencoderKL; several are measured on the same
-images in one run. The published figures are rFIDs of the 50,000 ImageNet validation images, centre-cropped to 256 px,
-in the mode `legacy_tensorflow` (the default): 0.57 for dinov2_b. What makes two rFIDs comparable is kept fixed: the
-reference are the same images through the same crop, the Inception network is that of 2015, both sides are 8-bit, every
-image counts once, and mode, number of images and rounding stand in the results.
+Models are RAE folders or Hub ids; run folders (their final/, else their newest checkpoint) and checkpoints (--weights
+raw for the weights that are not averaged), also while the training goes on; diffusers' AutoencoderRAE, AutoencoderKL;
+and decoder files of the published code, with --published.encoder and what else these do not hold. Several are measured
+on the same images in one run. The published figures are rFIDs of the 50,000 ImageNet validation images, centre-cropped
+to 256 px, in the mode `legacy_tensorflow` (the default): 0.57 for dinov2_b. What makes two rFIDs comparable is kept
+fixed: the reference are the same images through the same crop, the Inception network is that of 2015, both sides are
+8-bit, every image counts once, and mode, number of images and rounding stand in the results.
 
 In --output_dir: results.json, comparison.png (images, reconstructions and four times their difference, from the worst
 PSNR to the best), and with --save_images and --save_npz the reconstructions themselves.
@@ -23,7 +25,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 
-from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
+from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder
 from rae_suite.cli import ALL_AT_LEAST_0, AT_LEAST_0, POSITIVE, Limit, config_dict, parse, require, setting
 from rae_suite.errors import ConfigError, RunError, error_names_setting
 from rae_suite.files import make_folder, remove, writing
@@ -45,9 +47,12 @@ from rae_suite.loaders import EvalImages, UnreadableLog, chosen_images, eval_loa
 from rae_suite.lpips_vgg16 import build_lpips
 from rae_suite.metric_names import FID_MODES, IMAGE_METRICS, METRICS, too_small_for
 from rae_suite.metrics import Evaluation, Evaluator, quantize
+from rae_suite.model_loading import load_autoencoder
 from rae_suite.pictures import comparison_grid, save_pairs
+from rae_suite.published_rae import PublishedOptions, check_options_used
 from rae_suite.randomness import seeded_generator
 from rae_suite.results import save_results
+from rae_suite.run_models import name_of_run
 from rae_suite.settings import ImagesConfig
 from rae_suite.sources import ImageSource, evenly_spread
 from rae_suite.splits import load_eval_images
@@ -66,7 +71,11 @@ class EvalRFIDConfig:
     """Settings of eval_rfid.py."""
 
     model: tuple[PathText, ...] = setting((), NOT_EMPTY)
-    """Folders or Hub ids of the autoencoders."""
+    """Folders, checkpoints or Hub ids of the autoencoders."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Weights of a run's checkpoint: the moving average, or those that are trained."""
+    published: PublishedOptions = field(default_factory=PublishedOptions)
+    """What a decoder file of the published code, as a model, does not hold."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
     """The images. Data without a split level is taken whole, unless eval_split names another split than the default."""
     num_samples: Optional[int] = setting(None, POSITIVE)
@@ -130,6 +139,7 @@ def check(config: EvalRFIDConfig) -> None:
         require(value is None or used, key, f"nothing unless {needed}", value)
     if "rfid" in config.metrics and config.num_samples is not None:
         require(config.num_samples > 1, "num_samples", "at least 2 for a Frechet distance", config.num_samples)
+    check_options_used(config.published, config.model)
     names = [row_name(model, noise) for model in config.model for noise in config.latent_noise]
     require(len(names) == len(set(names)), "model", "models whose last two folders differ", list(config.model))
     if config.reference is not None:
@@ -138,13 +148,13 @@ def check(config: EvalRFIDConfig) -> None:
 
 def row_name(model: str, noise: float) -> str:
     """<run>-<folder>, or <user>-<name>, with the noise if there is some."""
-    name = "-".join(Path(model).absolute().parts[-2:]).strip("/.")
+    name = "-".join(name_of_run(model)).strip("/.")
     return f"{name}-noise{noise:g}" if noise else name
 
 
 def load_models(config: EvalRFIDConfig) -> tuple:
     """(autoencoders, common image size). Raises ConfigError when they do not take the same size."""
-    models = [load_autoencoder(source) for source in config.model]
+    models = [load_autoencoder(source, "model", config.weights, config.published) for source in config.model]
     sizes = {model.image_size: model.name for model in models if model.image_size is not None}
     if config.image_size is not None:
         sizes[config.image_size] = "image_size"
@@ -279,7 +289,8 @@ def measure(m: Measurement, model: Autoencoder, noise: float, picture: str) -> d
         bad = evaluation.index[evaluation.values["psnr"].isnan()].tolist()
         raise RunError(f"{name}: {len(bad)} reconstructions are not finite, the first is of {m.source.name(bad[0])}")
     writer.finish(evaluation.index)
-    row = {"model": model.name, "kind": model.kind, "latent_noise": noise, **evaluation.summary()}
+    about = {"model": model.name, "loaded": model.loaded, "kind": model.kind}
+    row = {**about, "latent_noise": noise, **evaluation.summary()}
     if m.accelerator.is_main_process:
         psnr = evaluation.values["psnr"]
         worst = psnr.argsort(stable=True)[:WORST_IMAGES].tolist()

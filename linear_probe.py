@@ -5,7 +5,8 @@
     python linear_probe.py --eval_only --head runs/linear_probe/head --data.path /data/imagenet_hf
 
 The evaluation images are the split `validation`, or what --data.eval_split says (`val` for most image folders).
-Models are RAE folders or Hub ids, or diffusers' AutoencoderRAE and AutoencoderKL. Published top-1 on ImageNet-1k
+Models are RAE folders or Hub ids, run folders and checkpoints, diffusers' AutoencoderRAE and AutoencoderKL, and decoder
+files of the published code (with --published.encoder). Published top-1 on ImageNet-1k
 (RAE paper): DINOv2-B 84.5, SigLIP2-B 79.1, MAE-B 68.0, SD-VAE 8.0. configs/linear_probe.yaml, the default --config,
 has the protocol and what it gives on the handwritten digits.
 
@@ -22,13 +23,13 @@ import os
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 import torch
 from accelerate import Accelerator
 from huggingface_hub.constants import HF_HOME
 
-from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
+from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder
 from rae_suite.cli import config_dict, parse, require
 from rae_suite.digests import latents_digest
 from rae_suite.errors import ConfigError
@@ -37,6 +38,7 @@ from rae_suite.files import make_folder
 from rae_suite.labels import number_labels, read_labels
 from rae_suite.launch import measuring_accelerator, quiet_transformers, run_main
 from rae_suite.linear_heads import HeadTrainingConfig, LinearHead, evaluate_head, fit, hold_out, training_set
+from rae_suite.model_loading import load_autoencoder
 from rae_suite.probe_figures import (
     SHOWN_CLASSES,
     class_table,
@@ -46,6 +48,7 @@ from rae_suite.probe_figures import (
     short,
     sweep_table,
 )
+from rae_suite.published_rae import PublishedOptions, check_options_used
 from rae_suite.results import save_results
 from rae_suite.settings import ImagesConfig
 from rae_suite.sources import ImageSource
@@ -65,7 +68,11 @@ class LinearProbeConfig:
     """Settings of linear_probe.py."""
 
     model: Optional[PathText] = None
-    """Folder or Hub id of the autoencoder; with eval_only none: the one that the head was trained on."""
+    """Folder, checkpoint or Hub id of the autoencoder; with eval_only none: the one that the head was trained on."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Weights of a run's checkpoint: the moving average, or those that are trained."""
+    published: PublishedOptions = field(default_factory=PublishedOptions)
+    """What a decoder file of the published code, as a model, does not hold."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
     """The images. With eval_only, data without a split level is taken whole, unless eval_split names another split than
     the default."""
@@ -84,6 +91,8 @@ class LinearProbeConfig:
 
 def check(config: LinearProbeConfig) -> None:
     """Raise ConfigError for what can be seen without loading anything."""
+    if not config.eval_only or config.model is not None:
+        check_options_used(config.published, [config.model])
     if config.eval_only:
         require(config.head is not None, "head", "the folder of a head, which eval_only evaluates", None)
         inside = config.output_dir is not None and (Path(config.output_dir) / "head").exists()
@@ -247,7 +256,7 @@ def main(argv: Optional[list] = None) -> None:
     # everything that can be wrong is looked at before features are extracted
     head = load_head(config) if config.eval_only else None
     train_images, eval_images, classes, absent = load_images(config, head)
-    model = load_autoencoder(config.model or head.config["model"])
+    model = load_autoencoder(config.model or head.config["model"], "model", config.weights, config.published)
     extractor = build_extractor(config, model, head, accelerator)
     default_dir = "runs/linear_probe_eval" if config.eval_only else "runs/linear_probe"
     output_dir = make_folder(config.output_dir or default_dir, "output_dir")
@@ -337,6 +346,7 @@ def provenance(extractor: Extractor) -> dict:
         # a folder from wherever the head is used later
         "model": os.path.abspath(name) if os.path.isdir(name) else name,
         "model_kind": extractor.model.kind,
+        "loaded": extractor.model.loaded,
         "weights": extractor.weights,
         "features": extractor.kind,
         "feature_width": extractor.width,

@@ -1,4 +1,5 @@
-"""Diffusion transformer on the latents of a Representation Autoencoder (RAE): DiT-DH, and plain DiT with no head.
+"""Diffusion transformer on the latents of a Representation Autoencoder (RAE): DiT-DH, plain DiT with no head, and the
+model of RAEv2.
 
 The file that downstream code needs beside modeling_rae.py; it imports torch and diffusers alone and travels with the
 weights:
@@ -12,11 +13,13 @@ or, without the pipeline:
     times = sampling_times(50, shift=48**0.5)  # 50 points: 49 steps
     latent = sample_ode(lambda x, t: predict_velocity(model, x, t, labels), noise, times)  # (B, C, h, w)
 
-Time runs from 0 (data) to 1 (noise): x_t = (1 - t) * data + t * noise, and the model predicts v = noise - data.
+Time runs from 0 (data) to 1 (noise): x_t = (1 - t) * data + t * noise, and the model predicts v = noise - data. A model
+that learns the data instead (RAEv2) turns its prediction into that velocity itself.
 
 Sources: Diffusion Transformers with Representation Autoencoders (arXiv 2510.11690), whose published checkpoints use the
 same parameter names as the models here (their classes: DiTwDDTHead and LightningDiT); the wide head with a condition
 per token comes from DDT (arXiv 2504.05741), the block from LightningDiT (arXiv 2501.01423) and DiT (arXiv 2212.09748).
+RAEv2 (arXiv 2605.18324; its class: DiTwDDTHeadIG) has conditions as tokens, and a second output for internal guidance.
 """
 
 import difflib
@@ -25,6 +28,7 @@ import logging
 import math
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -54,7 +58,21 @@ PUBLISHED_HEAD = {
     "head_num_layers": 2,
     "head_num_attention_heads": 16,
 }  # of every published DiT-DH
+RAEV2 = {
+    "in_channels": 1024,
+    "hidden_size": 1440,
+    "num_layers": 28,
+    "num_attention_heads": 20,
+    **PUBLISHED_HEAD,
+    "use_qk_norm": True,
+    "use_pos_embed": False,
+    "num_time_tokens": 4,
+    "num_class_tokens": 8,
+    "base_num_layers": 8,
+    "prediction": "data",
+}  # RAEDiTModel(**RAEV2) is the published model on DINOv3-L
 FOURIER_FREQUENCIES = 256
+LEAST_TIME = 0.05  # of the division that turns predicted data into a velocity (RAEv2)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -109,7 +127,9 @@ def config_from_published(published: dict) -> dict:
 
 def config_to_published(config: dict) -> dict:
     """The published config, with its class under `kind`, of a model with this config (an RAEDiTModel's `.config`).
-    Raises ValueError for a plain DiT without position table, which the published class cannot express."""
+    Raises ValueError for what the two classes cannot express: a plain DiT without position table, RAEv2's model."""
+    if config["num_time_tokens"] is not None or config["prediction"] != "velocity":
+        raise ValueError("num_time_tokens, prediction: expected none and velocity, as in DiTwDDTHead and LightningDiT")
     has_head = config["head_hidden_size"] is not None
     published = {theirs: config[ours] for ours, theirs in PUBLISHED_NAMES.items()}
     for ours, theirs in PUBLISHED_PAIRS.items():
@@ -127,8 +147,10 @@ def _check_config(config: dict) -> None:
     has_head = config["head_hidden_size"] is not None
     if len({value is None for value in head.values()}) > 1:
         raise ValueError(f"expected all or none of {', '.join(head)}, got {head}")
+    has_tokens = config["num_time_tokens"] is not None
     whole_numbers = ["sample_size", "in_channels", "patch_size", "num_classes", *PUBLISHED_PAIRS]
-    for name in [*whole_numbers, *(head if has_head else ())]:
+    optional = [name for name in ("num_time_tokens", "num_class_tokens", "base_num_layers") if config[name] is not None]
+    for name in [*whole_numbers, *(head if has_head else ()), *optional]:
         if type(config[name]) is not int or config[name] < 1:
             raise ValueError(f"{name}: expected a whole number of at least 1, got {config[name]!r}")
     for name in ("use_qk_norm", "use_swiglu", "use_rms_norm", "use_rope", "use_pos_embed", "train_constants"):
@@ -146,8 +168,34 @@ def _check_config(config: dict) -> None:
         raise ValueError(f"patch_size: expected 1, as the head works on single tokens, got {config['patch_size']}")
     if config["use_pos_embed"] and config["hidden_size"] % 4:
         raise ValueError(f"hidden_size ({config['hidden_size']}) must be a multiple of 4 for the position table")
+    if config["prediction"] not in ("velocity", "data"):
+        raise ValueError(f"prediction: expected velocity or data, got {config['prediction']!r}")
+    _check_tokens(config, has_tokens, has_head)
     for prefix in ("", "head_") if has_head else ("",):
         _check_heads(prefix, config[f"{prefix}hidden_size"], config[f"{prefix}num_attention_heads"], config["use_rope"])
+
+
+def _check_tokens(config: dict, has_tokens: bool, has_head: bool) -> None:
+    """Raise ValueError for what conditions as tokens, or the base head, cannot be combined with."""
+    if has_tokens != (config["num_class_tokens"] is not None):
+        counts = (config["num_time_tokens"], config["num_class_tokens"])
+        raise ValueError(f"expected both or none of num_time_tokens, num_class_tokens, got {counts}")
+    base = config["base_num_layers"]
+    if base is not None and not (has_tokens and base <= config["num_layers"]):
+        raise ValueError(
+            f"base_num_layers: expected nothing without num_time_tokens, and at most num_layers "
+            f"({config['num_layers']}) with them, got {base}"
+        )
+    if has_tokens:
+        if not has_head:
+            raise ValueError("num_time_tokens: expected none without a head, see head_hidden_size")
+        needed = {"use_qk_norm": True, "use_swiglu": True, "use_rms_norm": True, "use_rope": True,
+                  "use_pos_embed": False}  # fmt: skip
+        for name, value in needed.items():
+            if config[name] != value:
+                raise ValueError(
+                    f"{name}: expected {str(value).lower()} with num_time_tokens, as in RAEv2, got {config[name]}"
+                )
 
 
 def _check_heads(prefix: str, width: int, heads: int, rope: bool) -> None:
@@ -179,10 +227,10 @@ def position_table(width: int, grid: int) -> torch.Tensor:
     return torch.cat([column, row], dim=2).reshape(1, grid * grid, width).float()
 
 
-def rotary_table(head_dim: int, grid: int) -> tuple:
+def rotary_table(head_dim: int, grid: int, num_unturned: int = 0) -> tuple:
     """Cosines and sines of the 2-D rotary embedding (arXiv 2104.09864), (N, head_dim) float32 each, tokens in row-major
     order: the first half of a head's channels turn with the row index, the others with the column index, and two
-    neighbouring channels form a pair."""
+    neighbouring channels form a pair. `num_unturned` tokens without a position, which do not turn, follow them."""
     half = head_dim // 2
     frequency = 10000.0 ** (-torch.arange(0, half, 2, dtype=torch.float32) / half)  # (half/2,)
     axis = torch.arange(grid, dtype=torch.float32)[:, None] * frequency  # (grid, half/2)
@@ -190,6 +238,7 @@ def rotary_table(head_dim: int, grid: int) -> tuple:
     row = axis[:, None, :].expand(-1, grid, -1)  # (grid, grid, half)
     column = axis[None, :, :].expand(grid, -1, -1)  # (grid, grid, half)
     angle = torch.cat([row, column], dim=2).reshape(grid * grid, head_dim)
+    angle = F.pad(angle, (0, 0, 0, num_unturned))
     return angle.cos(), angle.sin()
 
 
@@ -223,9 +272,10 @@ class RotaryEmbedding(Float32Constants):
     """A rotary table as buffers. They can be computed, but published files hold them: persistent buffers under the
     published names let such a file load strictly, and let a file of ours load strictly into the published classes."""
 
-    def __init__(self, head_dim: int, grid: int):
+    def __init__(self, head_dim: int, grid: int, num_unturned: int = 0):
         super().__init__()
-        cos, sin = rotary_table(head_dim, grid)
+        self.size = (head_dim, grid, num_unturned)  # arguments of rotary_table
+        cos, sin = rotary_table(*self.size)
         self.register_buffer("freqs_cos", cos)
         self.register_buffer("freqs_sin", sin)
 
@@ -300,6 +350,18 @@ class TimeEmbedding(Float32Constants):
         return self.mlp(torch.cat([angle.sin(), angle.cos()], dim=1))  # (B, 512) -> (B, W)
 
 
+class TimeTokens(TimeEmbedding):
+    """Times (B,) to (B, W), and to tokens (B, n, W): that embedding plus a learnt vector for each."""
+
+    def __init__(self, width: int, num_tokens: int):
+        super().__init__(width)
+        self.learnable_tokens = nn.Parameter(torch.empty(num_tokens, width))
+
+    def forward(self, t: torch.Tensor) -> tuple:
+        time = super().forward(t)
+        return time, self.learnable_tokens + time[:, None]
+
+
 class LabelEmbedding(nn.Module):
     """Class labels (B,) to (B, W)."""
 
@@ -311,39 +373,64 @@ class LabelEmbedding(nn.Module):
         return self.embedding_table(labels)
 
 
-class Attention(nn.Module):
-    """Self-attention (B, N, W) to (B, N, W), softmax(q k^T / sqrt(d)) v, without mask and dropout."""
+class ClassTokens(Float32Constants):
+    """Class labels (B,) to tokens (B, n, W): the label's row of a table plus a learnt vector for each."""
 
-    def __init__(self, width: int, num_heads: int, qk_norm: bool, rms: bool):
+    def __init__(self, rows: int, width: int, num_tokens: int):
+        super().__init__()
+        self.embedding_table = nn.Embedding(rows, width)
+        self.learnable_tokens = nn.Parameter(torch.empty(num_tokens, width))
+
+    def forward(self, labels: torch.Tensor) -> torch.Tensor:
+        return self.learnable_tokens + self.embedding_table(labels)[:, None]
+
+
+class Attention(nn.Module):
+    """Self-attention (B, N, W) to (B, N, W), softmax(q k^T / sqrt(d)) v, without mask and dropout. `fused`: whether
+    queries, keys and values are one Linear, which is a matter of names in files."""
+
+    def __init__(self, width: int, num_heads: int, qk_norm: bool, rms: bool, fused: bool = True):
         super().__init__()
         head_dim = width // num_heads
-        self.num_heads = num_heads
-        self.qkv = CastLinear(width, 3 * width)
+        self.num_heads, self.fused = num_heads, fused
+        if fused:
+            self.qkv = CastLinear(width, 3 * width)
+        else:
+            self.q, self.k, self.v = (CastLinear(width, width) for _ in range(3))
         self.q_norm = make_head_norm(head_dim, rms) if qk_norm else nn.Identity()
         self.k_norm = make_head_norm(head_dim, rms) if qk_norm else nn.Identity()
         self.proj = CastLinear(width, width)
 
     def forward(self, x: torch.Tensor, rotary: Optional[tuple]) -> torch.Tensor:
-        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # (B, heads, N, d) each
+        q, k, v = self._project(x)  # (B, heads, N, d) each
         q, k = self.q_norm(q), self.k_norm(k)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         out = F.scaled_dot_product_attention(q.to(v.dtype), k.to(v.dtype), v)  # (B, heads, N, d)
         return self.proj(out.transpose(1, 2).flatten(2))  # (B, N, heads, d) -> (B, N, W)
 
+    def _project(self, x: torch.Tensor) -> Sequence:
+        if self.fused:
+            qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))  # (B, N, 3, heads, d)
+            return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+        return [linear(x).unflatten(2, (self.num_heads, -1)).transpose(1, 2) for linear in (self.q, self.k, self.v)]
+
 
 class SwiGLU(nn.Module):
-    """SwiGLU MLP (arXiv 2002.05202), hidden width 2/3 of a plain MLP's, so that it has as many parameters."""
+    """SwiGLU MLP (arXiv 2002.05202), hidden width 2/3 of a plain MLP's, so that it has as many parameters. `fused`:
+    whether gate and value are one Linear."""
 
-    def __init__(self, width: int, mlp_ratio: float):
+    def __init__(self, width: int, mlp_ratio: float, fused: bool = True):
         super().__init__()
-        hidden = int(2 / 3 * int(width * mlp_ratio))
-        self.w12 = CastLinear(width, 2 * hidden)
+        hidden, self.fused = int(2 / 3 * int(width * mlp_ratio)), fused
+        if fused:
+            self.w12 = CastLinear(width, 2 * hidden)
+        else:
+            self.w1, self.w2 = (CastLinear(width, hidden) for _ in range(2))
         self.w3 = CastLinear(hidden, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)  # (B, N, hidden) each
+        gate, value = self.w12(x).chunk(2, dim=-1) if self.fused else (self.w1(x), self.w2(x))  # (B, N, hidden) each
         return self.w3(F.silu(gate) * value)
 
 
@@ -360,6 +447,15 @@ class GELUMLP(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+def modulated_block(
+    block: nn.Module, x: torch.Tensor, modulation: torch.Tensor, rotary: Optional[tuple]
+) -> torch.Tensor:
+    """Attention and MLP of a block on x (B, N, W), with adaptive norms and gates: modulation (B, 1 or N, 6 W)."""
+    shift1, scale1, gate1, shift2, scale2, gate2 = modulation.chunk(6, dim=-1)
+    x = x + gate1 * block.attn(modulate(block.norm1(x), shift1, scale1), rotary)
+    return x + gate2 * block.mlp(modulate(block.norm2(x), shift2, scale2))
+
+
 class RAEDiTBlock(nn.Module):
     """Transformer block with adaptive norm (DiT's adaLN-Zero, arXiv 2212.09748)."""
 
@@ -373,9 +469,27 @@ class RAEDiTBlock(nn.Module):
 
     def forward(self, x: torch.Tensor, condition: torch.Tensor, rotary: Optional[tuple]) -> torch.Tensor:
         """x (B, N, W); condition (B, 1, W), the same for all tokens, or (B, N, W), one per token."""
-        shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(condition).chunk(6, dim=-1)
-        x = x + gate1 * self.attn(modulate(self.norm1(x), shift1, scale1), rotary)
-        return x + gate2 * self.mlp(modulate(self.norm2(x), shift2, scale2))
+        return modulated_block(self, x, self.adaLN_modulation(condition), rotary)
+
+
+class RAEDiTTokenBlock(nn.Module):
+    """RAEv2's block: a plain transformer block in the backbone, whose conditions are tokens, and an adaptive one in the
+    head."""
+
+    def __init__(self, width: int, num_heads: int, mlp_ratio: float, adaptive: bool):
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = Attention(width, num_heads, qk_norm=True, rms=True, fused=False)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, mlp_ratio, fused=False)
+        self.adaln_modulation = nn.Sequential(nn.SiLU(), CastLinear(width, 6 * width)) if adaptive else None
+
+    def forward(self, x: torch.Tensor, condition: Optional[torch.Tensor], rotary: tuple) -> torch.Tensor:
+        """x (B, N, W); condition (B, N, W), None in the backbone."""
+        if self.adaln_modulation is not None:
+            return modulated_block(self, x, self.adaln_modulation(condition), rotary)
+        x = x + self.attn(self.norm1(x), rotary)
+        return x + self.mlp(self.norm2(x))
 
 
 class FinalLayer(nn.Module):
@@ -392,6 +506,20 @@ class FinalLayer(nn.Module):
         return self.linear(modulate(self.norm_final(x), shift, scale))
 
 
+class TokenFinalLayer(nn.Module):
+    """FinalLayer under RAEv2's names."""
+
+    def __init__(self, width: int, out_features: int):
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.linear = CastLinear(width, out_features)
+        self.adaln_modulation = nn.Sequential(nn.SiLU(), CastLinear(width, 2 * width))
+
+    def forward(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
+        shift, scale = self.adaln_modulation(condition).chunk(2, dim=-1)  # (B, N, W) each
+        return self.linear(modulate(self.norm(x), shift, scale))
+
+
 def unpatchify(patches: torch.Tensor, patch_size: int, channels: int) -> torch.Tensor:
     """(B, N, p*p*C), values ordered (row, column, channel), N a square, to (B, C, h, w)."""
     grid = math.isqrt(patches.shape[1])
@@ -405,6 +533,19 @@ def unpatchify(patches: torch.Tensor, patch_size: int, channels: int) -> torch.T
 # --------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class RAEDiTOutput(Transformer2DModelOutput):
+    """`sample`: the predicted velocity noise - data, (B, C, h, w); `base_sample`: that of the base head, if there is
+    one."""
+
+    base_sample: Optional[torch.Tensor] = None
+
+
+def data_to_velocity(data: torch.Tensor, x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
+    """The velocity (x - data) / max(t, LEAST_TIME) of latents x (B, C, h, w) at times t (B,) from predicted data."""
+    return (x - data) / t.clamp_min(LEAST_TIME).view(-1, 1, 1, 1)
+
+
 class RAEDiTModel(Float32Constants, ModelMixin, ConfigMixin):
     """DiT-DH (arXiv 2510.11690), or a plain DiT where there is no head. It predicts the velocity of RAE latents.
 
@@ -412,10 +553,15 @@ class RAEDiTModel(Float32Constants, ModelMixin, ConfigMixin):
     its output, with the time added again, is one condition per token. Under these the head, shallow and wide, reads the
     noisy latent a second time and predicts the velocity. A plain DiT is the backbone with the final layer.
 
+    RAEv2's model (see RAEV2) is a DiT-DH whose backbone has plain blocks: time and label are tokens behind those of the
+    image, which have no position and are dropped before the head. A base head, one final layer, predicts from the
+    tokens of an early block: `guide` takes it for the weaker model (internal guidance).
+
     In 16 bits: load with `from_pretrained(..., torch_dtype=torch.bfloat16)`, cast with `.to(torch.bfloat16)`, or use
     autocast around a float32 model. All three keep the Fourier frequencies, the position table and the rotary tables in
     float32. They compute the Fourier product, the rotation and (with a position table) the backbone's residual stream
-    in float32, and the head's residual stream in 16 bits, as the published code does under autocast.
+    in float32, and the head's residual stream in 16 bits, as the published code does under autocast. RAEv2's learnt
+    vectors stay in float32 too, and make the backbone's residual stream float32.
 
     Args:
         sample_size: side h = w of the latents; only this one.
@@ -435,13 +581,16 @@ class RAEDiTModel(Float32Constants, ModelMixin, ConfigMixin):
         use_pos_embed: 2-D sin-cos position table on the backbone's tokens.
         train_constants: whether the position table and the Fourier frequencies are trained. They are parameters in any
             case, so every file holds them: the published code trains them though it builds them frozen.
+        num_time_tokens, num_class_tokens: tokens that tell the backbone time and label; both None for adaptive norms.
+        base_num_layers: blocks before the base head; None for no base head.
+        prediction: what the weights predict, "velocity" or "data"; the output is a velocity in any case.
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ["RAEDiTBlock"]
-    _repeated_blocks = ["RAEDiTBlock"]
-    _keep_in_fp32_modules = ["W", "pos_embed", "freqs_cos", "freqs_sin"]
-    _skip_layerwise_casting_patterns = ["x_embedder", "s_embedder", "t_embedder", "norm"]
+    _no_split_modules = ["RAEDiTBlock", "RAEDiTTokenBlock"]
+    _repeated_blocks = ["RAEDiTBlock", "RAEDiTTokenBlock"]
+    _keep_in_fp32_modules = ["W", "pos_embed", "freqs_cos", "freqs_sin", "learnable_tokens"]
+    _skip_layerwise_casting_patterns = ["x_embedder", "s_embedder", "t_embedder", "ctx_embedder", "norm"]
 
     @register_to_config
     def __init__(
@@ -464,38 +613,76 @@ class RAEDiTModel(Float32Constants, ModelMixin, ConfigMixin):
         use_rope: bool = True,
         use_pos_embed: bool = True,
         train_constants: bool = False,
+        num_time_tokens: Optional[int] = None,
+        num_class_tokens: Optional[int] = None,
+        base_num_layers: Optional[int] = None,
+        prediction: str = "velocity",
     ):
         super().__init__()
         _check_config(self.config)
         self.gradient_checkpointing = False
-        self.has_head = head_hidden_size is not None
-        last_width = head_hidden_size if self.has_head else hidden_size
-        grid = sample_size // patch_size
-
-        self.pos_embed = nn.Parameter(position_table(hidden_size, grid)) if use_pos_embed else None
-        self.x_embedder = PatchEmbed(patch_size, in_channels, last_width)
-        self.t_embedder = TimeEmbedding(hidden_size)
-        self.y_embedder = LabelEmbedding(num_classes + (class_dropout_prob > 0), hidden_size)
-        options = (mlp_ratio, use_qk_norm, use_swiglu, use_rms_norm)
-        self.blocks = nn.ModuleList(RAEDiTBlock(hidden_size, num_attention_heads, *options) for _ in range(num_layers))
-        self.final_layer = FinalLayer(last_width, patch_size**2 * in_channels, use_rms_norm)
-        rotary = RotaryEmbedding(hidden_size // num_attention_heads, grid) if use_rope else None
-        if self.has_head:
-            self.s_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
-            self.s_projector = CastLinear(hidden_size, last_width) if hidden_size != last_width else nn.Identity()
-            self.blocks.extend(
-                RAEDiTBlock(head_hidden_size, head_num_attention_heads, *options) for _ in range(head_num_layers)
-            )
-            self.enc_feat_rope = rotary
-            self.dec_feat_rope = RotaryEmbedding(last_width // head_num_attention_heads, grid) if use_rope else None
-        else:
-            self.feat_rope = rotary
+        self.has_head, self.has_tokens = head_hidden_size is not None, num_time_tokens is not None
+        self.has_base_head = base_num_layers is not None
+        self._build_with_tokens() if self.has_tokens else self._build_with_adaptive_norms()
         self._initialize()
         self._freeze_constants()
 
+    def _build_with_adaptive_norms(self) -> None:
+        """DiT-DH or a plain DiT."""
+        c = self.config
+        last_width = c.head_hidden_size if self.has_head else c.hidden_size
+        grid, rows = c.sample_size // c.patch_size, c.num_classes + (c.class_dropout_prob > 0)
+        self.pos_embed = nn.Parameter(position_table(c.hidden_size, grid)) if c.use_pos_embed else None
+        self.x_embedder = PatchEmbed(c.patch_size, c.in_channels, last_width)
+        self.t_embedder = TimeEmbedding(c.hidden_size)
+        self.y_embedder = LabelEmbedding(rows, c.hidden_size)
+        options = (c.mlp_ratio, c.use_qk_norm, c.use_swiglu, c.use_rms_norm)
+        self.blocks = nn.ModuleList(
+            RAEDiTBlock(c.hidden_size, c.num_attention_heads, *options) for _ in range(c.num_layers)
+        )
+        self.final_layer = FinalLayer(last_width, c.patch_size**2 * c.in_channels, c.use_rms_norm)
+        rotary = RotaryEmbedding(c.hidden_size // c.num_attention_heads, grid) if c.use_rope else None
+        if self.has_head:
+            self.s_embedder = PatchEmbed(c.patch_size, c.in_channels, c.hidden_size)
+            self.s_projector = self._projector()
+            self.blocks.extend(
+                RAEDiTBlock(last_width, c.head_num_attention_heads, *options) for _ in range(c.head_num_layers)
+            )
+            self.enc_feat_rope = rotary
+            self.dec_feat_rope = RotaryEmbedding(last_width // c.head_num_attention_heads, grid) if c.use_rope else None
+        else:
+            self.feat_rope = rotary
+
+    def _build_with_tokens(self) -> None:
+        """RAEv2's model."""
+        c, width, head_width = self.config, self.config.hidden_size, self.config.head_hidden_size
+        self.pos_embed = None
+        self.x_embedder = PatchEmbed(1, c.in_channels, head_width)
+        self.s_embedder = PatchEmbed(1, c.in_channels, width)
+        self.s_projector = self._projector()
+        self.t_embedder = TimeTokens(width, c.num_time_tokens)
+        self.ctx_embedder = ClassTokens(c.num_classes + (c.class_dropout_prob > 0), width, c.num_class_tokens)
+        kinds = [(width, c.num_attention_heads, False)] * c.num_layers
+        kinds += [(head_width, c.head_num_attention_heads, True)] * c.head_num_layers
+        self.blocks = nn.ModuleList(RAEDiTTokenBlock(w, heads, c.mlp_ratio, adaptive) for w, heads, adaptive in kinds)
+        self.final_layer = TokenFinalLayer(head_width, c.in_channels)
+        self.base_final_layer = TokenFinalLayer(width, c.in_channels) if self.has_base_head else None
+        extra = c.num_time_tokens + c.num_class_tokens
+        self.enc_rope = RotaryEmbedding(width // c.num_attention_heads, c.sample_size, extra)
+        self.dec_rope = RotaryEmbedding(head_width // c.head_num_attention_heads, c.sample_size)
+
+    def _projector(self) -> nn.Module:
+        width, head_width = self.config.hidden_size, self.config.head_hidden_size
+        return CastLinear(width, head_width) if width != head_width else nn.Identity()
+
+    @property
+    def label_table(self) -> nn.Embedding:
+        """A row for each class, and one for the null label."""
+        return (self.ctx_embedder if self.has_tokens else self.y_embedder).embedding_table
+
     def _initialize(self) -> None:
-        """The published initialisation; a new model's output is 0. A plain DiT has Xavier uniform Linears with zero
-        biases, DiT-DH keeps torch's default."""
+        """The published initialisation; a new model's output is 0, or where it predicts data, what data of 0 gives. A
+        plain DiT has Xavier uniform Linears with zero biases, the others keep torch's default."""
         if not self.has_head:
             for module in self.modules():
                 if isinstance(module, nn.Linear):
@@ -507,11 +694,21 @@ class RAEDiTModel(Float32Constants, ModelMixin, ConfigMixin):
         nn.init.normal_(self.t_embedder.W)
         for weight in (self.t_embedder.mlp[0].weight, self.t_embedder.mlp[2].weight):
             nn.init.normal_(weight, std=0.02)
-        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        modulations = [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
-        for linear in (*modulations, self.final_layer.linear):
+        nn.init.normal_(self.label_table.weight, std=0.02)
+        for embedder in (self.t_embedder, self.ctx_embedder) if self.has_tokens else ():
+            nn.init.normal_(embedder.learnable_tokens, std=self.config.hidden_size**-0.5)
+        for linear in self._zero_linears():
             nn.init.zeros_(linear.weight)
             nn.init.zeros_(linear.bias)
+
+    def _zero_linears(self) -> list:
+        """Linears that start at 0: those of adaptive norms, and the last ones."""
+        if not self.has_tokens:
+            modulations = [part.adaLN_modulation[1] for part in (*self.blocks, self.final_layer)]
+            return [*modulations, self.final_layer.linear]
+        last = [layer for layer in (self.final_layer, self.base_final_layer) if layer is not None]
+        adaptive = [*self.blocks[self.config.num_layers :], *last]
+        return [*(part.adaln_modulation[1] for part in adaptive), *(layer.linear for layer in last)]
 
     def _freeze_constants(self) -> None:
         self.t_embedder.W.requires_grad_(self.config.train_constants)
@@ -557,7 +754,7 @@ class RAEDiTModel(Float32Constants, ModelMixin, ConfigMixin):
         timestep: torch.Tensor,
         class_labels: torch.Tensor,
         return_dict: bool = True,
-    ) -> Union[Transformer2DModelOutput, tuple]:
+    ) -> Union[RAEDiTOutput, tuple]:
         """Velocity of noisy latents.
 
         Args:
@@ -568,20 +765,23 @@ class RAEDiTModel(Float32Constants, ModelMixin, ConfigMixin):
             return_dict: whether the result is an object with `.sample` or a tuple.
 
         Returns:
-            `sample` (B, C, h, w), the predicted noise - data.
+            `sample` (B, C, h, w), the predicted noise - data; with a base head also `base_sample`, the same of it.
 
         Raises:
             ValueError: inputs of another shape or kind.
         """
         self._check_inputs(hidden_states, timestep, class_labels)
-        time = self.t_embedder(timestep)[:, None]  # (B, E) -> (B, 1, E)
-        condition = time + self.y_embedder(class_labels)[:, None]  # (B, 1, E)
-        if self.has_head:
-            patches = self._dit_dh(hidden_states, time, condition)  # (B, N, C)
+        if self.has_tokens:
+            predictions = self._dit_dh_of_tokens(hidden_states, timestep, class_labels)  # (B, N, C), one or two
         else:
-            patches = self._dit(hidden_states, condition)  # (B, N, p*p*C)
-        sample = unpatchify(patches, self.config.patch_size, self.config.in_channels)  # (B, C, h, w)
-        return Transformer2DModelOutput(sample=sample) if return_dict else (sample,)
+            time = self.t_embedder(timestep)[:, None]  # (B, E) -> (B, 1, E)
+            condition = time + self.y_embedder(class_labels)[:, None]  # (B, 1, E)
+            dit = self._dit_dh(hidden_states, time, condition) if self.has_head else self._dit(hidden_states, condition)
+            predictions = (dit,)  # (B, N, p*p*C)
+        samples = [unpatchify(patches, self.config.patch_size, self.config.in_channels) for patches in predictions]
+        if self.config.prediction == "data":
+            samples = [data_to_velocity(data, hidden_states, timestep) for data in samples]  # (B, C, h, w)
+        return RAEDiTOutput(*samples) if return_dict else tuple(samples)
 
     def _dit(self, x: torch.Tensor, condition: torch.Tensor) -> torch.Tensor:
         """Plain DiT: latent (B, C, h, w) and condition (B, 1, E) to patches (B, N, p*p*C)."""
@@ -599,12 +799,31 @@ class RAEDiTModel(Float32Constants, ModelMixin, ConfigMixin):
         h = self._run(self.blocks[depth:], h, s, self.dec_feat_rope)
         return self.final_layer(h, s)
 
+    def _dit_dh_of_tokens(self, x: torch.Tensor, t: torch.Tensor, labels: torch.Tensor) -> tuple:
+        """RAEv2's model: latent (B, C, h, w), times and labels (B,) to patches (B, N, C) of the head, and of the base
+        head if there is one."""
+        depth, base = self.config.num_layers, self.config.base_num_layers or 0
+        image = self.s_embedder(x)  # (B, N, E)
+        time, time_tokens = self.t_embedder(t)  # (B, E) and (B, n, E)
+        tokens = torch.cat([image, time_tokens.to(image.device), self.ctx_embedder(labels).to(image.device)], dim=1)
+        tokens = self._run(self.blocks[:base], tokens, None, self.enc_rope)
+        early = tokens[:, : image.shape[1]]
+        tokens = self._run(self.blocks[base:depth], tokens, None, self.enc_rope)
+        time = time[:, None].to(tokens.device)  # (B, 1, E)
+        s = self.s_projector(F.silu(time + tokens[:, : image.shape[1]]))  # (B, N, D)
+        h = self._run(self.blocks[depth:], self.x_embedder(x), s, self.dec_rope)
+        full = self.final_layer(h, s)
+        if not self.has_base_head:
+            return (full,)
+        early = F.silu(time + early)  # (B, N, E), state and condition of the base head
+        return full, self.base_final_layer(early, early)
+
     def _add_positions(self, tokens: torch.Tensor) -> torch.Tensor:
         # on the tokens' device, which is another than the table's where a device map spreads the model
         return tokens if self.pos_embed is None else tokens + self.pos_embed.to(tokens.device)
 
     def _run(
-        self, blocks: nn.ModuleList, x: torch.Tensor, condition: torch.Tensor, rope: Optional[RotaryEmbedding]
+        self, blocks: nn.ModuleList, x: torch.Tensor, condition: Optional[torch.Tensor], rope: Optional[RotaryEmbedding]
     ) -> torch.Tensor:
         """Blocks one after the other, (B, N, W) to (B, N, W)."""
         rotary = None if rope is None else rope()
@@ -721,6 +940,44 @@ def autoguidance_velocity(
     return guide(predict_velocity(weaker_model, x, t, labels), strong, scale)
 
 
+def internal_velocity(
+    model: Callable,
+    x: torch.Tensor,
+    t: torch.Tensor,
+    labels: torch.Tensor,
+    scale: float,
+    interval: tuple = (0.0, 1.0),
+) -> torch.Tensor:
+    """Velocity guided by the model's own base head (RAEv2). Arguments and result as in `predict_velocity`; one forward
+    pass."""
+    times = torch.full((x.shape[0],), float(t), dtype=torch.float32, device=x.device)
+    out = model(x, times, labels)
+    full = out.sample.float()
+    return guide(out.base_sample.float(), full, scale) if guidance_is_on(t, scale, interval) else full
+
+
+def guidance_kind(has_base_head: bool, has_guide: bool, internal: bool = True) -> str:
+    """What a guidance scale other than 1 is the scale of: "autoguidance" with a guide, "internal guidance" of a model
+    with a base head unless `internal` is false, else "classifier-free guidance"."""
+    if has_guide:
+        return "autoguidance"
+    return "internal guidance" if internal and has_base_head else "classifier-free guidance"
+
+
+def guided_velocity(
+    model: Any, guide: Optional[Any], labels: torch.Tensor, scale: float, interval: tuple, internal: bool = True
+) -> Callable:
+    """Velocity of classes `labels` (B,) as `sample_ode` takes it, under the guidance of `guidance_kind`. Raises
+    ValueError for classifier-free guidance of a model that was trained without it."""
+    kind = guidance_kind(model.has_base_head, guide is not None, internal)
+    if kind == "autoguidance":
+        return lambda x, t: autoguidance_velocity(model, guide, x, t, labels, scale, interval)
+    if kind == "internal guidance":
+        return lambda x, t: internal_velocity(model, x, t, labels, scale, interval)
+    null_label = None if scale == 1 else model.null_label
+    return lambda x, t: cfg_velocity(model, x, t, labels, null_label, scale, interval)
+
+
 @torch.no_grad()
 def sample_ode(
     velocity: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
@@ -802,11 +1059,13 @@ class RAEDiTPipeline(DiffusionPipeline):
         rae: an RAEModel with latents of the transformer's shape.
         scheduler: diffusers' FlowMatchEulerDiscreteScheduler. Its `shift` is the factor of `shift_times`.
         guide: a weaker RAEDiTModel of the same latents and classes; a guidance scale other than 1 is then
-            autoguidance's. None: it is that of classifier-free guidance.
+            autoguidance's. None: it is that of internal guidance where the transformer has a base head, else that of
+            classifier-free guidance.
         num_inference_steps, end, guidance_scale, guidance_start, guidance_end: defaults of a call, see `__call__`;
             guidance is on at times from `guidance_start` to `guidance_end`.
         class_names: {index: name}.
         rae_id: where the RAE comes from when it is not saved with the pipeline.
+        internal_guidance: whether the guidance of a transformer with a base head is internal; if not, classifier-free.
 
     Raises:
         ValueError: parts that do not fit each other, or no RAE; the message has the line that loads it.
@@ -829,6 +1088,7 @@ class RAEDiTPipeline(DiffusionPipeline):
         guidance_end: float = 1.0,
         class_names: Optional[dict] = None,
         rae_id: Optional[str] = None,
+        internal_guidance: bool = True,
     ):
         super().__init__()
         if rae is None:
@@ -849,6 +1109,7 @@ class RAEDiTPipeline(DiffusionPipeline):
             # a dictionary, because diffusers takes lists for parts of the pipeline; JSON's keys are text
             class_names=None if class_names is None else {str(index): name for index, name in class_names.items()},
             rae_id=rae_id,
+            internal_guidance=internal_guidance,
         )
 
     @property
@@ -875,12 +1136,14 @@ class RAEDiTPipeline(DiffusionPipeline):
         callback_on_step_end_tensor_inputs: Sequence = ("latents",),
         guidance_interval: Optional[tuple] = None,
         end: Optional[str] = None,
+        internal_guidance: Optional[bool] = None,
     ) -> Union[ImagePipelineOutput, tuple]:
         """Draw images.
 
         Args:
             class_labels: names or indices of classes, one for each of B images; one alone is one image.
-            guidance_scale: 1 is off. With a guide the factor of autoguidance, else that of classifier-free guidance.
+            guidance_scale: 1 is off. The factor of autoguidance with a guide, of internal guidance with a base head,
+                else of classifier-free guidance.
             num_inference_steps: points in time as published: with the `end` "published" there is one step fewer.
             generator: source of the noise, or a list with one for each image.
             latents: (B, C, h, w), the noise itself in place of a generator.
@@ -892,7 +1155,9 @@ class RAEDiTPipeline(DiffusionPipeline):
             callback_on_step_end_tensor_inputs: names of the tensors that it is given, of which there is "latents".
             guidance_interval: (least, greatest) time at which guidance is on, both included; 1 is noise.
             end: see `sampling_times`.
-            None for any of guidance_scale, num_inference_steps, guidance_interval and end: as in the pipeline's config.
+            internal_guidance: see the pipeline's argument of that name.
+            None for any of guidance_scale, num_inference_steps, guidance_interval, end and internal_guidance: as in the
+            pipeline's config.
 
         Raises:
             ValueError: arguments that cannot be used, before anything is computed.
@@ -910,7 +1175,8 @@ class RAEDiTPipeline(DiffusionPipeline):
         if isinstance(class_labels, torch.Tensor):
             class_labels = class_labels.reshape(-1).tolist()
         labels = torch.tensor(self.get_label_ids(class_labels), device=device)
-        velocity = self._velocity(labels, scale, interval)
+        internal = config.internal_guidance if internal_guidance is None else internal_guidance
+        velocity = guided_velocity(self.transformer, self.guide, labels, scale, interval, internal)
         points = config.num_inference_steps if num_inference_steps is None else num_inference_steps
         timesteps = self._set_times(points, config.end if end is None else end)
         latents = self._prepare_latents(len(labels), generator, latents, device)
@@ -937,13 +1203,6 @@ class RAEDiTPipeline(DiffusionPipeline):
     def num_timesteps(self) -> int:
         """Steps of the last call."""
         return self._num_timesteps
-
-    def _velocity(self, labels: torch.Tensor, scale: float, interval: tuple) -> Callable:
-        """The velocity of a state (B, C, h, w) at a time. Raises ValueError where guidance cannot be had."""
-        if self.guide is not None:
-            return lambda x, t: autoguidance_velocity(self.transformer, self.guide, x, t, labels, scale, interval)
-        null_label = None if scale == 1 else self.transformer.null_label
-        return lambda x, t: cfg_velocity(self.transformer, x, t, labels, null_label, scale, interval)
 
     def _set_times(self, num_steps: int, end: str) -> torch.Tensor:
         """Give the scheduler the times of `sampling_times`, bit for bit, and return its timesteps (times 1,000) of the

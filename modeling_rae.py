@@ -279,7 +279,9 @@ class RAEConfig(PreTrainedConfig):
         decoder_layer_norm_eps, decoder_hidden_act: the decoder's LayerNorm epsilon and activation.
         denormalize_output: whether the decoder's output is multiplied by image_std and image_mean is added to it (RAE:
             yes, RAEv2: no).
-        noise_tau: sigma of the latent noise in training mode is `noise_tau * U[0, 1]` per sample.
+        noise_tau: strength of the latent noise in training mode.
+        noise_distribution: how its sigma is drawn for each sample: "uniform" is `noise_tau * U[0, 1]`, as the published
+            code does, "half_normal" is `|N(0, noise_tau**2)|`, as the paper says.
         train_position_embedding: whether the decoder's position table learns (it starts as MAE's sin-cos table).
         use_latent_stats: whether the model holds a mean and a variance of its latents and normalises with them.
         latent_stats_have_mean: whether these statistics have a mean. The published ones of DINOv2-B have none: then
@@ -318,6 +320,7 @@ class RAEConfig(PreTrainedConfig):
         decoder_hidden_act: str = "gelu",
         denormalize_output: bool = True,
         noise_tau: float = 0.0,
+        noise_distribution: str = "uniform",
         train_position_embedding: bool = False,
         use_latent_stats: bool = False,
         latent_stats_have_mean: bool = True,
@@ -347,6 +350,7 @@ class RAEConfig(PreTrainedConfig):
         self.decoder_hidden_act = decoder_hidden_act
         self.denormalize_output = denormalize_output
         self.noise_tau = noise_tau
+        self.noise_distribution = noise_distribution
         self.train_position_embedding = train_position_embedding
         self.use_latent_stats = use_latent_stats
         self.latent_stats_have_mean = latent_stats_have_mean
@@ -442,6 +446,11 @@ class RAEConfig(PreTrainedConfig):
             ),
             ("scaling_factor decoder_layer_norm_eps", lambda value: numbers([value], 1, 0), "a positive number"),
             ("noise_tau", lambda value: numbers([value], 1, -1e-9), "a number of at least 0"),
+            (
+                "noise_distribution",
+                lambda value: isinstance(value, str) and value in ("uniform", "half_normal"),
+                "uniform or half_normal",
+            ),
             ("image_mean", lambda value: numbers(value, 3, -math.inf), "three numbers"),
             ("image_std", lambda value: numbers(value, 3, 0), "three positive numbers"),
             (
@@ -740,7 +749,7 @@ class RAEPreTrainedModel(PreTrainedModel):
 
 class RAEModel(RAEPreTrainedModel):
     """Frozen encoder and trainable decoder (arXiv 2510.11690). In training mode the encoder stays in eval mode, and
-    `encode` adds noise of up to `config.noise_tau` to the latents. In 16 bits, whether loaded or cast so, the latent
+    `encode` adds noise to the latents, see `config.noise_tau`. In 16 bits, whether loaded or cast so, the latent
     statistics stay in float32."""
 
     def __init__(self, config: RAEConfig):
@@ -978,12 +987,19 @@ class RAEModel(RAEPreTrainedModel):
         tokens = self._patch_tokens(pixel_values)  # (B, N, C)
         latent = tokens.transpose(1, 2).contiguous()  # (B, C, N)
         latent = latent.unflatten(2, (config.latent_size, config.latent_size))  # (B, C, h, w)
-        if config.use_latent_stats and normalize:
-            mean, std = self._latent_mean_and_std(latent.device)
-            latent = ((latent.float() - mean) / std).to(latent.dtype)
+        if normalize:
+            latent = self.normalize(latent)
         if self.training if add_noise is None else add_noise:
             latent = self.add_noise(latent, generator)
         return RAEEncoderOutput(latent=latent)
+
+    def normalize(self, latent: torch.Tensor) -> torch.Tensor:
+        """Latents (B, C, h, w), as `encode(..., normalize=False)` gives them, normalised with the latent statistics; as
+        they are when the model has none."""
+        if not self.config.use_latent_stats:
+            return latent
+        mean, std = self._latent_mean_and_std(latent.device)
+        return ((latent.float() - mean) / std).to(latent.dtype)
 
     def _patch_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """Normalised pixels (B, 3, S, S) to the encoder's patch tokens (B, N, C): the last block's, or the mean over
@@ -1014,13 +1030,15 @@ class RAEModel(RAEPreTrainedModel):
         self._block_outputs.append(output[0] if isinstance(output, tuple) else output)
 
     def add_noise(self, latent: torch.Tensor, generator: Optional[torch.Generator] = None) -> torch.Tensor:
-        """Training noise (RAE paper, section on noise-augmented decoding): sigma * N(0, 1) on the encoder's tokens with
-        sigma = noise_tau * U[0, 1] per sample, here in the units of `latent` (B, C, h, w), so divided by the
-        statistics' standard deviation. `generator` lives on the latents' device."""
+        """Training noise (RAE paper, section on noise-augmented decoding): sigma * N(0, 1) on the encoder's tokens,
+        here in the units of `latent` (B, C, h, w), so divided by the statistics' standard deviation. sigma is drawn for
+        each sample: noise_tau * U[0, 1] as in the published code, or |N(0, noise_tau**2)| as in the paper
+        (`config.noise_distribution`). `generator` lives on the latents' device."""
         if self.config.noise_tau == 0:
             return latent
         options = {"generator": generator, "device": latent.device, "dtype": torch.float32}
-        sigma = self.config.noise_tau * torch.rand(latent.shape[0], 1, 1, 1, **options)
+        draw = torch.rand if self.config.noise_distribution == "uniform" else torch.randn
+        sigma = self.config.noise_tau * draw(latent.shape[0], 1, 1, 1, **options).abs()
         noise = sigma * torch.randn(latent.shape, **options)
         if self.config.use_latent_stats:
             noise = noise / self._latent_mean_and_std(latent.device)[1]

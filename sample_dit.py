@@ -37,11 +37,13 @@ from rae_suite.class_labels import balanced_labels, find_classes, random_labels
 from rae_suite.cli import POSITIVE, config_dict, parse, require, setting
 from rae_suite.digests import weights_digest
 from rae_suite.dit_card import sampling_words
-from rae_suite.dit_folders import PartsSettings, latents_key, load_guide, load_pipeline_parts, load_rae
+from rae_suite.dit_folders import PartsSettings, latents_key, load_guide, load_pipeline_parts
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import make_folder, write_text
+from rae_suite.flow import guidance_kind
 from rae_suite.generation import count_passes, draw_images
 from rae_suite.launch import measuring_accelerator, quiet_transformers, run_main, say, set_tf32
+from rae_suite.model_loading import load_rae
 from rae_suite.results import save_results
 from rae_suite.sample_files import (
     GRID,
@@ -73,7 +75,8 @@ class SampleDiTConfig:
     weights: Literal["ema", "raw"] = "ema"
     """Weights of a run's checkpoint: the moving average, or those that are trained."""
     rae: Optional[PathText] = None
-    """Folder or Hub id of the RAE that decodes, with the model's latent space; none: the one that the model names."""
+    """Folder, checkpoint or Hub id of the RAE that decodes, with the model's latent space; none: the one that the model
+    names."""
     num_samples: int = setting(64, POSITIVE)
     """Images that are drawn."""
     labels: Literal["balanced", "random"] = "balanced"
@@ -136,7 +139,7 @@ def load_models(config: SampleDiTConfig) -> Models:
     guide = None
     if config.sampling.guidance_scale != 1:
         guide = load_guide(config.sampling.guide, settings.guide, transformer, rae, "sampling.guide")
-        if guide is None:
+        if guide is None and (config.sampling.guide == "off" or not transformer.has_base_head):
             with error_names_setting("sampling.guidance_scale", config.model):
                 transformer.null_label  # noqa: B018
     return Models(transformer, rae, guide, settings)
@@ -148,7 +151,9 @@ def what_decides_pixels(config: SampleDiTConfig, models: Models, accelerator: Ac
     settings = {name: value for name, value in config_dict(config).items() if name not in left_out}
     networks = {"transformer": models.transformer, "rae": models.rae, "guide": models.guide}
     digests = {name: None if network is None else weights_digest(network) for name, network in networks.items()}
-    settings["sampling"].pop("guide")
+    off = settings["sampling"].pop("guide") == "off"
+    if models.transformer.has_base_head:
+        settings["internal_guidance"] = models.guide is None and not off
     return {**settings, "mixed_precision": accelerator.mixed_precision, "shift": models.settings.shift, **digests}
 
 
@@ -235,7 +240,9 @@ def report(config: SampleDiTConfig, models: Models, decides: dict, accelerator: 
     sampling, settings, has_guide = config.sampling, models.settings, models.guide is not None
     precision = {"no": "float32 with TF32" if config.tf32 else "float32"}
     precision = precision.get(accelerator.mixed_precision, f"{accelerator.mixed_precision} autocast")
-    words = sampling_words({**config_dict(sampling), "guide": has_guide})
+    has_base_head, off = models.transformer.has_base_head, "off" if sampling.guide == "off" else None
+    words = sampling_words({**config_dict(sampling), "guide": has_guide or off}, has_base_head)
+    kind = guidance_kind(has_base_head, has_guide, not off)
     return {
         "num_samples": config.num_samples,
         "model": config.model,
@@ -251,7 +258,7 @@ def report(config: SampleDiTConfig, models: Models, decides: dict, accelerator: 
         "shift": settings.shift,
         "guidance": words.split(" steps, ")[1],
         "guide": (sampling.guide or str(settings.guide)) if has_guide else None,
-        "passes_per_image": count_passes(sampling, settings.shift, has_guide),
+        "passes_per_image": count_passes(sampling, settings.shift, kind),
         "weights": settings.weights,
         "decoder": models.rae.name_or_path,
         "image_size": models.rae.config.image_size,

@@ -55,19 +55,18 @@ from rae_suite.flow import (
     draw_by_place,
     drop_labels,
     interpolate,
+    prediction_loss,
     training_times,
-    velocity_loss,
     velocity_target,
 )
 from rae_suite.generation import draw_images
 from rae_suite.hub import Publisher, check_hub
 from rae_suite.labels import Classes, find_classes
-from rae_suite.latent_stats import LatentReader
 from rae_suite.launch import (
     build_accelerator,
     compute_deterministically,
     data_errors_end_this_process,
-    fsdp_is_asked_for,
+    is_sharded,
     micro_batch_size,
     quiet_transformers,
     run_main,
@@ -75,6 +74,7 @@ from rae_suite.launch import (
 )
 from rae_suite.loaders import UnreadableLog, eval_loader
 from rae_suite.metric_names import GENERATION_METRICS
+from rae_suite.optimizers import build_optimizer, check_optimizer, optimizer_lines
 from rae_suite.pictures import HEADING, GridLayout, class_grid
 from rae_suite.randomness import batch_place
 from rae_suite.run_folder import (
@@ -93,6 +93,7 @@ from rae_suite.sharding import gather_to_cpu, shard
 from rae_suite.sources import ImageSource, evenly_spread
 from rae_suite.start_notes import batch_line, start_notes
 from rae_suite.steps import Steps, step_batches
+from rae_suite.stored_latents import latent_reader, open_latents
 from rae_suite.trackers import check_trackers, start_trackers
 from rae_suite.training_data import TrainingData, open_data, open_loader, write_shards
 from rae_suite.updates import (
@@ -154,11 +155,10 @@ def build_run(config: Config, accelerator: Accelerator, rae: RAEModel, classes: 
     dit = build_dit(config.model, settings, classes, config.train.seed)
     guide = load_guide(config.sampling.guide, None, dit, rae, "sampling.guide")
     guide = None if guide is None else guide.to(accelerator.device)
-    sharded = fsdp_is_asked_for() and accelerator.use_distributed  # one process has nothing to share out
+    sharded = is_sharded(accelerator)
     model = shard(dit, accelerator) if sharded else accelerator.prepare(dit)
     dit = accelerator.unwrap_model(model)
-    trained = [p for p in dit.parameters() if p.requires_grad]
-    optimizer = accelerator.prepare(torch.optim.AdamW(trained, **asdict(config.optimizer), fused=True))
+    optimizer = accelerator.prepare(build_optimizer(dit, config.optimizer))
     if config.train.compile:
         compile_networks(dit, rae.encoder)
     return Run(
@@ -190,10 +190,10 @@ def encode(run: Run, pixels: torch.Tensor) -> torch.Tensor:
 
 
 def prepare(run: Run, batches: list, step: int) -> list:
-    """A step's micro-batches, (pixels, labels) as batches have them, as `train_step` takes them."""
+    """A step's micro-batches, (pixels or stored latents, labels) as batches have them, as `train_step` takes them."""
     config, prepared = run.config, []
-    for i, (pixels, labels) in enumerate(batches):
-        latents = encode(run, pixels)
+    for i, (given, labels) in enumerate(batches):
+        latents = encode(run, given) if config.data.latents is None else run.rae.normalize(given)
         place = batch_place(run.accelerator, config.train, config.data.streaming, i) * len(latents)
         draws = draw_by_place(latents, place, config.train.seed, step)
         prepared.append((latents, run.classes.of(labels).to(latents.device), draws))
@@ -208,8 +208,8 @@ def flow_loss(run: Run, latents: torch.Tensor, labels: torch.Tensor, draws: Draw
     t = training_times(draws.u_time, run.config.flow.time_distribution, run.shift).to(latents.device)
     noisy = interpolate(latents, draws.noise, t)
     with run.accelerator.autocast():
-        predicted = run.model(noisy, t, labels).sample
-    return velocity_loss(predicted, velocity_target(latents, draws.noise))
+        output = run.model(noisy, t, labels)
+    return prediction_loss(output, velocity_target(latents, draws.noise, t, run.dit.config.prediction))
 
 
 def train_step(run: Run, batches: list, step: int, stop: bool = False) -> StepRecord:
@@ -418,9 +418,11 @@ def main() -> None:
     # everything that can be wrong is looked at before anything expensive starts
     accelerator = build_accelerator(config.train, config.logging.report_to)
     config = resolve_config(config, accelerator)
+    check_optimizer(config.optimizer, is_sharded(accelerator))
     micro_batch = micro_batch_size(config.train, accelerator.num_processes)
-    rae = open_rae(config.model, config.latents)
+    rae = open_rae(config.model, config.latents, Path(config.train.output_dir))
     data = open_data(config.data, config.train, config.eval.num_samples, accelerator, micro_batch)
+    data.latents = open_latents(config, rae, data.images)
     classes = find_classes(data.images, config.model.num_classes, config.model.class_names, "data.train_split")
     config = with_settings(config, {"model.num_classes": classes.num, "model.class_names": classes.names})
     check_settings(model_settings(config.model, rae, classes))
@@ -440,10 +442,10 @@ def main() -> None:
 
     # networks, and the state of an earlier part of this run
     if config.latents.stats == "compute":
-        reader = LatentReader(data.images, config.data, config.eval.batch_size, config.data.flip, accelerator)
-        compute_latent_stats(rae.to(accelerator.device), reader, run_dir)
+        compute_latent_stats(rae.to(accelerator.device), latent_reader(config, data, accelerator), run_dir)
     schedule = stretched(config.lr_schedule, total_steps)
     run = build_run(replace(config, lr_schedule=schedule), accelerator, rae, classes, data.steps_per_epoch)
+    run.frozen["data.latents"] = data.latents and data.latents.digest
     state, continued = continue_run(accelerator, config, run_dir, data, run.parts(), run.frozen)
     keep_rae(rae, run_dir, accelerator)
     write_shards(run_dir, data, accelerator.is_main_process)
@@ -484,8 +486,10 @@ def describe(run: Run, data: TrainingData, micro_batch: int, total_steps: int) -
             f"{kind} {dit:.1f}M on latents {shape} of {c.model.rae}, {normalised}, {latents.image_size} px",
             f"{data.num_images or 'streamed'} training and {len(data.eval_images)} evaluation images of "
             f"{run.classes.num} classes, {run.steps_per_epoch} steps an epoch, {total_steps} steps; "
-            f"times {c.flow.time_distribution}, shift {run.shift:.4g}",
+            f"times {c.flow.time_distribution}, shift {run.shift:.4g}; latents "
+            f"{'encoded in each step' if data.latents is None else f'read from {data.latents}'}",
             batch_line(c.train, run.accelerator, micro_batch, run.sharded),
+            *optimizer_lines(run.dit, c.optimizer),
             *start_notes(c, run.ema, run.steps_per_epoch, total_steps, {}),
         ]
     )

@@ -41,7 +41,7 @@ from rae_suite.launch import (
     build_accelerator,
     compute_deterministically,
     data_errors_end_this_process,
-    fsdp_is_asked_for,
+    is_sharded,
     micro_batch_size,
     quiet_transformers,
     run_main,
@@ -58,6 +58,7 @@ from rae_suite.losses import (
 from rae_suite.lpips_vgg16 import build_lpips
 from rae_suite.metric_names import FID_MODES, IMAGE_METRICS, METRICS
 from rae_suite.metrics import Evaluator, quantize
+from rae_suite.model_loading import CODE
 from rae_suite.pictures import RECONSTRUCTIONS, reconstruction_grid, save_pairs
 from rae_suite.rae_networks import (
     backbone_source,
@@ -66,6 +67,7 @@ from rae_suite.rae_networks import (
     build_rae_config,
     compile_networks,
     encoder_source,
+    frozen_digests,
     save_rae,
 )
 from rae_suite.randomness import step_generator
@@ -84,6 +86,7 @@ from rae_suite.settings_rae import Config
 from rae_suite.sharding import gather_to_cpu, shard
 from rae_suite.sources import ImageSource, evenly_spread
 from rae_suite.start_notes import batch_line, start_notes
+from rae_suite.start_weights import NEW_WEIGHTS, StartWeights, read_start_weights
 from rae_suite.steps import Steps, step_batches
 from rae_suite.trackers import check_trackers, start_trackers
 from rae_suite.training_data import TrainingData, open_data, open_loader, write_shards
@@ -97,11 +100,9 @@ from rae_suite.updates import (
     mean_over_processes,
     no_sync_except_last,
     set_learning_rate,
+    starting_step,
     stretched,
 )
-
-CODE = "modeling_rae.py"  # what a model folder holds beside its weights
-
 
 # --------------------------------------------------------------------------------------------------------------------
 # What a run is made of
@@ -144,10 +145,6 @@ class Run:
         return parts
 
 
-def starting_step(step: Optional[int], epoch: float, steps_per_epoch: int) -> int:
-    return round(epoch * steps_per_epoch) if step is None else step
-
-
 def with_stretched_schedules(config: Config, steps_per_epoch: int, total_steps: int) -> Config:
     """The config with schedules that end with the run, where they are asked to."""
     gan = config.gan
@@ -156,15 +153,21 @@ def with_stretched_schedules(config: Config, steps_per_epoch: int, total_steps: 
     return replace(config, lr_schedule=stretched(config.lr_schedule, total_steps), gan=gan)
 
 
-def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, steps_per_epoch: int) -> Run:
-    """Build all networks and optimizers and prepare them for the devices at hand."""
+def build_run(
+    config: Config,
+    accelerator: Accelerator,
+    rae_config: RAEConfig,
+    steps_per_epoch: int,
+    start: StartWeights = NEW_WEIGHTS,
+) -> Run:
+    """Build all networks and optimizers and prepare them for the devices at hand. `start`: trained weights."""
 
     def adamw(parameters: Iterator, settings: Any) -> torch.optim.Optimizer:
         trained = [p for p in parameters if p.requires_grad]
         return torch.optim.AdamW(trained, **asdict(settings), fused=True)
 
     gan, perceptual, seed = config.gan, config.perceptual, config.train.seed
-    lpips = None
+    lpips = disc_optimizer = None
     if perceptual.weight > 0 or "lpips" in config.eval.metrics:
         with error_names_setting("perceptual.vgg_path"):
             lpips = build_lpips(perceptual.weights, perceptual.vgg_path)
@@ -172,21 +175,19 @@ def build_run(config: Config, accelerator: Accelerator, rae_config: RAEConfig, s
         lpips.to(accelerator.device, memory_format=torch.channels_last if on_gpu else torch.preserve_format)
     discriminator = build_discriminator(gan, config.model.attn_implementation, seed) if gan.weight > 0 else None
     rae = build_rae(config.model, seed, rae_config)
-    frozen = {"model.encoder": weights_digest(rae, ("decoder.", "latent_"))}
-    if rae_config.use_latent_stats:
-        frozen["model.latent_stats"] = weights_digest(rae, ("decoder.", "encoder."))
+    start.fill(rae.decoder, discriminator)
+    frozen = frozen_digests(rae)
     if discriminator is not None:
         frozen["gan.backbone"] = weights_digest(discriminator.backbone)
     if perceptual.weight > 0:
         frozen["perceptual.vgg_path"] = weights_digest(lpips)
-    sharded = fsdp_is_asked_for() and accelerator.use_distributed  # one process has nothing to share out
+    sharded = is_sharded(accelerator)
     rae = shard(rae, accelerator, ("encode",)) if sharded else accelerator.prepare(rae)
     decoder = accelerator.unwrap_model(rae).decoder
     optimizer = accelerator.prepare(adamw(decoder.parameters(), config.optimizer))  # of the sharded parameters
     with error_names_setting(*encoder_source(config.model)), torch.no_grad(), accelerator.autocast():
         blank = torch.zeros(1, 3, rae_config.image_size, rae_config.image_size, device=accelerator.device)
         accelerator.unwrap_model(rae).encode(blank, add_noise=False)  # whether the encoder gives the tokens it should
-    disc_optimizer = None
     if discriminator is not None:
         disc_optimizer = adamw(discriminator.parameters(), gan.optimizer)
         discriminator, disc_optimizer = accelerator.prepare(discriminator, disc_optimizer)
@@ -530,11 +531,11 @@ def main() -> None:
     rae_config = build_rae_config(config.model)
     check_hub(config.hub, rae_config.encoder_id)
     training_resize_size(config.model.image_size, config.data.resize_size)
+    start = read_start_weights(config, rae_config, run_dir)
     data = open_data(config.data, config.train, config.eval.num_samples, accelerator, micro_batch)
     total_steps, final = data.total_steps(config.train), run_dir / "final"
     if is_finished(accelerator, run_dir, total_steps, partial(is_whole_model, code=CODE), config.hub):
         return
-
     check_trackers(config.logging.report_to, accelerator)
     inception = [name for name in config.eval.metrics if name in FID_MODES]
     distances = inception_metrics(inception, config.eval.inception_path, "eval.inception_path", accelerator)
@@ -542,7 +543,8 @@ def main() -> None:
 
     # networks, and the state of an earlier part of this run
     stretched_config = with_stretched_schedules(config, data.steps_per_epoch, total_steps)
-    run = build_run(stretched_config, accelerator, rae_config, data.steps_per_epoch)
+    run = build_run(stretched_config, accelerator, rae_config, data.steps_per_epoch, start)
+    del start
     lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
     check_shared_folder(run_dir, lock)
     state, continued = continue_run(accelerator, config, run_dir, data, run.parts(), run.frozen)

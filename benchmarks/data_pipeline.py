@@ -27,11 +27,10 @@ from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import Compose, InterpolationMode, PILToTensor, RandomCrop, Resize, ToTensor
 
-from rae_suite.images import TrainingView
-
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from rae_suite.images import TrainingView  # noqa: E402
 from rae_suite.loaders import TrainBatches, TrainImages, train_loader  # noqa: E402
 from rae_suite.splits import scan_folder  # noqa: E402
 

@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 
 from modeling_dit import PUBLISHED_HEAD, SIZES, RAEDiTModel  # noqa: E402
 from modeling_rae import RAEConfig, RAEModel  # noqa: E402
-from rae_suite.flow import guidance_is_on, sampling_times  # noqa: E402
+from rae_suite.flow import guidance_is_on, guidance_kind, sampling_times  # noqa: E402
 from rae_suite.generation import count_passes, draw_images, image_noise  # noqa: E402
 from rae_suite.launch import share_cores  # noqa: E402
 from rae_suite.metrics import to_8bit  # noqa: E402
@@ -131,7 +131,7 @@ def measure(
             "seconds_published": seconds[1],
             "times_published": seconds[1] / seconds[0],
             "images_per_second": args.batch_size / seconds[0],
-            "passes": count_passes(sampling, SHIFT, has_guide),
+            "passes": count_passes(sampling, SHIFT, guidance_kind(model.has_base_head, has_guide)),
             "difference": difference,
         }
         passes, speed = rows[kind]["passes"], rows[kind]["images_per_second"]

@@ -28,8 +28,9 @@ from accelerate import Accelerator
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from rae_suite.lanes import StreamLoader  # noqa: E402
 from rae_suite.settings import DataConfig  # noqa: E402
-from rae_suite.streams import StreamLoader, open_stream  # noqa: E402
+from rae_suite.streams import open_stream  # noqa: E402
 
 SHARD_IMAGES = 5000
 BATCH, LANES, SIZE = 256, 4, 16

@@ -1,17 +1,12 @@
 """One interface to what can be measured: RAEs of this suite, and the RAE and KL autoencoders of diffusers."""
 
-import json
-import os
-from pathlib import Path
 from typing import Optional
 
 import torch
 from torch import nn
 
-from modeling_rae import RAEModel, check_config_dict
-from rae_suite.errors import ConfigError, error_names_setting
-from rae_suite.hub import fetch_file
-from rae_suite.state_dicts import check_loading_info
+from modeling_rae import RAEModel
+from rae_suite.errors import ConfigError
 
 DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
 
@@ -19,16 +14,16 @@ DEFAULT_IMAGE_SIZE = 256  # pixels, for models that take any size
 class Autoencoder(nn.Module):
     """A frozen autoencoder in eval mode.
 
-    `name` is the folder or Hub id, `kind` the class of the network, `image_size` the side S in pixels of the images
-    that it takes and makes; None: any. Pixels are (B, 3, S, S) in [0, 1], latents (B, C, h, w) as a diffusion model
-    sees them.
+    `name` is the folder, file or Hub id that was asked for, `loaded` in words what was found there, `kind` the class of
+    the network, `image_size` the side S in pixels of the images that it takes and makes; None: any. Pixels are
+    (B, 3, S, S) in [0, 1], latents (B, C, h, w) as a diffusion model sees them.
     """
 
     image_size: Optional[int] = None
 
     def __init__(self, name: str, model: nn.Module):
         super().__init__()
-        self.name, self.model = name, model.eval().requires_grad_(False)
+        self.name, self.loaded, self.model = name, name, model.eval().requires_grad_(False)
         self.kind = type(model).__name__
 
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -87,44 +82,3 @@ class DiffusersKL(Autoencoder):
         config = self.model.config
         mean = latent / config.scaling_factor + (config.shift_factor or 0)
         return (self.model.decode(mean).sample + 1) / 2
-
-
-def load_autoencoder(source: str, key: str = "model") -> Autoencoder:
-    """The autoencoder in a folder or on the Hub, on the CPU in float32.
-
-    Raises ConfigError, about the setting `key`, when there is none, it is of another kind, or its weights do not fit.
-    """
-    kind = _kind(source, key)
-    with error_names_setting(key, source):
-        if kind == "rae":
-            rae = RAE(source, RAEModel.from_pretrained(source, dtype=torch.float32))
-            with torch.no_grad():  # whether its encoder gives the tokens that its config says
-                rae.encode(torch.zeros(1, 3, rae.image_size, rae.image_size))
-            return rae
-        import diffusers  # seconds: only when asked for
-
-        load = getattr(diffusers, kind).from_pretrained
-        model, info = load(source, torch_dtype=torch.float32, output_loading_info=True)
-    check_loading_info(info, source, key)
-    return {"AutoencoderRAE": DiffusersRAE, "AutoencoderKL": DiffusersKL}[kind](source, model)
-
-
-def _kind(source: str, key: str) -> str:
-    """What the config.json of a folder or Hub repository says: "rae", "AutoencoderRAE" or "AutoencoderKL"."""
-    file = Path(source, "config.json")
-    if os.path.exists(source) and not file.is_file():
-        raise ConfigError(f"{key}: {source} has no config.json, expected a model folder such as runs/<name>/final")
-    if not os.path.exists(source):
-        file = fetch_file(source, "config.json", key)
-    try:
-        config = json.loads(file.read_text())
-        kind = config.get("_class_name") or config.get("model_type")
-    except (ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(f"{key}: {file} is no model config: {error}") from error
-    if kind not in ("rae", "AutoencoderRAE", "AutoencoderKL"):
-        raise ConfigError(
-            f"{key}: {source} is a {kind}, expected an RAE, or diffusers' AutoencoderRAE or AutoencoderKL"
-        )
-    with error_names_setting(key, str(file)):
-        check_config_dict(config)
-    return kind

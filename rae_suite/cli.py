@@ -148,6 +148,19 @@ def read_yaml(file: Path) -> dict:
         raise ConfigError(f"{file}: expected settings in YAML, {error}") from error
 
 
+def read_group(schema: type, file: Path, group: str) -> Any:
+    """The dataclass `schema` of the settings below `group` in a YAML file. Raises ConfigError, about the file or one of
+    them, for anything else; the other groups are not looked at."""
+    settings = all_settings(schema, f"{group}.")
+    nodes = [node for name, node in read_node(file).value if name.value == group]
+    if len(nodes) != 1 or not isinstance(nodes[0], yaml.MappingNode):
+        raise ConfigError(f"{file}: expected a mapping of settings below {group}")
+    found = file_nodes(nodes[0], settings, file, f"{group}.")
+    config = build(schema, {key: convert(settings[key].type, node, key) for key, node in found.items()}, f"{group}.")
+    check_limits(config, f"{group}.")
+    return config
+
+
 def file_nodes(node: yaml.Node, settings: dict, file: Path, prefix: str = "") -> dict:
     """{key: node} of the settings in a mapping below the group `prefix`. Raises ConfigError for an unknown key, for one
     that is given twice, and for a group that is no mapping."""
@@ -260,6 +273,8 @@ POSITIVE = Limit(lambda value: value > 0, "a positive number")
 AT_LEAST_0 = Limit(lambda value: value >= 0, "a number of at least 0")
 SHARE = Limit(lambda value: 0 <= value < 1, "a number in [0, 1)")
 ALL_AT_LEAST_0 = Limit(lambda values: all(value >= 0 for value in values), "numbers of at least 0")
+ALL_POSITIVE = Limit(lambda values: all(value > 0 for value in values), "positive numbers")
+THREE = Limit(lambda values: len(values) == 3, "three numbers")
 PROBABILITY = Limit(lambda value: 0 <= value <= 1, "a number in [0, 1]")
 
 

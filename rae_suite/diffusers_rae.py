@@ -362,9 +362,14 @@ def unlike_diffusers(config: RAEConfig, names: tuple, key: str) -> list:
 
 def diffusers_notes(model: RAEModel) -> list:
     """What an AutoencoderRAE says in another way than `model`, as in ModelSource."""
+    notes = []
     if model.config.use_latent_stats and model.latent_mean is None:
-        return ["the latent statistics have no mean: AutoencoderRAE has zeros in its place, latents are the same"]
-    return []
+        notes.append("the latent statistics have no mean: AutoencoderRAE has zeros in its place, latents are the same")
+    if model.config.noise_tau > 0 and model.config.noise_distribution != "uniform":
+        notes.append(
+            f"noise_distribution {model.config.noise_distribution} is left out: training noise is uniform there"
+        )
+    return notes
 
 
 def write_diffusers(model: RAEModel, folder: Path) -> None:

@@ -23,7 +23,7 @@ def latents_digest(model: nn.Module) -> str:
     """SHA-256 of all that an autoencoder's latents depend on: the settings and weights that are not the decoder's, so
     that `best/` and `final/` of a run, or two decoders for one encoder, share what was computed from their latents."""
     config = model.config.to_dict() if hasattr(model.config, "to_dict") else dict(model.config)
-    left_out = ("_", "decoder_", "encoder_id", "encoder_revision", "encoder_bundled", "noise_tau", "dtype")
+    left_out = ("_", "decoder_", "encoder_id", "encoder_revision", "encoder_bundled", "noise_", "dtype")
     kept = {name: value for name, value in config.items() if not name.startswith(left_out)}
     settings = json.dumps(kept, sort_keys=True, default=str)
     return hashlib.sha256((settings + weights_digest(model, ("decoder.", "post_quant_conv."))).encode()).hexdigest()

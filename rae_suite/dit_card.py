@@ -11,6 +11,7 @@ from modeling_rae import RAEConfig
 from rae_suite.cli import config_yaml
 from rae_suite.dit_folders import CARD, PICTURE
 from rae_suite.errors import scrub
+from rae_suite.flow import guidance_kind
 from rae_suite.hub import data_name, hub_id
 from rae_suite.metric_names import DRAWN_METRICS, GENERATION_METRICS
 from rae_suite.metrics_file import MetricsFile
@@ -42,15 +43,17 @@ class CardFacts:
     run_settings: Optional[str] = None
 
 
-def sampling_words(sampling: dict) -> str:
-    """How images are drawn, from settings by their names in SamplingConfig."""
+def sampling_words(sampling: dict, has_base_head: bool) -> str:
+    """How images are drawn by a model with or without a base head, from settings by their names in SamplingConfig;
+    `guide`: "off", or whether there is one."""
     points, end, scale = (sampling.get(key) for key in ("num_inference_steps", "end", "guidance_scale"))
     steps = points - 1 if end == "published" else points
     words = f"{points} points in time, {steps} {sampling.get('solver', 'euler')} steps"
     if scale == 1:
         return f"{words}, no guidance"
     low, high = sampling.get("guidance_interval", (0.0, 1.0))
-    kind = "autoguidance" if sampling.get("guide") else "classifier-free guidance"
+    guide = sampling.get("guide")
+    kind = guidance_kind(has_base_head, bool(guide) and guide != "off", guide != "off")
     return f"{words}, {kind} {scale:g} at times {low:g} to {high:g}"
 
 
@@ -119,7 +122,7 @@ def pipeline_card(
     Args:
         transformer: config of the RAEDiTModel.
         image_size: of the RAE, in pixels; None: it is left out, and `rae_id` says where it is.
-        sampling: the pipeline's defaults, as save_pipeline takes them; `guide`: whether it has one.
+        sampling: the pipeline's defaults, as save_pipeline takes them; `guide`: "off", or whether it has one.
         class_names: {index: name}.
     """
     name, figures = facts.repo_id.rstrip("/").split("/")[-1], facts.figures
@@ -136,8 +139,9 @@ def pipeline_card(
     parts = [f"---\n{data.to_yaml()}\n---", f"# {name}", describe(transformer, image_size)]
     if facts.picture:
         parts.append(f"![Images that it drew, sorted by class]({PICTURE})")
+    words = sampling_words(sampling, transformer.get("base_num_layers") is not None)
     code = usage(facts.repo_id, class_names or {}, None if image_size is not None else rae_id)
-    parts.append(f"## Usage\n\n```python\n{code}\n```\n\nBy default: {sampling_words(sampling)}.")
+    parts.append(f"## Usage\n\n```python\n{code}\n```\n\nBy default: {words}.")
     if figures:
         rows = "\n".join(
             f"| {GENERATION_METRICS[metric].title} | {value:.4f} |" for metric, value in figures.values.items()

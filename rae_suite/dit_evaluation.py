@@ -79,7 +79,7 @@ def held_out_loss(
             t = times(torch.full((len(latents),), (k + 0.5) / FIXED_TIMES, device=latents.device))
             with accelerator.autocast():
                 predicted = model(interpolate(latents, noise, t), t, labels).sample
-            row[name] = velocity_loss(predicted, velocity_target(latents, noise))
+            row[name] = velocity_loss(predicted, velocity_target(latents, noise, t, model.config.prediction))
         if not empty:
             rows.append(row)
     table, _ = gather_rows(rows, ["index", *names], unreadable)

@@ -11,7 +11,6 @@ No code of a folder or of the Hub runs: the networks are this repository's.
 
 import inspect
 import json
-import math
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -25,22 +24,24 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 
 from modeling_dit import RAEDiTModel, RAEDiTPipeline, RotaryEmbedding, check_parts_fit, rotary_table
 from modeling_rae import RAEModel
-from rae_suite.autoencoders import RAE, load_autoencoder
-from rae_suite.checkpoints import checkpoints
 from rae_suite.cli import read_yaml
 from rae_suite.digests import weights_digest
 from rae_suite.errors import ConfigError, error_names_setting
-from rae_suite.files import is_whole_model, read_tensors
+from rae_suite.files import is_whole_model
 from rae_suite.flow import default_shift
 from rae_suite.hub import fetch_file, hub_id
+from rae_suite.model_loading import load_rae
 from rae_suite.rae_networks import image_processor_json
+from rae_suite.run_models import WORDS, is_checkpoint, is_run_folder, model_of_run, read_weights
 
 INDEX, CARD, PICTURE = "model_index.json", "README.md", "samples.png"
 CODE, RAE_CODE = "modeling_dit.py", "modeling_rae.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-CHECKPOINT_FILES = {"ema": "ema.safetensors", "raw": "model.safetensors"}
+CHECKPOINT_PARTS = {"ema": "ema", "raw": "model"}
 # of SamplingConfig, what a pipeline has as its defaults; its guidance_interval is two numbers there
 PIPELINE_DEFAULTS = ("num_inference_steps", "end", "guidance_scale", "guidance_start", "guidance_end")
+# weights of the model's label table, by how it is conditioned
+LABEL_TABLES = {"y_embedder.embedding_table.weight", "ctx_embedder.embedding_table.weight"}
 KINDS = "a pipeline folder such as runs/<name>/final, a run folder, a checkpoint of one, a transformer or a Hub id"
 
 
@@ -70,7 +71,8 @@ def save_pipeline(
             Buffers may be missing.
         class_names: name of each class, in the order of their indices.
         sampling: defaults of the pipeline, by their names in SamplingConfig, and `shift`; all may be left out. `solver`
-            and `guide` are not the pipeline's: it takes Euler steps, and has the guide that is given.
+            and `guide` are not the pipeline's: it takes Euler steps, and has the guide that is given. Of `guide` only
+            "off" counts: a base head is no guide then.
         card: text of README.md.
         picture: PNG file that the card shows as samples.png.
         include_rae: whether the RAE's weights go along. If not, `rae_id` says where they come from.
@@ -93,6 +95,7 @@ def save_pipeline(
         guide,
         class_names=None if class_names is None else dict(enumerate(class_names)),
         rae_id=rae_id or hub_id(rae.name_or_path or None),
+        internal_guidance=sampling.get("guide") != "off",
         **{name: sampling[name] for name in PIPELINE_DEFAULTS if name in sampling},
     )
     pipeline.save_pretrained(folder, include_rae=include_rae)
@@ -117,8 +120,7 @@ def model_from_state(config: dict, state: dict) -> RAEDiTModel:
     state = dict(state)
     for name, module in model.named_modules():
         if isinstance(module, RotaryEmbedding):
-            tokens, head_dim = module.freqs_cos.shape
-            for which, table in zip(("cos", "sin"), rotary_table(head_dim, math.isqrt(tokens)), strict=True):
+            for which, table in zip(("cos", "sin"), rotary_table(*module.size), strict=True):
                 state.setdefault(f"{name}.freqs_{which}", table)
     try:
         model.load_state_dict(state, assign=True)
@@ -175,18 +177,13 @@ def load_pipeline_parts(
         ConfigError: there is nothing of that kind, or it is damaged; other things have no raw weights.
     """
     folder = Path(source)
+    if is_run_folder(folder):
+        folder = model_of_run(folder, key, weights, is_whole_pipeline)
+        source = str(folder)
+    if is_checkpoint(folder):
+        return _from_checkpoint(folder, key, weights)
     if not folder.exists():
         return _from_hub(source, key, weights)
-    if (folder / "state.json").is_file():
-        return _from_checkpoint(folder, key, weights)
-    if (folder / "config.yaml").is_file():
-        final = folder / "final"
-        if weights == "ema" and is_whole_pipeline(final):
-            return _from_folder(final, str(final), key, weights)
-        saved = checkpoints(folder)
-        if not saved:
-            raise ConfigError(f"{key}: {source} is a run folder without final/ and without checkpoints")
-        return _from_checkpoint(saved[-1], key, weights)
     return _from_folder(folder, source, key, weights)
 
 
@@ -232,7 +229,8 @@ def read_defaults(index: dict) -> tuple[dict, dict]:
     sampling = {name: index[name] for name in PIPELINE_DEFAULTS if name in index}
     interval = (sampling.pop("guidance_start", 0.0), sampling.pop("guidance_end", 1.0))
     names = {int(number): name for number, name in (index.get("class_names") or {}).items()}
-    return {**sampling, "guidance_interval": interval}, names
+    off = {} if index.get("internal_guidance", True) else {"guide": "off"}
+    return {**sampling, **off, "guidance_interval": interval}, names
 
 
 def _check_class(file: Path, expected: str, source: str, key: str) -> dict:
@@ -254,14 +252,6 @@ def _load_transformer(folder: Path, source: str, key: str) -> RAEDiTModel:
         return RAEDiTModel.from_pretrained(folder, torch_dtype=torch.float32, use_safetensors=True).eval()
 
 
-def load_rae(source: str, key: str) -> RAEModel:
-    """The RAE in a folder or on the Hub. Raises ConfigError, about the setting `key`, for anything else."""
-    autoencoder = load_autoencoder(source, key)
-    if not isinstance(autoencoder, RAE):
-        raise ConfigError(f"{key}: {source} is a {autoencoder.kind}, expected an RAE")
-    return autoencoder.model
-
-
 def _from_checkpoint(folder: Path, key: str, weights: str) -> tuple:
     """Parts of a run's checkpoint: weights from it, all else from the run folder around it."""
     run_dir = folder.parent.parent
@@ -276,10 +266,10 @@ def _from_checkpoint(folder: Path, key: str, weights: str) -> tuple:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
         raise ConfigError(f"{key}: {run_dir} is no run folder of stage 2 ({error!r})") from error
+    state = read_weights(folder, CHECKPOINT_PARTS[weights], key)
     with error_names_setting(key, str(folder)):
-        state = read_tensors(folder / CHECKPOINT_FILES[weights], key)
         transformer = model_from_state(_checkpoint_config(given, rae, state), state)
-    which, names = {"ema": "averaged", "raw": "raw"}[weights], dict(enumerate(names or []))
+    which, names = WORDS[weights], dict(enumerate(names or []))
     shift = flow["shift"] or default_shift(latent_dim(transformer), flow["shift_base"])
     settings = PartsSettings(f"checkpoint {folder}, {which} weights", which, shift, names, sampling)
     return transformer, rae, settings
@@ -289,11 +279,11 @@ def _checkpoint_config(given: dict, rae: RAEModel, state: dict) -> dict:
     """Arguments of RAEDiTModel from a run's settings `model.*`; what follows from its RAE and its data may be missing
     there."""
     config = {name: given[name] for name in inspect.signature(RAEDiTModel.__init__).parameters if name in given}
-    dropout = config.get("class_dropout_prob", 0.1)
+    dropout, (table,) = config.get("class_dropout_prob", 0.1), LABEL_TABLES & state.keys()
     found = {
         "sample_size": rae.config.latent_size,
         "in_channels": rae.config.latent_channels,
-        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - (dropout > 0),
+        "num_classes": state[table].shape[0] - (dropout > 0),
     }
     return {**config, **{name: value for name, value in found.items() if config.get(name) is None}}
 

@@ -4,6 +4,7 @@ diffusion transformer."""
 import inspect
 from dataclasses import fields
 from pathlib import Path
+from typing import Optional
 
 import torch
 from accelerate import Accelerator
@@ -12,26 +13,34 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from modeling_dit import RAEDiTBlock, RAEDiTModel
+from modeling_dit import RAEDiTBlock, RAEDiTModel, RAEDiTTokenBlock
 from modeling_rae import RAEModel
-from rae_suite.dit_folders import load_pipeline_parts, load_rae
+from rae_suite.checkpoints import checkpoints
+from rae_suite.dit_folders import LABEL_TABLES, load_pipeline_parts
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import replacing, write_folder
 from rae_suite.flow import default_shift
 from rae_suite.labels import Classes
 from rae_suite.latent_stats import LatentReader
 from rae_suite.launch import say
+from rae_suite.model_loading import load_rae
 from rae_suite.rae_networks import compiled, give_latent_stats, read_latent_stats, save_rae
+from rae_suite.run_models import is_checkpoint, is_run_folder
 from rae_suite.settings_dit import DiTModelConfig, FlowConfig, LatentsConfig
 from rae_suite.sharding import load_tensors_into
 
 LATENT_STATS = "latent_stats.safetensors"  # in the run folder, of statistics that were computed
 
 
-def open_rae(model: DiTModelConfig, latents: LatentsConfig) -> RAEModel:
-    """The frozen autoencoder, with the statistics of a file if one is named. Raises ConfigError where there is none,
-    and for latents without statistics that were not asked for."""
-    rae = load_rae(model.rae, "model.rae").requires_grad_(False)
+def open_rae(model: DiTModelConfig, latents: LatentsConfig, run_dir: Optional[Path] = None) -> RAEModel:
+    """The frozen autoencoder, with the statistics of a file if one is named. Where `model.rae` is a run or a
+    checkpoint, a run in `run_dir` that goes on takes the one that it keeps: a training's newest checkpoint is another
+    by then. Raises ConfigError where there is none, and for latents without statistics that were not asked for."""
+    source = model.rae
+    changes = is_run_folder(Path(source)) or is_checkpoint(Path(source))
+    if changes and run_dir is not None and checkpoints(run_dir):
+        source = str(run_dir / "rae")
+    rae = load_rae(source, "model.rae")
     if latents.stats is None and not rae.config.use_latent_stats:
         raise ConfigError(
             f"latents.stats: {model.rae} has no statistics of its latents, and training on latents that are not "
@@ -95,9 +104,10 @@ def fill_from(dit: RAEDiTModel, source: str, classes: Classes) -> None:
     model of another architecture."""
     start, _, found = load_pipeline_parts(source, "model.init_from")
     state, own = start.state_dict(), dit.state_dict()
-    table = "y_embedder.embedding_table.weight"
+    (table,) = LABEL_TABLES & own.keys()
     names = None if found.class_names is None else tuple(found.class_names.values())
-    if state[table].shape != own[table].shape or (names and classes.names and names != classes.names):
+    others = bool(names and classes.names and names != classes.names)
+    if table in state and (others or state[table].shape != own[table].shape):
         state[table] = own[table]
     with error_names_setting("model.init_from", source):
         load_tensors_into(own, state, f"{source} is of another architecture")
@@ -112,7 +122,7 @@ def time_shift(flow: FlowConfig, rae: RAEModel) -> float:
 def compile_networks(dit: RAEDiTModel, encoder: nn.Module) -> None:
     """Compile what a step spends its time in, in place: the blocks of the transformer and of the encoder."""
     for module in (*dit.modules(), *encoder.modules()):
-        if isinstance(module, (RAEDiTBlock, GradientCheckpointingLayer)):
+        if isinstance(module, (RAEDiTBlock, RAEDiTTokenBlock, GradientCheckpointingLayer)):
             module.forward = compiled(module.forward)
 
 

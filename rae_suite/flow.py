@@ -14,10 +14,15 @@ from typing import NamedTuple, Optional
 import torch
 
 from modeling_dit import (
+    LEAST_TIME,
+    RAEDiTOutput,
     autoguidance_velocity,
     cfg_velocity,
     guidance_is_on,
+    guidance_kind,
     guide,
+    guided_velocity,
+    internal_velocity,
     predict_velocity,
     sample_ode,
     sampling_times,
@@ -35,10 +40,14 @@ __all__ = [
     "draw_by_place",
     "drop_labels",
     "guidance_is_on",
+    "guidance_kind",
     "guide",
+    "guided_velocity",
+    "internal_velocity",
     "interpolate",
     "parse_time_distribution",
     "predict_velocity",
+    "prediction_loss",
     "sample_ode",
     "sampling_times",
     "shift_factor",
@@ -123,15 +132,28 @@ def interpolate(data: torch.Tensor, noise: torch.Tensor, t: torch.Tensor) -> tor
     return (1 - t) * data + t * noise
 
 
-def velocity_target(data: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
-    """What the model learns to predict at every time, (B, C, h, w)."""
-    return noise - data
+def velocity_target(
+    data: torch.Tensor, noise: torch.Tensor, t: Optional[torch.Tensor] = None, prediction: str = "velocity"
+) -> torch.Tensor:
+    """What the model's velocity learns to be, (B, C, h, w): noise - data at every time. For a model whose `prediction`
+    is "data", it is (x_t - data) / max(t, LEAST_TIME) as in RAEv2, which is smaller at times t (B,) below that."""
+    if prediction == "velocity":
+        return noise - data
+    share = (t / LEAST_TIME).clamp_max(1).view(-1, *[1] * (data.ndim - 1))  # (B, 1, 1, 1)
+    return (noise - data) * share
 
 
 def velocity_loss(predicted: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean squared error of each sample, (B, C, h, w) to (B,), in float32. The step's loss is the mean over the batch,
     without weights for times."""
     return (predicted.float() - target.float()).square().flatten(1).mean(dim=1)
+
+
+def prediction_loss(output: RAEDiTOutput, target: torch.Tensor) -> torch.Tensor:
+    """The loss that a step minimises, of each sample (B,): `velocity_loss`, plus that of the base head if there is one
+    (RAEv2, with weight 1)."""
+    loss = velocity_loss(output.sample, target)
+    return loss if output.base_sample is None else loss + velocity_loss(output.base_sample, target)
 
 
 def drop_labels(labels: torch.Tensor, u_drop: torch.Tensor, probability: float, null_label: int) -> torch.Tensor:

@@ -1,4 +1,8 @@
-"""Folders of image files: what of them are images, what is left out, and lists of large ones that are kept."""
+"""Folders of image files: which files are images, which are left out, and the lists of large folders that are kept.
+
+A folder's path is a text here, not a pathlib.Path, and paths below a folder begin with that text as the user gave it:
+names of images and messages show it (pathlib would make x of ./x). os.scandir saves a call for each file.
+"""
 
 import hashlib
 import json
@@ -7,6 +11,9 @@ import os
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Optional
 
 import numpy as np
 from huggingface_hub.constants import HF_HOME
@@ -18,43 +25,46 @@ from rae_suite.sources import join_paths
 
 logger = logging.getLogger(__name__)
 
-INDEX_CACHE = os.path.join(HF_HOME, "rae_indexes")  # lists of the files in large folders
+INDEX_CACHE = Path(HF_HOME) / "rae_indexes"  # lists of the files in large folders
 INDEXED_FROM = 10_000  # files: to list fewer takes no time that counts
 INDEX_FORMAT = 2  # to be raised when other files are listed, or in another way
-SETTLED = 2.0  # seconds since a folder's last change: two changes within a clock tick leave the same time behind
-# what systems, network drives and archivers leave among images, thumbnails of them too; beside names that begin with .
+# seconds without a change after which a folder's times tell of changes: two changes in one clock tick leave one time
+SETTLED = 2.0
+# files and folders that systems, network drives and archivers leave among images, some with thumbnails in them; names
+# that begin with . are left out too
 SYSTEM_NAMES = frozenset((
     "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "recycler", "__macosx",
     "system volume information", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini",
 ))  # fmt: skip
-# text that lies beside images and is not counted among the files that are left out
+# endings of texts that usually lie beside images: they are not reported as left out
 SIDECARS = (
     ".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".log", ".cls", ".caption",
 )  # fmt: skip
 
 
-def is_system_name(name):
-    """Whether a file or folder is hidden, or a system's own, as in every data set's folder or tar it may be."""
+def is_system_name(name: str) -> bool:
+    """Whether a file or folder is hidden or a system's own, so that it is no part of a data set."""
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
-def class_folders(path):
+def class_folders(path: str) -> list[str]:
     """Sorted names of the folders in `path` that hold images, or [] if images also lie in `path` itself."""
     files, folders, _ = list_folder(path)
     return [] if files else [name for name in folders if has_images(os.path.join(path, name))]
 
 
-def list_images(path, classes):
-    """(paths, ends, counts): all images below `path` as `join_paths` gives them, and the number in each class folder.
-    Says how many other files there are.
+def list_images(path: str, classes: Sequence[str]) -> list:
+    """[paths, ends, counts]: all images below `path` as `join_paths` gives them, and the number in each class folder.
+    Warns of other files, with their numbers.
 
-    The list of a large folder is kept in INDEX_CACHE: to list 1.3 million files on a network drive takes minutes. It is
-    good for as long as no folder has changed, which any file or folder that is added, removed or renamed does to the
-    folder around it. Processes write it beside its place and rename it.
+    The list of a large folder is kept in INDEX_CACHE, because to list 1.3 million files on a network drive takes
+    minutes. A kept list is used until a folder's times of change differ from the kept ones: to add, remove or rename a
+    file or folder changes the times of the folder around it. A list is written beside its place and renamed, because
+    several processes may write it at once.
     """
     place = os.path.abspath(path)
     key = json.dumps([INDEX_FORMAT, IMAGE_EXTENSIONS, place, *classes])
-    cache = os.path.join(INDEX_CACHE, hashlib.sha256(os.fsencode(place)).hexdigest()[:32] + ".npz")
+    cache = INDEX_CACHE / f"{hashlib.sha256(os.fsencode(place)).hexdigest()[:32]}.npz"
     listing = _read_listing(cache, key, path)
     if listing is None:
         started = time.time_ns()
@@ -68,37 +78,37 @@ def list_images(path, classes):
     return listing
 
 
-def left_out_in_words(counts):
-    """What is said of files that are no images, {extension: number of them}."""
+def left_out_in_words(counts: dict[str, int]) -> str:
+    """The warning about files that are no images, {extension: number of them}."""
     kinds = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     words = ", ".join(f"{count} {extension or 'without extension'}" for extension, count in kinds)
     return f"{sum(counts.values())} files left out: {words}"
 
 
-def _walk_classes(path, classes):
+def _walk_classes(path: str, classes: Sequence[str]) -> tuple:
     """(stamps of all folders below `path`, paths, ends, counts as list_images gives them, {extension: number of files}
-    of what is left out). Text beside the images, SIDECARS, is not counted."""
+    of the files that are left out). Text beside the images, SIDECARS, is not counted."""
     stamps, others, files, counts = {}, Counter(), [], []
     for name in classes or [""]:
         files += _walk(os.path.join(path, name), f"{name}/" if name else "", stamps, others)
         counts.append(len(files) - sum(counts))
-    if classes:  # of what lies beside them, nothing is an image
+    if classes:  # then no file beside the class folders is an image
         stamps[""] = _stamp(path)
         _, folders, beside = list_folder(path)
         others.update(map(_extension, beside))
         for name in set(folders) - set(classes):
-            list(_walk(os.path.join(path, name), f"{name}/", stamps, others))  # to count what is left out
+            list(_walk(os.path.join(path, name), f"{name}/", stamps, others))  # to count files that are left out
     left_out = {kind: count for kind, count in others.items() if kind not in SIDECARS}
     return stamps, *join_paths(files), np.array(counts), left_out
 
 
-def _extension(name):
+def _extension(name: str) -> str:
     return os.path.splitext(name)[1].lower()
 
 
-def _stamp(folder):
-    """Inode and times of change (ns) of a folder, or None where there is none. The times tell when its list of files
-    last changed, also where a program has put the modification time back."""
+def _stamp(folder: str) -> Optional[tuple[int, int, int]]:
+    """Inode, modification time and status change time (ns) of a folder, or None where there is no folder. A change of
+    its list of files shows in the times: a program can set the modification time back, but not the other one."""
     try:
         status = os.stat(folder)
     except OSError:
@@ -106,9 +116,9 @@ def _stamp(folder):
     return status.st_ino, status.st_mtime_ns, status.st_ctime_ns
 
 
-def _read_listing(cache, key, path):
-    """What `_write_listing` has put there, or None where there is nothing or a folder has changed since."""
-    if not os.path.exists(cache):
+def _read_listing(cache: Path, key: str, path: str) -> Optional[tuple]:
+    """The listing that `_write_listing` wrote to `cache`; None without one, or where a folder has changed since."""
+    if not os.path.exists(cache):  # Path.exists raises an error in a folder that may not be entered
         return None
     try:
         with np.load(cache) as arrays:
@@ -124,21 +134,23 @@ def _read_listing(cache, key, path):
         return None
 
 
-def _write_listing(cache, key, stamps, listing):
+def _write_listing(cache: Path, key: str, stamps: dict, listing: Sequence) -> None:
+    """Keep a listing, (paths, ends, counts, {extension: number of files left out}), for the next start. A failure is a
+    warning."""
     paths, ends, counts, left_out = listing
     names = {"key": key, "stamps": json.dumps(stamps), "left_out": json.dumps(left_out)}
     try:
-        os.makedirs(INDEX_CACHE, exist_ok=True)
+        INDEX_CACHE.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=INDEX_CACHE, ignore_cleanup_errors=True) as folder:
-            beside = os.path.join(folder, "index.npz")
+            beside = Path(folder, "index.npz")
             paths = np.frombuffer(paths, np.uint8)
             np.savez(beside, **names, paths=paths, ends=ends, counts=counts)
-            os.replace(beside, cache)
+            beside.replace(cache)
     except OSError as error:
         logger.warning("the list of files is not kept for the next start: %s", error)
 
 
-def _entries(path):
+def _entries(path: str) -> Iterator[tuple[os.DirEntry, bool]]:
     """(entry, whether it is a folder) of everything in `path` but hidden and system files, without a stat per file."""
     try:
         with os.scandir(path) as entries:
@@ -149,8 +161,8 @@ def _entries(path):
         raise DataError(f"data.path: {path} cannot be listed: {error.strerror}") from error
 
 
-def list_folder(path):
-    """(names of image files, names of folders, names of other files), each sorted."""
+def list_folder(path: str) -> tuple[list[str], list[str], list[str]]:
+    """(names of image files, names of folders, names of other files), each sorted. Raises DataError."""
     files, folders, others = [], [], []
     for entry, is_folder in _entries(path):
         if is_folder:
@@ -161,20 +173,20 @@ def list_folder(path):
     return sorted(files), sorted(folders), sorted(others)
 
 
-def _is_loop(entry, path):
-    """Whether a linked folder contains the folder that links to it."""
+def _is_loop(entry: os.DirEntry, path: str) -> bool:
+    """Whether `entry` of the folder `path` is a link to that folder or one around it, so that a walk would not end."""
     if not entry.is_symlink():
         return False
     target, here = os.path.realpath(entry.path), os.path.realpath(path)
     return os.path.commonpath([target, here]) == target
 
 
-def _walk(path, prefix, stamps, others):
+def _walk(path: str, prefix: str, stamps: dict, others: Counter) -> Iterator[str]:
     """Paths of all images below `path`, each with `prefix` before it: a folder's files before its folders, each sorted.
 
     `stamps` gets {prefix of the folder: its stamp} of all folders, `others`, a Counter, the extensions of other files.
     """
-    stamps[prefix] = _stamp(path)  # before it is listed: a change meanwhile shows the next time
+    stamps[prefix] = _stamp(path)  # before the folder is listed, so that the next start sees a change made meanwhile
     files, folders, rest = list_folder(path)
     others.update(map(_extension, rest))
     for name in files:
@@ -183,8 +195,8 @@ def _walk(path, prefix, stamps, others):
         yield from _walk(os.path.join(path, name), f"{prefix}{name}/", stamps, others)
 
 
-def has_images(path):
-    """Whether there is an image anywhere below; stops at the first, so a large folder is not listed twice."""
+def has_images(path: str) -> bool:
+    """Whether there is an image anywhere below `path`. Stops at the first: a large folder is not to be listed twice."""
     folders = []
     for entry, is_folder in _entries(path):
         if is_folder and not _is_loop(entry, path):

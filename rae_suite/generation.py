@@ -12,7 +12,7 @@ from typing import Optional
 import torch
 
 from rae_suite.errors import RunError
-from rae_suite.flow import autoguidance_velocity, cfg_velocity, guidance_is_on, sample_ode, sampling_times
+from rae_suite.flow import guidance_is_on, guided_velocity, sample_ode, sampling_times
 from rae_suite.metrics import to_8bit
 from rae_suite.randomness import SAMPLE_STREAM, seeded_generator
 from rae_suite.settings_dit import SamplingConfig
@@ -34,32 +34,28 @@ def draw_latents(
     """Normalised latents (B, C, h, w) of classes `labels` (B,) from `noise` (B, C, h, w), float32.
 
     Args:
-        transformer, guide: RAEDiTModels in eval mode; the guide is used where guidance is on. `sampling.guide`, a
-            name, is not looked at.
+        transformer, guide: RAEDiTModels in eval mode; the guide is used where guidance is on. Of `sampling.guide`, a
+            name, only "off" is looked at: the transformer's base head is no guide then.
         labels, noise: on the transformer's device.
         shift: factor of flow.shift_times.
 
     Raises:
         ValueError: classifier-free guidance of a model that was trained without it.
     """
-    scale, interval = sampling.guidance_scale, sampling.guidance_interval
-    null_label = transformer.null_label if guide is None and scale != 1 else None
-
-    def velocity(x: torch.Tensor, t: torch.Tensor) -> torch.Tensor:
-        if guide is not None:
-            return autoguidance_velocity(transformer, guide, x, t, labels, scale, interval)
-        return cfg_velocity(transformer, x, t, labels, null_label, scale, interval)
-
+    scale, interval, internal = sampling.guidance_scale, sampling.guidance_interval, sampling.guide != "off"
+    velocity = guided_velocity(transformer, guide, labels, scale, interval, internal)
     times = sampling_times(sampling.num_inference_steps, shift, sampling.end)
     return sample_ode(velocity, noise, times, sampling.solver)
 
 
-def count_passes(sampling: SamplingConfig, shift: float, has_guide: bool) -> dict:
-    """Passes of the model, and of the guide, for each image: two of the model where classifier-free guidance is on."""
+def count_passes(sampling: SamplingConfig, shift: float, kind: str) -> dict:
+    """Passes of the model, and of the guide, for each image: two of the model where classifier-free guidance is on.
+    `kind`: the guidance, as modeling_dit.guidance_kind names it."""
     times = sampling_times(sampling.num_inference_steps, shift, sampling.end)
     calls = times[:-1] if sampling.solver == "euler" else torch.cat([times[:-1], times[1:]])
     guided = sum(guidance_is_on(t, sampling.guidance_scale, sampling.guidance_interval) for t in calls)
-    return {"model": len(calls) + (0 if has_guide else guided), "guide": guided if has_guide else 0}
+    twice = guided if kind == "classifier-free guidance" else 0
+    return {"model": len(calls) + twice, "guide": guided if kind == "autoguidance" else 0}
 
 
 @torch.no_grad()

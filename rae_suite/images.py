@@ -6,9 +6,10 @@ import math
 import os
 import stat
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Optional
+from pathlib import PurePath
+from typing import BinaryIO, Optional, Union
 
 import numpy as np
 import torch
@@ -34,27 +35,27 @@ TiffImagePlugin.OPEN_INFO.setdefault((TiffImagePlugin.MM, 0, (1,), 1, (16,), ())
 
 
 @functools.cache
-def _missing_endings():
+def _missing_endings() -> tuple[str, ...]:
     """Those of OPTIONAL_CODECS that this build of Pillow does not read."""
     return tuple(ending for ending, (codec, _) in OPTIONAL_CODECS.items() if not features.check(codec))
 
 
-def check_codecs(files):
-    """Raise DataError where one of the files, names that end in IMAGE_EXTENSIONS, is of a format that this build of
-    Pillow does not read."""
+def check_codecs(files: Iterable[str]) -> None:
+    """Raise DataError for the first file of a format that this build of Pillow does not read. `files`: names that
+    end in one of IMAGE_EXTENSIONS."""
     missing = _missing_endings()
     if not missing:
-        return  # the names of a million files are not looked at
+        return  # without a look at the names, which may be a million
     for file in files:
         if file.lower().endswith(missing):
-            name = OPTIONAL_CODECS[os.path.splitext(file.lower())[1]][1]
+            name = OPTIONAL_CODECS[PurePath(file.lower()).suffix][1]
             raise DataError(
                 f"data.path: {file} is of the format {name}, which this build of Pillow does not read; expected Pillow "
                 "from PyPI's wheels, 11.3 or newer"
             )
 
 
-def to_rgb(image):
+def to_rgb(image: Image.Image) -> Image.Image:
     """Any PIL image as 8-bit RGB, upright.
 
     Transparent pixels (RGBA, LA, palette or colour-key transparency) are composited on white, as image viewers show
@@ -93,7 +94,7 @@ def to_rgb(image):
     return image if orientation is None else image.transpose(orientation)
 
 
-def _bits_of_sample(image):
+def _bits_of_sample(image: Image.Image) -> int:
     """Bits of a grey value in the file, before it is loaded; 8 where it makes no difference. Raises ValueError for
     samples of a TIFF whose black and white are not defined, and for a PNG's transparent colour that Pillow cuts."""
     if isinstance(image, TiffImagePlugin.TiffImageFile):
@@ -107,19 +108,20 @@ def _bits_of_sample(image):
     return {"L;2": 2, "L;4": 4}.get(stored, 8)
 
 
-def _zero_is_white(image):
-    """Whether a TIFF stores black as the highest value. Pillow turns those of at most 8 bits round itself."""
+def _zero_is_white(image: Image.Image) -> bool:
+    """Whether a TIFF stores black as the highest value. Only samples of more than 8 bits need it: Pillow inverts the
+    others while it decodes them."""
     tags = getattr(image, "tag_v2", {})
     return tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == 0
 
 
-def _grey_8bit(value, bits):
-    """A grey value of 2 or 4 bits as Pillow scales those of the pixels; of others as it is. Pillow leaves a PNG's
-    transparent grey unscaled (as of 13.0), and a scaled one is too large to be mistaken for that."""
+def _grey_8bit(value: int, bits: int) -> int:
+    """A PNG's transparent grey on the scale of its decoded pixels. Pillow scales pixels of 2 or 4 bits to 8, but not
+    the transparent grey (as of 13.0), so this scales it. A value too large for `bits` is scaled already and stays."""
     return value * 255 // (2**bits - 1) if value < 2**bits else value
 
 
-def _orientation(image):
+def _orientation(image: Image.Image) -> Optional[Image.Transpose]:
     """The transposition that makes the image upright (EXIF tag 274), or None."""
     transpositions = {
         2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -136,7 +138,7 @@ def _orientation(image):
         return None  # a damaged EXIF block names no orientation; the pixels are fine
 
 
-def center_crop(image, size):
+def center_crop(image: Image.Image, size: int) -> Image.Image:
     """ADM's centre crop, used for evaluation (guided-diffusion, image_datasets.py).
 
     Halves with a box filter while the shorter side is at least 2*size, resizes the shorter side to size (bicubic), and
@@ -150,7 +152,9 @@ def center_crop(image, size):
     return image.crop((left, top, left + size, top + size))
 
 
-def random_crop(image, size, resize_size, generator):
+def random_crop(
+    image: Image.Image, size: int, resize_size: int, generator: Union[np.random.Generator, int, Sequence[int]]
+) -> torch.Tensor:
     """The training transform: shorter side to resize_size (bicubic, antialiased), random size x size window, no flip.
 
     Torchvision's Resize(resize_size, BICUBIC) on PIL images followed by a crop, uniform over all positions, as uint8
@@ -168,20 +172,20 @@ def random_crop(image, size, resize_size, generator):
     return _resize_window(image, new_size, left, top, size)
 
 
-def _resize_window(image, new_size, left, top, size):
+def _resize_window(image: Image.Image, new_size: tuple[int, int], left: int, top: int, size: int) -> torch.Tensor:
     """The size x size window at (left, top) of the image resized to new_size: columns, then rows, as Pillow does it.
 
-    The columns by Pillow, which takes a region's borders as float32. Rounded ones would change some pixels by a level,
-    and the rows could make two of it: so the region is one between borders that float32 holds exactly.
-    The rows by torch, twice as fast and within a level of Pillow. It resizes whole images alone: the rows that the
-    window does not need are there, but empty, and what becomes of them is cut off.
+    Pillow resizes the columns. It takes a region's borders as float32, and rounded borders would change some pixels by
+    a level, which the rows could make two levels: so the region is widened to borders that float32 holds exactly.
+    Torch resizes the rows, because it is twice as fast and within a level of Pillow. It has no region, only whole
+    images: so rows that the window does not need are left uninitialised, and the output rows made of them are cut off.
     """
     x_scale, y_scale = image.width / new_size[0], image.height / new_size[1]
     step = new_size[0] // math.gcd(new_size[0], image.width)
     step //= step & -step  # every step-th column's border is a whole number of halves, quarters, ...
     start, end = left // step * step, -(-(left + size) // step) * step
-    first_column, last_column = _span_read(start, end, x_scale, image.width)
-    first_row, last_row = _span_read(top, top + size, y_scale, image.height)
+    first_column, last_column = _source_span(start, end, x_scale, image.width)
+    first_row, last_row = _source_span(top, top + size, y_scale, image.height)
     rows = np.empty((image.height, size, 3), dtype=np.uint8)
     image = image.crop((first_column, first_row, last_column, last_row))
     box = (start * x_scale - first_column, 0, end * x_scale - first_column, image.height)
@@ -192,14 +196,15 @@ def _resize_window(image, new_size, left, top, size):
     return pixels[0, :, top : top + size].contiguous()
 
 
-def _span_read(start, end, scale, length):
-    """The span of pixels, out of `length`, that resized pixels start to end are made of; for columns and rows alike."""
+def _source_span(start: int, end: int, scale: float, length: int) -> tuple[int, int]:
+    """(first, end) of the source pixels, out of `length`, that the resized pixels `start` to `end` are made of."""
     support = 2 * max(scale, 1)  # of the bicubic filter, widened where it reduces
     return max(0, math.floor(start * scale - support)), min(length, math.ceil(end * scale + support))
 
 
-def training_resize_size(image_size, resize_size=None):
-    """The shorter side before the random crop: data.resize_size, or 1.5 times the image size (384 for 256 px)."""
+def training_resize_size(image_size: int, resize_size: Optional[int] = None) -> int:
+    """The shorter side before the random crop: data.resize_size, or 1.5 times the image size (384 for 256 px). Raises
+    DataError for a resize size below the image size."""
     if resize_size is None:
         return round(1.5 * image_size)
     if resize_size < image_size:
@@ -225,16 +230,21 @@ class TrainingView:
             pixels = to_tensor(center_crop(image, self.size))
         else:
             pixels = random_crop(image, self.size, training_resize_size(self.size, self.resize_size), generator)
-        return pixels.flip(2) if self.flip and generator.random() < 0.5 else pixels
+        return pixels.flip(2) if self.mirrors(generator) else pixels
+
+    def mirrors(self, generator: np.random.Generator) -> bool:
+        """Whether the mirror image is seen. Of a centre crop, which draws nothing, the call's generator decides this
+        with its first number."""
+        return self.flip and generator.random() < 0.5
 
 
-def to_tensor(image):
+def to_tensor(image: Image.Image) -> torch.Tensor:
     """An RGB PIL image as a uint8 tensor (3, H, W)."""
     return torch.from_numpy(np.stack([np.asarray(band) for band in image.split()]))  # twice as fast as a permutation
 
 
 @contextlib.contextmanager
-def _open_image(file):
+def _open_image(file: Union[str, BinaryIO]) -> Iterator[Image.Image]:
     """Pillow's image of a path or a stream, not decoded yet. A PNG's checksums are compared here: the decoder does not
     look at those of the pixels. Raises ValueError for what is no file to read, and for PostScript."""
     if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):

@@ -180,6 +180,11 @@ def fsdp_is_asked_for() -> bool:
     return _is_set("ACCELERATE_USE_FSDP")
 
 
+def is_sharded(accelerator: Accelerator) -> bool:
+    """Whether models are shared out among the processes: one process has nothing to share out."""
+    return fsdp_is_asked_for() and accelerator.use_distributed
+
+
 def check_launch() -> None:
     """Raise ConfigError when accelerate launch asks for something else than data parallelism or FSDP2 as it is here."""
     dynamo = os.environ.get("ACCELERATE_DYNAMO_BACKEND", "no")

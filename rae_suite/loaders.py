@@ -19,13 +19,15 @@ import os
 import signal
 import threading
 import traceback
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
 
 from rae_suite.errors import DataError, RunError, UnreadableImage
-from rae_suite.images import center_crop, to_tensor
+from rae_suite.images import TrainingView, center_crop, to_tensor
 from rae_suite.randomness import CROP_STREAM, ORDER_STREAM
 from rae_suite.signals import StoppedWaiting, waiting_for_images
 from rae_suite.sources import ImageSource, evenly_spread
@@ -38,23 +40,23 @@ SHARED_MEMORY_FULL = errno.ENOSPC  # exit code of a data loading process that fi
 class TrainImages(torch.utils.data.Dataset):
     """Training images as the run sees them, indexed by (epoch, index).
 
-    Item: pixels uint8 (3, size, size), index, label (-1: it has none), and the names of images found unreadable on the
-    way. What is seen of an image, its `view`, depends on (seed, epoch, index) alone. An unreadable image is replaced by
-    the next readable one (the last is followed by the first), whose index is then given. Raises DataError when
+    Item: pixels uint8 (3, size, size), index, label (-1: none), and the names of images found unreadable on the way.
+    The part of an image that its `view` shows depends on (seed, epoch, index) alone. An unreadable image is replaced by
+    the next readable one (the last is followed by the first), and the item has that one's index. Raises DataError when
     max_unreadable + 1 images in a row fail.
     """
 
-    def __init__(self, source, view, seed=0, max_unreadable=10):
+    def __init__(self, source: ImageSource, view: TrainingView, seed: int = 0, max_unreadable: int = 10):
         self.source = source
         self.view = view
         self.seed = seed
         self.max_unreadable = max_unreadable
-        label_of(source, 0)  # a column of labels is read as a whole: once, before workers are forked
+        label_of(source, 0)  # reads the whole column of labels: once, before workers are forked
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, epoch_and_index):
+    def __getitem__(self, epoch_and_index: tuple[int, int]) -> dict:
         epoch, index = epoch_and_index
         unreadable = []
         for offset in range(min(self.max_unreadable + 1, len(self.source))):
@@ -69,9 +71,9 @@ class TrainImages(torch.utils.data.Dataset):
         raise too_many_in_a_row(unreadable, self.max_unreadable)
 
 
-def too_many_in_a_row(unreadable, max_unreadable):
-    """The DataError for max_unreadable + 1 images in a row that cannot be read, or all if there are fewer, with their
-    names."""
+def too_many_in_a_row(unreadable: list, max_unreadable: int) -> DataError:
+    """The DataError for max_unreadable + 1 unreadable images in a row, or for all images if there are fewer.
+    `unreadable`: their names."""
     if len(unreadable) <= max_unreadable:
         return DataError(
             f"data.path: none of {len(unreadable)} training images can be read; the last is {unreadable[-1]}"
@@ -85,19 +87,19 @@ def too_many_in_a_row(unreadable, max_unreadable):
 class EvalImages(torch.utils.data.Dataset):
     """Centre-cropped evaluation images, indexed by int.
 
-    Item: pixels uint8 (3, image_size, image_size), index, label (-1: it has none), unreadable names. An unreadable
-    image has pixels None and is dropped by `collate`, so that no other image counts twice.
+    Item: pixels uint8 (3, image_size, image_size), index, label (-1: none), unreadable names. An unreadable image has
+    pixels None and is dropped by `collate`: in its place another image would count twice.
     """
 
-    def __init__(self, source, image_size):
+    def __init__(self, source: ImageSource, image_size: int):
         self.source = source
         self.image_size = image_size
         label_of(source, 0)  # as in TrainImages
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index):
+    def __getitem__(self, index: int) -> dict:
         try:
             image = self.source.load(index)
         except UnreadableImage as error:
@@ -106,13 +108,13 @@ class EvalImages(torch.utils.data.Dataset):
         return {"pixels": pixels, "index": index, "label": label_of(self.source, index), "unreadable": []}
 
 
-def label_of(source, index):
+def label_of(source: ImageSource, index: int) -> int:
     """The class of an image as a number, -1 where it has none."""
     label = source.label(index) if len(source) else None
     return -1 if label is None else label
 
 
-def collate(samples, image_size=0):
+def collate(samples: list[dict], image_size: int = 0) -> dict:
     """Batch of samples: pixels uint8 (B, 3, S, S), index and label int64 (B,), unreadable list[str].
 
     Samples without pixels are left out; B may be 0, and then S is image_size.
@@ -130,17 +132,17 @@ def collate(samples, image_size=0):
 class UnreadableLog:
     """Counts distinct unreadable images, warns once for each, and stops when they are too many.
 
-    `add` raises DataError when more than max_unreadable distinct names were added. Each process counts what it reads.
-    `what` and `setting`: what the names are of, and the setting with the bound.
+    `add` raises DataError when more than max_unreadable distinct names were added. Each process counts the images that
+    it reads itself. `what`: the kind of thing that has the names; `setting`: the setting that gave max_unreadable.
     """
 
-    def __init__(self, max_unreadable, what="image", setting="data.max_unreadable"):
+    def __init__(self, max_unreadable: int, what: str = "image", setting: str = "data.max_unreadable"):
         self.max_unreadable = max_unreadable
         self.what = what
         self.setting = setting
-        self.names = set()
+        self.names: set[str] = set()
 
-    def add(self, names):
+    def add(self, names: Iterable[str]) -> None:
         for name in names:
             if name in self.names:
                 continue
@@ -157,11 +159,11 @@ class UnreadableLog:
 class TrainBatches:
     """The micro-batches of one rank, from start_step to total_steps: lists of (epoch, index) for TrainImages.
 
-    The global batch of step s is slice s % steps_per_epoch of the epoch's permutation, a function of (seed, epoch);
-    images that do not fill a last one wait for another epoch. Micro-batch m of rank r is the contiguous piece
-    m*world_size + r of it, so the images of a step do not depend on how they are shared out. All micro-batches of a
-    step are given, then those of the next step.
-    Raises DataError for fewer images than one global batch, or sizes that do not divide.
+    The global batch of step s is slice s % steps_per_epoch of the epoch's permutation, a function of (seed, epoch).
+    Images after the last full global batch are left out of that epoch. Micro-batch m of rank r is the contiguous piece
+    m*world_size + r of the global batch, so the images of a step do not depend on the number of processes. All
+    micro-batches of a step are given, then those of the next step. Raises DataError for fewer images than one global
+    batch, or sizes that do not divide.
     """
 
     num_images: int
@@ -173,7 +175,7 @@ class TrainBatches:
     start_step: int
     total_steps: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         together = self.micro_batch_size * self.world_size
         if self.global_batch_size < 1 or self.micro_batch_size < 1 or self.global_batch_size % together:
             raise DataError(
@@ -189,17 +191,17 @@ class TrainBatches:
             raise DataError(f"rank {self.rank} is outside of 0..{self.world_size - 1}")
 
     @property
-    def steps_per_epoch(self):
+    def steps_per_epoch(self) -> int:
         return self.num_images // self.global_batch_size
 
     @property
-    def micro_batches_per_step(self):
+    def micro_batches_per_step(self) -> int:
         return self.global_batch_size // (self.micro_batch_size * self.world_size)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return max(0, self.total_steps - self.start_step) * self.micro_batches_per_step
 
-    def __iter__(self):
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         order_epoch, order = None, None
         for step in range(self.start_step, self.total_steps):
             epoch, step_in_epoch = divmod(step, self.steps_per_epoch)
@@ -212,27 +214,37 @@ class TrainBatches:
                 yield [(epoch, int(index)) for index in order[start : start + self.micro_batch_size]]
 
 
-def train_loader(source, batches, view, max_unreadable=10, num_workers=0):
-    """DataLoader over the micro-batches of a TrainBatches, each a dict as `collate` makes it. `view`: what is seen of
-    an image (images.TrainingView), with the batches' seed.
+def train_loader(
+    source: ImageSource, batches: TrainBatches, view: TrainingView, max_unreadable: int = 10, num_workers: int = 0
+) -> "WorkerLoader":
+    """DataLoader over the micro-batches of a TrainBatches, each a dict as `collate` makes it. `view`: the part of an
+    image that training sees, random by the batches' seed.
 
-    It is already this rank's share: Accelerate must not shard it again.
+    The loader gives this rank's share only, so Accelerate must not shard it again.
     """
     images = TrainImages(source, view, batches.seed, max_unreadable)
     return build_loader(images, batches, collate, num_workers)
 
 
-def chosen_images(source, num_samples=None):
-    """Indices of the images that eval_loader gives, increasing."""
+def chosen_images(source: ImageSource, num_samples: Optional[int] = None) -> list[int]:
+    """Indices of the images that eval_loader gives, increasing: num_samples at equal distances, or all."""
     return evenly_spread(range(len(source)), len(source) if num_samples is None else num_samples)
 
 
-def eval_loader(source, image_size, batch_size, num_workers=0, rank=0, world_size=1, num_samples=None):
+def eval_loader(
+    source: ImageSource,
+    image_size: int,
+    batch_size: int,
+    num_workers: int = 0,
+    rank: int = 0,
+    world_size: int = 1,
+    num_samples: Optional[int] = None,
+) -> "WorkerLoader":
     """DataLoader over this rank's share of the evaluation images; every image is in exactly one batch of one rank.
 
-    With num_samples, that many images spread evenly over the source (files are sorted by class), or all if fewer.
-    Rank r gets the images r, r + world_size, ... All ranks get equally many batches, as a sharded model needs; the last
-    one may be smaller, or empty.
+    With num_samples, that many images at equal distances, because files are sorted by class; all images if there are
+    fewer. Rank r gets the images r, r + world_size, ... All ranks get equally many batches, because the processes of a
+    sharded model compute together; a rank's last batch may be smaller, or empty.
     """
     chosen = chosen_images(source, num_samples)
     mine = chosen[rank::world_size]
@@ -255,8 +267,13 @@ def images_to_show(images: ImageSource, size: int, count: int, unreadable: Unrea
     return torch.stack(readable).float() / 255
 
 
-def build_loader(images, batches, collate_fn, num_workers):
-    """DataLoader of a data set whose batches are lists of its indices, with num_workers processes."""
+def build_loader(
+    images: torch.utils.data.Dataset,
+    batches: Union[TrainBatches, Sequence[list]],
+    collate_fn: Callable[[list], Any],
+    num_workers: int,
+) -> "WorkerLoader":
+    """DataLoader with num_workers processes. `batches`: lists of indices of `images`, one list for each batch."""
     return WorkerLoader(
         images,
         batch_sampler=batches,
@@ -270,15 +287,15 @@ def build_loader(images, batches, collate_fn, num_workers):
 
 
 class WorkerLoader(torch.utils.data.DataLoader):
-    """A DataLoader whose processes have SIGTERM blocked from their first moment: `start_worker` comes too late for the
-    threads that some libraries (Arrow) start again within a fork, and one that takes the signal ends the process.
-    Raises RunError where there is no shared memory for what they are started with."""
+    """A DataLoader whose processes are started with SIGTERM blocked. `start_worker` would block it too late: some
+    libraries (Arrow) start threads within a fork, and a thread that receives the signal ends the process. Raises
+    RunError where there is no shared memory to start a process with."""
 
-    def __iter__(self):
-        with _waiting_for_workers():  # a second pass waits for all of them
+    def __iter__(self) -> Iterator:
+        with _waiting_for_workers():  # of persistent workers, a second pass waits for all
             return _batches(super().__iter__())
 
-    def _get_iterator(self):  # torch's: where the processes are started
+    def _get_iterator(self) -> Iterator:  # overrides torch's method, which starts the processes
         if not hasattr(signal, "pthread_sigmask"):  # Windows
             return super()._get_iterator()
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
@@ -287,13 +304,14 @@ class WorkerLoader(torch.utils.data.DataLoader):
         except OSError as error:
             if error.errno != errno.ENOSPC:
                 raise
-            torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown = True  # what __del__ looks for
+            # torch's __del__ would look for this attribute of the half-built iterator, and print an error without it
+            torch.utils.data.dataloader._MultiProcessingDataLoaderIter._shutdown = True
             raise RunError(shared_memory_in_words(), everywhere=True) from error
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
-def _batches(iterator):
+def _batches(iterator: Iterator) -> Iterator:
     """The batches of a DataLoader's iterator."""
     while True:
         with _waiting_for_workers():
@@ -304,21 +322,21 @@ def _batches(iterator):
 
 
 @contextlib.contextmanager
-def _waiting_for_workers():
-    """Within this context, a run that is asked to stop does not wait for ever (see waiting_for_images), and when it
-    ends not for its data loading processes either, whatever they wait for."""
+def _waiting_for_workers() -> Iterator[None]:
+    """Within this context, a run that is asked to stop does not wait for ever (see waiting_for_images). Its data
+    loading processes are killed then, because the run would wait for them at its end, whatever they wait for."""
     try:
         with waiting_for_images():
             yield
     except StoppedWaiting:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler raises an error for each process that is killed
         for worker in multiprocessing.active_children():
             worker.kill()
         raise
 
 
-def shared_memory_in_words():
-    """What to say where /dev/shm is full."""
+def shared_memory_in_words() -> str:
+    """The error message for a full /dev/shm."""
     size = os.statvfs("/dev/shm")
     return (
         f"/dev/shm, through which data loading processes hand over their images, is full; it holds "
@@ -327,28 +345,30 @@ def shared_memory_in_words():
     )
 
 
-def start_worker(worker_id):
-    """One thread per worker; signals meant for the run, which reach the whole process group, are the main process's.
-    A batch that cannot be handed over ends the worker: the main process would wait for it for ever."""
+def start_worker(worker_id: int) -> None:
+    """Set up a data loading process: one thread, no reaction to signals that are meant for the run (they reach the
+    whole process group, and the main process acts on them), and an end when it fails to send a batch, because the main
+    process would wait for that batch for ever."""
     torch.set_num_threads(1)
     multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_worker)
     for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_obey_parent, daemon=True).start()
+        threading.Thread(target=_end_on_parents_sigterm, daemon=True).start()
 
 
-def _end_worker(error, batch):
-    """Called in the thread that sends batches, with what it has failed to send."""
+def _end_worker(error: BaseException, batch: Any) -> None:
+    """End the process. Called in the thread that sends batches, when it could not send `batch`."""
     if "shared memory" in str(error) or getattr(error, "errno", None) == errno.ENOSPC:
         os._exit(SHARED_MEMORY_FULL)
     traceback.print_exception(error)
     os._exit(1)
 
 
-def _obey_parent():
-    """End at a SIGTERM from the main process alone: it ends leftover workers with one when it exits, and waits."""
+def _end_on_parents_sigterm() -> None:
+    """End the process at a SIGTERM from the main process, and at no other: when the main process exits, it sends
+    SIGTERM to the workers that are left and waits for them."""
     while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
         pass
     os._exit(0)

@@ -35,13 +35,24 @@ class Moments:
         if len(values) == 0:
             return
         values = values.to(self.mean.device).double()
-        mean, number = values.mean(0), len(values)
-        total = self.count + number
+        mean = values.mean(0)
+        self.merge(len(values), mean, self._product(values - mean))
+
+    def merge(self, count: int, mean: torch.Tensor, squares: torch.Tensor) -> None:
+        """Add `count` samples of this mean and sum of squared deviations from it, float64."""
+        if count == 0:
+            return
+        total = self.count + count
         delta = mean - self.mean
-        self._squares += self._product(values - mean)
-        self._squares += self._product(delta[None]) * (self.count * number / total)
-        self.mean += delta * (number / total)
+        self._squares += squares
+        self._squares += self._product(delta[None]) * (self.count * count / total)
+        self.mean += delta * (count / total)
         self.count = total
+
+    @property
+    def squares(self) -> torch.Tensor:
+        """Sum of the squared deviations from the mean, shape (*shape), or of their outer products (D, D)."""
+        return self._squares
 
     def merge_processes(self, accelerator: Accelerator) -> None:
         """Replace the moments of this process's samples by those of all processes'. Every process calls this."""

@@ -79,3 +79,9 @@ def close_bars() -> None:
     """End the progress bars that are still drawn, so that an error gets a line of its own."""
     for bar in list(getattr(tqdm, "_instances", ())):
         bar.close()
+
+
+def print_once(message: str) -> None:
+    """Print on the main process, also where no Accelerator is at hand."""
+    if os.environ.get("RANK", "0") == "0":
+        print(message, flush=True)

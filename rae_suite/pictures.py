@@ -13,7 +13,7 @@ from PIL import Image, ImageDraw
 from torchvision.utils import make_grid
 
 from rae_suite.files import step_of, writing
-from rae_suite.metric_names import DISTANCE, METRICS
+from rae_suite.metric_names import DISTANCE, GENERATION_METRICS, METRICS
 from rae_suite.sources import evenly_spread
 
 logger = logging.getLogger(__name__)
@@ -175,7 +175,17 @@ PANELS = {
     "lr": "learning rate",
     "lr_disc": "learning rate",
 }
-NOT_DRAWN = ("kind", "step", "epoch", "time", "model", "num_samples", "skipped_steps", "images_per_second")
+NOT_DRAWN = (
+    "kind",
+    "step",
+    "epoch",
+    "time",
+    "model",
+    "num_samples",
+    "num_generated",
+    "skipped_steps",
+    "images_per_second",
+)
 LOGARITHMIC = ("gradient norm", f"{DISTANCE}, EMA")  # where their first values are far above the rest
 
 
@@ -190,7 +200,8 @@ def panels_of(lines: list) -> dict:
                     continue
                 title = PANELS.get(name, name.replace("_", " "))
                 if kind == "eval":
-                    title = f"{METRICS[name].panel if name in METRICS else name.replace('_', ' ')}, EMA"
+                    metric = METRICS.get(name) or GENERATION_METRICS.get(name.partition("_time")[0])  # loss_time1
+                    title = f"{name.replace('_', ' ') if metric is None else metric.panel}, EMA"
                 panels.setdefault(title, {}).setdefault(name, []).append((line["step"], value))
     return panels
 

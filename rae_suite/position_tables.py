@@ -3,6 +3,7 @@
 import math
 
 import torch
+from torch.nn import functional as F
 
 from modeling_rae import sincos_position_table
 
@@ -29,3 +30,12 @@ def table_kind(table: torch.Tensor) -> str:
         if largest_difference(table, compute(width, grid)) <= TABLE_TOLERANCE:
             return kind
     return "learnt"
+
+
+def interpolated_table(table: torch.Tensor, grid: int) -> torch.Tensor:
+    """A table (1, 1 + h*h, D) for a grid of `grid` x `grid` tokens, (1, 1 + grid**2, D): bicubic, as transformers' ViTs
+    do for images of another size, so that a decoder sees its positions where it learnt them. CLS stays as it is."""
+    side = math.isqrt(table.shape[1] - 1)
+    patches = table[:, 1:].float().transpose(1, 2).unflatten(2, (side, side))  # (1, D, h, h)
+    patches = F.interpolate(patches, size=(grid, grid), mode="bicubic", align_corners=False)
+    return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)

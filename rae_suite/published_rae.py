@@ -2,8 +2,10 @@
 (ep-0000016.pt), latent statistics (stat.pt). What they do not hold is said by PublishedOptions."""
 
 import math
+import os
 import re
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Optional
 
@@ -11,11 +13,13 @@ import torch
 
 from modeling_rae import ENCODER_FAMILIES, IMAGENET_MEAN, IMAGENET_STD, RAEConfig, RAEModel
 from rae_suite.autoencoders import RAE
+from rae_suite.cli import ALL_POSITIVE, POSITIVE, THREE, setting
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.model_sources import ModelSource
 from rae_suite.position_tables import table_kind
 from rae_suite.rae_networks import empty_decoder, read_latent_stats
 from rae_suite.state_dicts import check_names, check_shapes
+from rae_suite.values import PathText
 
 # (width, blocks, MLP width) of the published decoders, and their heads, which weights do not show
 KNOWN_HEADS = {(768, 12, 3072): 12, (1024, 24, 4096): 16, (1152, 28, 4096): 16}
@@ -26,21 +30,37 @@ AVERAGE_DRIFT = 2e-4
 
 @dataclass
 class PublishedOptions:
-    """What the published code keeps in its YAML files: the encoder, and what a decoder's weights do not show. RAEv2's
-    are several `encoder_layers` with `encoder_add_spatial_mean` (DINOv3 and SigLIP2), `denormalize_output` false, and
-    for SigLIP2 `encoder_keep_final_affine` with ImageNet's mean and std."""
+    """What a decoder of the published code does not hold, because it stands in that code's YAML files."""
 
-    encoder: str
+    encoder: Optional[PathText] = None
+    """Hub id or folder of the decoder's frozen encoder; needed for such a file, and for nothing else."""
     encoder_revision: Optional[str] = None
-    encoder_input_size: int = 224
-    encoder_layers: Optional[list] = None
+    """Revision of the encoder on the Hub."""
+    encoder_input_size: int = setting(224, POSITIVE)
+    """Side in pixels that images are resized to before the encoder."""
+    encoder_layers: Optional[tuple[int, ...]] = None
+    """Blocks of the encoder (0-based) whose mean is the latent (RAEv2); none: the last one alone."""
     encoder_add_spatial_mean: bool = False
+    """Whether the last block's mean token is added to each token (RAEv2: several blocks of DINOv3 or SigLIP2)."""
     encoder_keep_final_affine: bool = False
-    image_mean: Optional[list] = None
-    image_std: Optional[list] = None
+    """Whether the encoder's final LayerNorm keeps its weight and bias (RAEv2: SigLIP2)."""
+    image_mean: Optional[tuple[float, ...]] = setting(None, THREE)
+    """Mean of pixels in [0, 1]; none: the encoder's image processor's (RAEv2's SigLIP2: 0.485 0.456 0.406)."""
+    image_std: Optional[tuple[float, ...]] = setting(None, THREE, ALL_POSITIVE)
+    """Standard deviation of the same (RAEv2's SigLIP2: 0.229 0.224 0.225)."""
     denormalize_output: bool = True
-    decoder_num_attention_heads: Optional[int] = None
-    stats: Optional[Path] = None
+    """Whether the decoder's output is multiplied by the image std and the mean is added (RAEv2: not)."""
+    decoder_num_attention_heads: Optional[int] = setting(None, POSITIVE)
+    """Attention heads of a decoder that is no ViT-B, L or XL."""
+    stats: Optional[PathText] = None
+    """Its latent statistics, stat.pt; none: latents as they are."""
+
+
+def check_options_used(options: PublishedOptions, models: Iterable) -> None:
+    """Raise ConfigError for options that were given, as --published.*, where none of the `models` is a file."""
+    given = [item.name for item in fields(options) if getattr(options, item.name) != item.default]
+    if given and not any(os.path.isfile(model) for model in models if model is not None):
+        raise ConfigError(f"published.{given[0]}: expected nothing unless model is a file of the published code")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -56,7 +76,7 @@ def read_decoder(tensors: dict, path: Path, options: PublishedOptions, key: str,
     stats = None
     if options.stats is not None:
         with error_names_setting(f"{prefix}stats"):
-            stats = read_latent_stats(options.stats, config, f"{prefix}stats")
+            stats = read_latent_stats(Path(options.stats), config, f"{prefix}stats")
     with error_names_setting(f"{prefix}encoder", options.encoder):
         model = RAEModel(config)
         model.load_encoder()
@@ -84,7 +104,8 @@ def training_weights(held: dict, path: Path, weights: str, key: str, prefix: str
     """State dict of the whole autoencoder in a training checkpoint, without the prefixes of wrappers."""
     part = {"ema": "ema", "raw": "model"}[weights]
     if not isinstance(held.get(part), dict):
-        raise ConfigError(f"{prefix}weights: {path} has no '{part}', it has {', '.join(sorted(map(str, held)))}")
+        found = ", ".join(sorted(map(str, held)))
+        raise ConfigError(f"{key}: {path} has no '{part}' and so no {weights} weights, it has {found}")
     for name in held[part]:
         if not isinstance(name, str):
             raise ConfigError(f"{key}: '{part}' of {path} has the key {name!r}, expected names of tensors")

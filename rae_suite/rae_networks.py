@@ -23,6 +23,7 @@ from modeling_rae import (
     vision_config,
 )
 from rae_suite.cli import LARGEST
+from rae_suite.digests import weights_digest
 from rae_suite.discriminator import BACKBONE_SETTINGS, DinoDiscriminator, load_backbone
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import read_tensors
@@ -31,7 +32,7 @@ from rae_suite.settings_rae import GANConfig, ModelConfig
 
 def build_rae_config(m: ModelConfig) -> RAEConfig:
     """The autoencoder's config as the settings describe it. Checks all that can be known without the weights of the
-    encoder: sizes, statistics, and the architecture of the model to start from."""
+    encoder: sizes and statistics."""
     if m.attn_implementation not in ("eager", *ALL_ATTENTION_FUNCTIONS):
         known = ", ".join(sorted(["eager", *ALL_ATTENTION_FUNCTIONS]))
         raise ConfigError(f"model.attn_implementation: expected one of {known}, got '{m.attn_implementation}'")
@@ -49,6 +50,7 @@ def build_rae_config(m: ModelConfig) -> RAEConfig:
         "decoder_patch_size": m.decoder_patch_size,
         "denormalize_output": m.denormalize_output,
         "noise_tau": m.noise_tau,
+        "noise_distribution": m.noise_distribution,
         "train_position_embedding": m.train_position_embedding,
         "use_latent_stats": m.latent_stats is not None,
         "attn_implementation": m.attn_implementation,
@@ -73,8 +75,6 @@ def build_rae_config(m: ModelConfig) -> RAEConfig:
         with error_names_setting("model.latent_stats"):
             stats = read_latent_stats(m.latent_stats, rae_config, "model.latent_stats")
         rae_config.latent_stats_have_mean = stats["mean"] is not None
-    if m.init_from is not None:
-        check_architecture(m.init_from, rae_config)
     return rae_config
 
 
@@ -91,21 +91,6 @@ def check_network_config(settings: dict, known: PreTrainedConfig, fixed: dict, k
             raise ConfigError(f"{key}: {name} is {value!r}, expected a number from 0 to {LARGEST:.0e}")
 
 
-def check_architecture(source: str, expected: RAEConfig) -> None:
-    """Raise ConfigError unless the RAE `source`, whose decoder training starts from, has the expected architecture."""
-    with error_names_setting("model.init_from", source):
-        found = RAEConfig.from_pretrained(source)
-    architecture = ("latent_channels", "latent_size", "decoder_hidden_size", "decoder_num_hidden_layers",
-                    "decoder_num_attention_heads", "decoder_intermediate_size", "decoder_patch_size",
-                    "denormalize_output")  # fmt: skip
-    for name in architecture:
-        if getattr(found, name) != getattr(expected, name):
-            raise ConfigError(
-                f"model.init_from: {source} is of another architecture: its {name} is {getattr(found, name)}, "
-                f"this run's is {getattr(expected, name)}"
-            )
-
-
 def encoder_source(model: ModelConfig) -> tuple:
     """The setting that decides the encoder's network, and its value."""
     random = model.encoder_weights == "random"
@@ -113,7 +98,7 @@ def encoder_source(model: ModelConfig) -> tuple:
 
 
 def build_rae(m: ModelConfig, seed: int, rae_config: RAEConfig) -> RAEModel:
-    """The autoencoder with its encoder's weights, statistics and the decoder it starts from."""
+    """The autoencoder with its encoder's weights, statistics and a new decoder."""
     set_seed(seed)  # the same initial weights, whichever other networks the run has
     with error_names_setting(*encoder_source(m)):
         rae = RAEModel(rae_config)
@@ -121,13 +106,17 @@ def build_rae(m: ModelConfig, seed: int, rae_config: RAEConfig) -> RAEModel:
             rae.load_encoder()
     if m.latent_stats is not None:
         rae.set_latent_stats(**read_latent_stats(m.latent_stats, rae_config, "model.latent_stats"))
-    if m.init_from is not None:
-        with error_names_setting("model.init_from", m.init_from):
-            start = RAEModel.from_pretrained(m.init_from, dtype=torch.float32)
-        rae.decoder.load_state_dict(start.decoder.state_dict())
     if m.gradient_checkpointing:
         rae.gradient_checkpointing_enable()
     return rae
+
+
+def frozen_digests(rae: RAEModel) -> dict:
+    """Digests of what does not learn in an RAE, by the setting that names it: checkpoints keep them."""
+    digests = {"model.encoder": weights_digest(rae, ("decoder.", "latent_"))}
+    if rae.config.use_latent_stats:
+        digests["model.latent_stats"] = weights_digest(rae, ("decoder.", "encoder."))
+    return digests
 
 
 def empty_decoder(config: RAEConfig) -> dict:

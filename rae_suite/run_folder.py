@@ -267,9 +267,10 @@ def check_same_frozen(state: RunState, frozen: dict, path: Path) -> None:
     """Raise ConfigError, which names them all, for frozen networks that are not those of the checkpoint `path`."""
     changed = [setting for setting, digest in frozen.items() if state.frozen.get(setting) != digest]
     if changed:
+        what = "latents" if changed == ["data.latents"] else "weights"
         raise ConfigError(
-            f"{', '.join(changed)}: the weights are not those that {path} was trained with; choose another "
-            "train.output_dir or the same weights"
+            f"{', '.join(changed)}: the {what} are not those that {path} was trained with; choose another "
+            f"train.output_dir or the same {what}"
         )
 
 
@@ -302,8 +303,9 @@ def fork_run(accelerator: Accelerator, config: Any, data: TrainingData, parts: d
         raise ConfigError(f"train.fork_from: {path} is damaged or of a run with other networks ({damage})")
     if (path / "scaler.json").exists():
         parts = with_scaler(accelerator, parts)
-    try:
-        load_checkpoint(path, state, parts, frozen)
+    try:  # a fork may read latents where the other run encoded images
+        load_checkpoint(path, state, parts, {key: frozen[key] for key in frozen.keys() - {"data.latents"}})
+        state.frozen = frozen
     except RunError as error:
         raise ConfigError(f"train.fork_from: {error}") from error
     stream = state.stream or {"shards": None, "lanes": None}

@@ -5,13 +5,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Optional
+from typing import Any, Literal, Optional, get_args
 
 from rae_suite.cli import (
     AT_LEAST_0,
     POSITIVE,
     SHARE,
     Limit,
+    all_settings,
     change_texts,
     config_dict,
     flat,
@@ -100,7 +101,7 @@ class TrainConfig:
     fork_from: Optional[PathText] = None
     """Checkpoint of another run, <run>/checkpoints/step-*, that a new run goes on from: with its weights, averages,
     optimizers and step, under settings of its own. Those that differ are listed."""
-    epochs: float = setting(16, POSITIVE)
+    epochs: float = setting(16.0, POSITIVE)
     """Length of training in epochs."""
     max_steps: Optional[int] = setting(None, POSITIVE)
     """Length of training in steps; wins over `epochs`."""
@@ -287,6 +288,7 @@ RESUMABLE_KEYS = (
 # Where data and networks lie. They may move: what they hold is compared, see run_folder.py.
 PLACE_KEYS = (
     "data.eval_path",
+    "data.latents",
     "data.path",
     "gan.backbone",
     "model.encoder",
@@ -301,10 +303,10 @@ REMOVED_KEYS = {}
 
 
 def read_run_settings(file: Path) -> dict:
-    """The settings {"group.name": value} in a run folder's config.yaml, with credentials and ~ in paths, which earlier
-    versions wrote down, as `config_dict` has them. Raises ConfigError for a damaged one."""
+    """The settings {"group.name": value} in a run folder's config.yaml, without credentials, which earlier versions
+    wrote down. Raises ConfigError for a damaged one."""
     try:
-        return flat(change_texts(read_yaml(file), lambda text: scrub(os.path.expanduser(text))))
+        return flat(change_texts(read_yaml(file), scrub))
     except ConfigError as error:
         raise ConfigError(f"{file} is damaged, choose another train.output_dir ({error})") from error
 
@@ -321,7 +323,12 @@ def check_same_config(config: Any, file: Path) -> None:
 
 def differing_settings(config: Any, file: Path, chosen: Callable[[dict], dict]) -> list:
     """In words, what of the `chosen` settings is another in `file`, the config.yaml of a run, than in `config`."""
-    old, new = chosen(read_run_settings(file)), chosen(flat(config_dict(config)))
+    paths = {key for key, item in all_settings(type(config)).items() if PathText in get_args(item.type) + (item.type,)}
+    written = read_run_settings(file)
+    for key in paths & written.keys():
+        if isinstance(written[key], str):
+            written[key] = os.path.expanduser(written[key])  # earlier versions wrote ~
+    old, new = chosen(written), chosen(flat(config_dict(config)))
     defaults = chosen(flat(config_dict(type(config)())))
     differences = []
     for key in sorted(old.keys() | new.keys()):

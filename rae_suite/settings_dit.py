@@ -42,12 +42,13 @@ class SamplingConfig:
     solver: Literal["euler", "heun2"] = "euler"
     """euler has one pass of the model for each step, heun2 two."""
     guidance_scale: float = 1.0
-    """Factor of the guidance; 1 is off. With a `guide` autoguidance's, else that of classifier-free guidance."""
+    """Factor of the guidance; 1 is off. With a `guide` autoguidance's, for a model with a base head that of internal
+    guidance, else of classifier-free guidance."""
     guidance_interval: tuple[float, float] = setting((0.0, 1.0), TIMES)
     """Least and greatest shifted time at which guidance is on, both included; 1 is noise."""
     guide: Optional[PathText] = None
     """A weaker model for autoguidance, given as the model itself is; none: the model's own guide if it is saved with
-    one. "off" leaves that out: the scale is then classifier-free guidance's."""
+    one, or its base head (internal guidance). "off" leaves both out: the scale is then classifier-free guidance's."""
 
 
 def check_sampling(sampling: SamplingConfig, prefix: str = "sampling.") -> None:
@@ -69,7 +70,8 @@ class DiTModelConfig:
     """The diffusion transformer, and the autoencoder whose latents it learns. See RAEDiTModel in modeling_dit.py."""
 
     rae: PathText = ""
-    """The autoencoder: a model folder, such as runs/<name>/final of train_rae.py, or a Hub id; needed."""
+    """The autoencoder: a model folder, such as runs/<name>/final of train_rae.py, a run folder or checkpoint,
+    diffusers' AutoencoderRAE, or a Hub id; needed."""
     hidden_size: int = setting(1152, POSITIVE)
     """Width of the backbone."""
     num_layers: int = setting(28, POSITIVE)
@@ -99,6 +101,15 @@ class DiTModelConfig:
     train_constants: bool = False
     """Whether the position table and the Fourier frequencies of the time are trained. The published loop does so,
     though its model is built with both frozen."""
+    num_time_tokens: Optional[int] = setting(None, POSITIVE)
+    """Tokens that tell the backbone the time (RAEv2: 4), with `num_class_tokens`; none: adaptive norms do (adaLN)."""
+    num_class_tokens: Optional[int] = setting(None, POSITIVE)
+    """Tokens that tell the backbone the class (RAEv2: 8)."""
+    base_num_layers: Optional[int] = setting(None, POSITIVE)
+    """Blocks before the base head, which internal guidance takes for the weaker model (RAEv2: 8); none: no base
+    head."""
+    prediction: Literal["velocity", "data"] = "velocity"
+    """What the network predicts: the velocity, or the clean latent (RAEv2)."""
     num_classes: Optional[int] = setting(None, POSITIVE)
     """Classes that images are drawn of; none: as many as the training images have, one without labels."""
     class_names: Optional[tuple[str, ...]] = None
@@ -134,6 +145,9 @@ class DiTDataConfig(DataConfig):
     """Part of an image that training sees: a random crop, or the centre crop of evaluations, as published."""
     flip: bool = True
     """Whether training sees the mirror image half of the time."""
+    latents: Optional[PathText] = None
+    """Folder of scripts/encode_latents.py with the latents of the training images, which training then reads in place
+    of encoding the images; none: they are encoded in each step. The images are still listed, and their labels used."""
 
 
 @dataclass
@@ -161,6 +175,17 @@ class DiTTrainConfig(TrainConfig):
     """Images for one optimisation step, over all processes and accumulated micro-batches."""
     clip_grad_norm: Optional[float] = setting(1.0, POSITIVE)
     """Largest L2 norm of the gradient; none: not clipped."""
+
+
+@dataclass
+class DiTOptimizerConfig(OptimizerConfig):
+    """AdamW, or Muon for matrices (RAEv2) with AdamW for all else. See rae_suite/optimizers.py."""
+
+    type: Literal["adamw", "muon"] = "adamw"
+    """muon has every parameter of two dimensions; `lr` and `weight_decay` are those of both, `betas` and `eps` of
+    AdamW. It does not work with FSDP2."""
+    momentum: float = setting(0.95, SHARE)
+    """Decay of muon's momentum."""
 
 
 @dataclass
@@ -223,7 +248,7 @@ class Config:
     data: DiTDataConfig = field(default_factory=DiTDataConfig)
     flow: FlowConfig = field(default_factory=FlowConfig)
     train: DiTTrainConfig = field(default_factory=DiTTrainConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    optimizer: DiTOptimizerConfig = field(default_factory=DiTOptimizerConfig)
     lr_schedule: DiTLRScheduleConfig = field(default_factory=DiTLRScheduleConfig)
     ema: DiTEMAConfig = field(default_factory=DiTEMAConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
@@ -267,12 +292,19 @@ def check_config(config: Config) -> None:
     with error_names_setting("flow.time_distribution"):
         parse_time_distribution(config.flow.time_distribution)
     check_sampling(config.sampling)
-    guided = config.sampling.guidance_scale != 1 and config.sampling.guide is None
+    guide, internal = config.sampling.guide, config.model.base_num_layers is not None
+    by_labels = config.sampling.guidance_scale != 1 and (guide == "off" or (guide is None and not internal))
     require(
-        not guided or config.model.class_dropout_prob > 0,
+        not by_labels or config.model.class_dropout_prob > 0,
         "model.class_dropout_prob",
         "a share above 0, because sampling.guidance_scale is another than 1",
         config.model.class_dropout_prob,
     )
+    if config.data.latents is not None:
+        require(not config.data.streaming, "data.latents", "nothing with data.streaming", config.data.latents)
+        require(config.data.crop == "center", "data.crop", "center with data.latents", config.data.crop)
+    momentum, default = config.optimizer.momentum, DiTOptimizerConfig().momentum
+    used = config.optimizer.type == "muon" or momentum == default
+    require(used, "optimizer.momentum", "nothing unless optimizer.type is muon", momentum)
     check_hub_settings(config.hub)
     check_data_settings(config.data)

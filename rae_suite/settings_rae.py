@@ -13,10 +13,12 @@ from pathlib import Path
 from typing import Any, Literal, Optional
 
 from rae_suite.cli import (
+    ALL_POSITIVE,
     AT_LEAST_0,
     POSITIVE,
     PROBABILITY,
     SHARE,
+    THREE,
     Limit,
     names_config,
     parse,
@@ -47,10 +49,6 @@ BLOCKS = Limit(
     lambda layers: len(layers) > 0 and layers[0] >= 0 and list(layers) == sorted(set(layers)),
     "ascending indices of blocks, each once",
 )
-
-
-THREE = Limit(lambda values: len(values) == 3, "three numbers")
-ALL_POSITIVE = Limit(lambda values: all(value > 0 for value in values), "positive numbers")
 
 
 @dataclass
@@ -100,7 +98,10 @@ class ModelConfig:
     denormalize_output: bool = True
     """Whether the decoder's output is multiplied by the encoder's image std and its mean is added (RAEv2: not)."""
     noise_tau: float = setting(0.8, AT_LEAST_0)
-    """Strength of the latent noise in training: sigma = noise_tau * U[0, 1] per sample."""
+    """Strength of the latent noise in training, whose sigma is drawn for each sample."""
+    noise_distribution: Literal["uniform", "half_normal"] = "uniform"
+    """How sigma is drawn: uniform is noise_tau * U[0, 1], as the published code does; half_normal is
+    |N(0, noise_tau**2)|, as the paper says."""
     latent_stats: Optional[PathText] = None
     """File with `mean` and `var` of the latents (.pt or .safetensors), of shapes that broadcast to (C, h, w); without a
     mean, nothing is subtracted. None: latents as they are."""
@@ -111,7 +112,9 @@ class ModelConfig:
     attn_implementation: str = "sdpa"
     """Attention of encoder, decoder and discriminator, as in transformers (sdpa, eager, flash_attention_2)."""
     init_from: Optional[PathText] = None
-    """Folder or Hub id of an RAE whose decoder training starts from; none: a new decoder."""
+    """Model whose decoder training starts from: an RAE's folder or Hub id, a run folder, a checkpoint (averaged
+    weights), diffusers' AutoencoderRAE, or a decoder file of the published code; of another grid, its position table is
+    interpolated. None: a new decoder."""
 
 
 @dataclass
@@ -167,6 +170,9 @@ class GANConfig:
     """Normalisation in the heads."""
     norm_eps: float = setting(1e-6, POSITIVE)
     """Epsilon of that normalisation."""
+    init_from: Optional[PathText] = None
+    """Checkpoint of train_rae.py, or run folder for its newest one, whose discriminator training starts from; none: a
+    new one."""
     spectral_norm: bool = True
     """Whether the heads' convolutions are spectrally normalised."""
     augment_prob: float = setting(1.0, PROBABILITY)
@@ -240,6 +246,7 @@ def check_config(config: Config) -> None:
         ("model.encoder_config", config.model.encoder_config, config.model.encoder_weights == "random",
          "model.encoder_weights is random"),
         ("gan.backbone_config", config.gan.backbone_config, config.gan.weights == "random", "gan.weights is random"),
+        ("gan.init_from", config.gan.init_from, config.gan.weight > 0, "gan.weight is above 0"),
         ("perceptual.vgg_path", config.perceptual.vgg_path, config.perceptual.weights == "pretrained",
          "perceptual.weights is pretrained"),
         ("eval.inception_path", config.eval.inception_path, FID_MODES.keys() & set(metrics),

@@ -74,17 +74,18 @@ def load_tensors_into(own: dict, saved: dict, name: str) -> None:
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:
-    """Load an AdamW's state of whole tensors. Raises ValueError when it is of other parameters."""
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    """Load an AdamW's state of whole tensors, or that of AdamW and Muon. Raises ValueError when it is of other
+    parameters."""
+    moments_of = {True: ("momentum_buffer",), False: ("exp_avg", "exp_avg_sq")}  # by whether the group is Muon's
+    parameters = [(p, moments_of["momentum" in group]) for group in optimizer.param_groups for p in group["params"]]
     state = {}
     for i, entries in saved["state"].items():
-        shape = tuple(parameters[i].shape)
-        expected = {"step": (), "exp_avg": shape, "exp_avg_sq": shape}
+        parameter, names = parameters[i]
+        expected = dict.fromkeys(names, tuple(parameter.shape)) | ({"step": ()} if "exp_avg" in names else {})
         found = {key: tuple(value.shape) for key, value in entries.items()}
         if found != expected:
             raise ValueError(f"optimizer: the state of parameter {i} has shapes {found}, expected {expected}")
-        moments = {key: sharded_as(parameters[i], entries[key]) for key in ("exp_avg", "exp_avg_sq")}
-        state[i] = {"step": entries["step"], **moments}
+        state[i] = {**entries, **{name: sharded_as(parameter, entries[name]) for name in names}}
     optimizer.load_state_dict({**saved, "state": state})
 
 

@@ -6,16 +6,23 @@ import io
 import os
 import re
 import struct
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, BinaryIO, Optional, Union
 
 import numpy as np
-from PIL import UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 
 from rae_suite.errors import DataError, UnreadableImage
 from rae_suite.images import _open_image, to_rgb
 
+if TYPE_CHECKING:  # slow to import
+    import datasets
+
 IMAGE_COLUMNS = ("image", "img", "jpg", "jpeg", "png", "webp", "picture")
 LABEL_COLUMNS = ("label", "labels", "fine_label")
 MAX_ASPECT_RATIO = 100  # a resized shorter side would make the longer one, and the memory for it, huge
+Undecoded = Union[bytes, str, dict]  # an image that is not decoded yet: bytes of its file, a path, or a dict of both
+HeldImage = tuple[str, Undecoded, Optional[int]]  # name, image, label
 
 
 class ImageSource:
@@ -29,20 +36,20 @@ class ImageSource:
     computed from them. `split` says in words which images of the data these are, as splits.py has found them.
     """
 
-    class_names = None
-    split = None
+    class_names: Optional[list] = None
+    split: Optional[str] = None
 
-    def check_labels(self):
+    def check_labels(self) -> None:
         pass
 
-    def load(self, i):
+    def load(self, i: int) -> Image.Image:
         """Image i as RGB. Raises UnreadableImage, whatever the decoder says."""
         try:
             with _open_image(self._open(i)) as image:
                 if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                     raise ValueError(f"{image.width} x {image.height} pixels, sides over 1 : {MAX_ASPECT_RATIO}")
                 return to_rgb(image)
-        except UnidentifiedImageError as error:  # its own words have an address in memory, another one each time
+        except UnidentifiedImageError as error:  # its message has a memory address, which differs each time
             raise UnreadableImage(self.name(i), "no image of a known format") from error
         except Exception as error:  # damaged files make decoders raise almost anything; see UnreadableLog for the bound
             raise UnreadableImage(self.name(i), f"{type(error).__name__}: {error}") from error
@@ -52,50 +59,57 @@ class FileSource(ImageSource):
     """Image files below a folder.
 
     `paths` and `ends` are the files' paths relative to root as `join_paths` gives them, `labels` class indices or None.
-    One byte string: 1.3 million paths take about 60 MB, which forked workers share (reference counts would copy a list
-    of str).
+    The paths are one byte string, because forked workers share its memory: about 60 MB for 1.3 million paths. Of a list
+    of str each worker would get a copy, as reading an item writes to the item's reference count.
     """
 
-    def __init__(self, root, paths, ends, labels=None, class_names=None):
+    def __init__(
+        self,
+        root: str,
+        paths: bytes,
+        ends: np.ndarray,
+        labels: Optional[np.ndarray] = None,
+        class_names: Optional[list] = None,
+    ):
         self.root = root
         self._bytes = paths
         self._ends = ends
         self._labels = None if labels is None else np.asarray(labels, dtype=np.int32)
         self.class_names = class_names
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._ends)
 
-    def _path(self, i):
-        """Of image i below root, as bytes."""
+    def _path(self, i: int) -> bytes:
+        """Path of image i below root."""
         return self._bytes[self._ends[i - 1] if i else 0 : self._ends[i]]
 
-    def name(self, i):
+    def name(self, i: int) -> str:
         return os.path.join(self.root, os.fsdecode(self._path(i)))
 
-    def label(self, i):
+    def label(self, i: int) -> Optional[int]:
         return None if self._labels is None else int(self._labels[i])
 
-    def fingerprint(self, indices=None):
-        """From the files' paths below root, sizes and times of change: their content is not read."""
+    def fingerprint(self, indices: Optional[Sequence[int]] = None) -> str:
+        """Digest of the files' paths below root, sizes and modification times. The files are not read."""
         digest = hashlib.sha256()
         for i in range(len(self)) if indices is None else indices:
             digest.update(self._path(i) + b"\0")
             try:
                 status = os.stat(self.name(i))
             except OSError:
-                continue  # gone since: it will be named as unreadable
+                continue  # the file is gone: reading it will name it as unreadable
             digest.update(struct.pack("<qq", status.st_size, status.st_mtime_ns))
         return digest.hexdigest()
 
-    def list_digest(self):
+    def list_digest(self) -> str:
         return hashlib.sha256(self._bytes).hexdigest()
 
-    def _open(self, i):
+    def _open(self, i: int) -> str:
         return self.name(i)
 
 
-def join_paths(files):
+def join_paths(files: Iterable[str]) -> tuple[bytes, np.ndarray]:
     """Paths as one byte string, and where in it each ends, int64 (N,)."""
     encoded = [os.fsencode(file) for file in files]
     return b"".join(encoded), np.cumsum([len(file) for file in encoded], dtype=np.int64)
@@ -104,12 +118,19 @@ def join_paths(files):
 class ColumnSource(ImageSource):
     """A `datasets.Dataset`, read undecoded so that its images take the same path as files do.
 
-    Labels come from a ClassLabel, integer or string column (strings are numbered in sorted order); missing ones and
+    Labels come from a ClassLabel, integer or string column (strings are numbered in sorted order). A missing label and
     the Hub's -1 are None. Raises DataError for an image column that is absent, ambiguous or of the wrong type, and for
-    a label column that was asked for and cannot be used; where it is ambiguous, check_labels does.
+    a label column that was asked for and cannot be used. An ambiguous label column that nobody asked for is an error of
+    check_labels only, because most commands need no labels.
     """
 
-    def __init__(self, dataset, split, image_column=None, label_column=None):
+    def __init__(
+        self,
+        dataset: "datasets.Dataset",
+        split: str,
+        image_column: Optional[str] = None,
+        label_column: Optional[str] = None,
+    ):
         import datasets
 
         if len(dataset) == 0:
@@ -128,26 +149,26 @@ class ColumnSource(ImageSource):
         if isinstance(dataset.features[self._column], datasets.Image):
             self._images = self._images.cast_column(self._column, datasets.Image(decode=False))
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._dataset)
 
-    def name(self, i):
+    def name(self, i: int) -> str:
         return f"{self._split}[{i}]"
 
-    def check_labels(self):
+    def check_labels(self) -> None:
         if self._label_problem is not None:
             raise self._label_problem
 
-    def label(self, i):
+    def label(self, i: int) -> Optional[int]:
         labels = self._labels_and_names[0]
         return None if labels is None or labels[i] < 0 else int(labels[i])
 
     @property
-    def class_names(self):
+    def class_names(self) -> Optional[list]:
         return self._labels_and_names[1]
 
     @functools.cached_property
-    def _labels_and_names(self):
+    def _labels_and_names(self) -> tuple[Optional[np.ndarray], Optional[list]]:
         """(int64 array (N,) with -1 for a missing label, list of names), either or both None."""
         column = self._label_column
         if column is None:
@@ -162,9 +183,10 @@ class ColumnSource(ImageSource):
             names = getattr(feature, "names", None)
         return np.array([-1 if value is None else value for value in values], dtype=np.int64), names
 
-    def fingerprint(self, indices=None):
-        """That of `datasets`, which follows from the data's origin and all that was done to it, with sizes and times of
-        the files that hold the rows, and of those that a column of paths names."""
+    def fingerprint(self, indices: Optional[Sequence[int]] = None) -> str:
+        """Digest of the fingerprint of `datasets`, which follows from the data's origin and all that was done to it,
+        and of sizes and modification times: those of the files that hold the rows, and of files that a column of paths
+        names."""
         digest = hashlib.sha256(f"{self._dataset._fingerprint} {self._split} {self._column}".encode())
         rows = self._dataset
         if indices is not None:
@@ -174,20 +196,20 @@ class ColumnSource(ImageSource):
         if _dtype(rows.features[self._column]).endswith("string"):
             files += rows[self._column]
         for file in files:
-            if file is not None and os.path.isfile(file):
+            if file is not None and os.path.isfile(file):  # pathlib raises OSError for a long text that is no path
                 status = os.stat(file)
                 digest.update(f"{os.path.basename(file)} {status.st_size} {status.st_mtime_ns}".encode())
         return digest.hexdigest()
 
-    def list_digest(self):
+    def list_digest(self) -> str:
         return hashlib.sha256(f"{self._dataset._fingerprint} {self.split}".encode()).hexdigest()
 
-    def _open(self, i):
+    def _open(self, i: int) -> Union[str, BinaryIO]:
         return _open_value(self._images[int(i)][self._column])
 
 
-def _open_value(value):
-    """What Image.open takes, of an undecoded image: bytes, a path, or a dict of both as `datasets` keeps them."""
+def _open_value(value: Optional[Undecoded]) -> Union[str, BinaryIO]:
+    """A path or a stream of an undecoded image, as Image.open takes them. Raises ValueError where there is no image."""
     if isinstance(value, dict):
         value = value.get("path") if value.get("bytes") is None else value["bytes"]
     if value is None:
@@ -196,24 +218,23 @@ def _open_value(value):
 
 
 class HeldSource(ImageSource):
-    """Undecoded images in memory: (name, value, label) each, the value bytes, a path, or a dict of both, the label a
-    number or None."""
+    """Undecoded images in memory."""
 
-    def __init__(self, images, class_names=None):
+    def __init__(self, images: Sequence[HeldImage], class_names: Optional[list] = None):
         self._images = images
         self.class_names = class_names
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._images)
 
-    def name(self, i):
+    def name(self, i: int) -> str:
         return self._images[i][0]
 
-    def label(self, i):
+    def label(self, i: int) -> Optional[int]:
         return self._images[i][2]
 
-    def fingerprint(self):
-        """From the names and what was read; the content of files that paths name is not looked at."""
+    def fingerprint(self) -> str:
+        """Digest of the names, and of the bytes and paths in memory. The files that paths name are not read."""
         digest = hashlib.sha256()
         for name, value, _ in self._images:
             parts = value if isinstance(value, dict) else {"bytes": value}
@@ -222,13 +243,13 @@ class HeldSource(ImageSource):
                 digest.update(struct.pack("<q", len(part)) + part)
         return digest.hexdigest()
 
-    def _open(self, i):
+    def _open(self, i: int) -> Union[str, BinaryIO]:
         return _open_value(self._images[i][1])
 
 
-def evenly_spread(items, count, with_last=False):
-    """`count` of the items at equal distances, in their order, the first among them; all of them if they are fewer.
-    `with_last`: the last one too."""
+def evenly_spread(items: Sequence, count: int, with_last: bool = False) -> list:
+    """`count` of the items at equal distances, in their order, beginning with the first; all items if there are fewer.
+    `with_last`: ending with the last."""
     count = min(count, len(items))
     if with_last:
         return [items[round(i * (len(items) - 1) / max(1, count - 1))] for i in range(count)]
@@ -238,38 +259,40 @@ def evenly_spread(items, count, with_last=False):
 class SubsetSource(ImageSource):
     """The images of another source with the given indices; names stay those of the other source."""
 
-    def __init__(self, source, indices):
+    def __init__(self, source: ImageSource, indices: Sequence[int]):
         self._source = source
         self._indices = np.asarray(indices, dtype=np.int64)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self._indices)
 
-    def name(self, i):
+    def name(self, i: int) -> str:
         return self._source.name(int(self._indices[i]))
 
-    def label(self, i):
+    def label(self, i: int) -> Optional[int]:
         return self._source.label(int(self._indices[i]))
 
-    def check_labels(self):
+    def check_labels(self) -> None:
         self._source.check_labels()
 
-    def load(self, i):
+    def load(self, i: int) -> Image.Image:
         return self._source.load(int(self._indices[i]))
 
-    def fingerprint(self, indices=None):
+    def fingerprint(self, indices: Optional[Sequence[int]] = None) -> str:
         return self._source.fingerprint(self._indices if indices is None else self._indices[indices])
 
-    def list_digest(self):
+    def list_digest(self) -> str:
         return hashlib.sha256(self._source.list_digest().encode() + self._indices.tobytes()).hexdigest()
 
     @property
-    def class_names(self):
+    def class_names(self) -> Optional[list]:
         return self._source.class_names
 
 
-def find_image_column(dataset, split, asked):
-    """Name of the image column: the one asked for, the only Image column, or a usual name."""
+def find_image_column(
+    dataset: Union["datasets.Dataset", "datasets.DatasetInfo"], split: str, asked: Optional[str]
+) -> str:
+    """Name of the image column: the one `asked` for, the only Image column, or a usual name. Raises DataError."""
     import datasets
 
     features = dataset.features
@@ -285,8 +308,11 @@ def find_image_column(dataset, split, asked):
     return column
 
 
-def find_label_column(dataset, split, asked):
-    """Name of the label column: the one asked for, the only ClassLabel column, a usual name, or None."""
+def find_label_column(
+    dataset: Union["datasets.Dataset", "datasets.DatasetInfo"], split: str, asked: Optional[str]
+) -> Optional[str]:
+    """Name of the label column: the one `asked` for, the only ClassLabel column, a usual name, or None. Raises
+    DataError."""
     import datasets
 
     features = dataset.features
@@ -299,15 +325,18 @@ def find_label_column(dataset, split, asked):
     return _choose(candidates, LABEL_COLUMNS, split, "label_column")
 
 
-def _check_column(features, split, setting, name, accepts, expected):
+def _check_column(
+    features: dict, split: str, setting: str, name: str, accepts: Callable[[Any], bool], expected: str
+) -> None:
+    """Raise DataError unless there is a column `name` of a type that `accepts` takes, in words `expected`."""
     if name not in features:
         raise DataError(f"data.{setting}: no column '{name}' in split '{split}'; found {', '.join(features)}")
     if not accepts(features[name]):
         raise DataError(f"data.{setting}: column '{name}' has type {features[name]}, expected {expected}")
 
 
-def _choose(candidates, usual_names, split, setting):
-    """The only candidate, or the only one with a usual name; None if there are no candidates."""
+def _choose(candidates: list, usual_names: tuple, split: str, setting: str) -> Optional[str]:
+    """The only candidate, or the only one with a usual name; None without candidates. Raises DataError."""
     if len(candidates) > 1:
         usual = [name for name in candidates if name in usual_names]
         if len(usual) != 1:
@@ -316,7 +345,7 @@ def _choose(candidates, usual_names, split, setting):
     return candidates[0] if candidates else None
 
 
-def _can_hold_images(feature):
+def _can_hold_images(feature: Any) -> bool:
     import datasets
 
     if isinstance(feature, dict):  # a plain {"bytes": ..., "path": ...} column
@@ -324,11 +353,11 @@ def _can_hold_images(feature):
     return isinstance(feature, datasets.Image) or re.fullmatch(r"(large_)?(binary|string)", _dtype(feature)) is not None
 
 
-def _can_hold_labels(feature):
+def _can_hold_labels(feature: Any) -> bool:
     return re.fullmatch(r"u?int\d+|(large_)?string", _dtype(feature)) is not None
 
 
-def _dtype(feature):
+def _dtype(feature: Any) -> str:
     """The type of a column of single values, or ''."""
     import datasets
 

@@ -3,6 +3,8 @@
 import functools
 import os
 import re
+from collections.abc import Callable, Collection, Sequence
+from typing import TYPE_CHECKING, Optional, Union
 
 import numpy as np
 
@@ -11,20 +13,25 @@ from rae_suite.folders import class_folders, has_images, list_folder, list_image
 from rae_suite.images import IMAGE_EXTENSIONS, check_codecs
 from rae_suite.randomness import HOLDOUT_STREAM
 from rae_suite.settings import ImagesConfig
-from rae_suite.sources import ColumnSource, FileSource, SubsetSource
+from rae_suite.sources import ColumnSource, FileSource, ImageSource, SubsetSource
+
+if TYPE_CHECKING:  # slow to import
+    import datasets
 
 SPLIT_NAMES = ("train", "val", "valid", "validation", "test")
 SAVED_DATASET_FILES = ("dataset_dict.json", "state.json", "dataset_info.json")  # of `datasets`' save_to_disk
 WHOLE = None  # key of data that has no split level
+Splits = dict[Optional[str], Callable[[], ImageSource]]  # {name: opens that split}; the only name may be WHOLE
 
 
-def load_splits(cfg, seed, need_eval=True):
+def load_splits(cfg: ImagesConfig, seed: int, need_eval: bool = True) -> tuple[ImageSource, Optional[ImageSource]]:
     """(training images, evaluation images or None), as the `data` group of the configuration asks.
 
     The evaluation images are, in this order: the training images themselves if data.eval_split equals data.train_split;
-    the split data.eval_split; a seeded share data.holdout_fraction of the training images, max(1, round(n*f)) of them,
-    which leaves the training set also when need_eval is false. Data without a split level is all training data, unless
-    another data.train_split than the default was asked for. Raises DataError for anything missing or contradictory.
+    the split data.eval_split; a seeded share data.holdout_fraction of the n training images, max(1, round(n * share))
+    of them. Held-out images are left out of the training images also when need_eval is false, so that commands agree
+    on the training images. Data without a split level is all training data, unless another data.train_split than the
+    default was asked for. Raises DataError for anything missing or contradictory.
     """
     fraction = cfg.holdout_fraction
     if not 0 <= fraction < 1:
@@ -51,9 +58,9 @@ def load_splits(cfg, seed, need_eval=True):
     return train, _open_split(cfg, splits, "eval_split")
 
 
-def _open_split(cfg, splits, setting):
-    """The images of the split that `setting` (train_split or eval_split) names; all images of data without a split
-    level, unless that names another split than its default: then somebody asked for it. Raises DataError."""
+def _open_split(cfg: ImagesConfig, splits: Splits, setting: str) -> ImageSource:
+    """The images of the split that `setting` (train_split or eval_split) names, or all images of data without a split
+    level. Raises DataError, also where such data was asked for a split by another name than the setting's default."""
     name = getattr(cfg, setting)
     if name in splits:
         source = splits[name]()
@@ -66,28 +73,28 @@ def _open_split(cfg, splits, setting):
     return source
 
 
-def all_in_words(count):
-    """What results and cards say of data without a split level."""
+def all_in_words(count: int) -> str:
+    """Words of results and model cards for all images of data without a split level."""
     return f"all {count} images (no splits)"
 
 
-def held_out_in_words(fraction, train_split, seed):
-    """What results and cards say of evaluation images that were held out of the training images."""
+def held_out_in_words(fraction: float, train_split: str, seed: int) -> str:
+    """Words of results and model cards for evaluation images that were held out of the training images."""
     return f"{100 * fraction:g}% held out of {train_split}, seed {seed}"
 
 
-def load_eval_images(cfg, seed):
-    """The evaluation images alone, as load_splits gives them. Where they are a split of their own, the training split
-    need not be there. Data without a split level is given whole, unless another data.eval_split than the default was
-    asked for. Raises DataError."""
+def load_eval_images(cfg: ImagesConfig, seed: int) -> ImageSource:
+    """Only the evaluation images of load_splits. The training split may be missing where the evaluation images are a
+    split of their own. Of data without a split level all images are evaluation images, unless another data.eval_split
+    than the default was asked for. Raises DataError."""
     if cfg.holdout_fraction == 0 and cfg.eval_split != cfg.train_split:
         return _open_split(cfg, find_splits(cfg), "eval_split")
     return load_splits(cfg, seed)[1]
 
 
-def find_splits(cfg):
-    """{split name: function that opens it as an ImageSource}; the only key is WHOLE where there is no split level.
-    Raises DataError."""
+def find_splits(cfg: ImagesConfig) -> Splits:
+    """{split name: function that opens the split}; the only key is WHOLE where there is no split level. Raises
+    DataError."""
     if not cfg.path:
         raise DataError(f"data.path: found {cfg.path!r}, expected an image folder, a saved data set or a Hub id")
     path = os.fspath(cfg.path)
@@ -106,8 +113,8 @@ def find_splits(cfg):
     return _dataset_splits(_load_from_hub(path, cfg.config_name), cfg)
 
 
-def _missing_split(cfg, splits, setting, or_else=""):
-    """The DataError for a split that is not there. `or_else`: another remedy of data without a split level."""
+def _missing_split(cfg: ImagesConfig, splits: Splits, setting: str, or_else: str = "") -> DataError:
+    """The DataError for a split that is not there. `or_else`: one more remedy for data without a split level."""
     if WHOLE in splits:
         found = f"{cfg.path} has no split level and counts as training data"
     else:
@@ -119,8 +126,8 @@ def _missing_split(cfg, splits, setting, or_else=""):
     return DataError(f"data.{setting}: there is no split '{name}': {found}; expected {remedy}{or_else}")
 
 
-def _hold_out(source, fraction, seed):
-    """Two disjoint SubsetSources, (training, held out), both in the source's order."""
+def _hold_out(source: ImageSource, fraction: float, seed: int) -> tuple[SubsetSource, SubsetSource]:
+    """(training, held out): disjoint, together the source, both in its order. Raises DataError if all are held out."""
     count = max(1, round(len(source) * fraction))
     if count >= len(source):
         raise DataError(
@@ -130,8 +137,8 @@ def _hold_out(source, fraction, seed):
     return SubsetSource(source, np.sort(order[count:])), SubsetSource(source, np.sort(order[:count]))
 
 
-def _folder_splits(path, cfg):
-    """Splits of a folder of image files; `<path>/<split>/<class>/*`, `<path>/<class>/*`, or images anywhere below."""
+def _folder_splits(path: str, cfg: ImagesConfig) -> Splits:
+    """Splits of a folder of image files: `<path>/<split>/<class>/*`, `<path>/<class>/*`, or images anywhere below."""
     for setting in ("image_column", "label_column"):
         if getattr(cfg, setting) is not None:
             raise DataError(
@@ -141,21 +148,24 @@ def _folder_splits(path, cfg):
     names = split_folders(path, wanted)
     if not names:
         return {WHOLE: functools.partial(scan_folder, path, class_folders(path))}
-    # One numbering of the classes for both splits, also where a class is absent from one of them.
+    # Both splits number the classes alike, also where one split lacks a class.
     folders = {name: os.path.join(path, name) for name in names}
     classes = {name: class_folders(folders[name]) for name in names if name in wanted}
-    union = sorted(set().union(*classes.values()))
+    all_classes = sorted(set().union(*classes.values()))
     return {
-        name: functools.partial(scan_folder, folders[name], classes.get(name, ()), union if classes.get(name) else ())
+        name: functools.partial(
+            scan_folder, folders[name], classes.get(name, ()), all_classes if classes.get(name) else ()
+        )
         for name in names
     }
 
 
-def split_folders(path, wanted=()):
+def split_folders(path: str, wanted: Collection[str] = ()) -> list[str]:
     """Names of the split folders in `path`, or [] if it has no split level. Raises DataError if there are no images.
 
-    Folders named as splits (`wanted`, train, val, valid, validation, test) are splits unless a single one that holds
-    images directly stands among other folders: that is a class which happens to be called 'train'.
+    A folder is a split when it is called train, val, valid, validation, test or one of `wanted`, and then the folders
+    beside it are splits too. Exception: a single folder of such a name that holds images itself and stands among other
+    folders is a class which happens to be called 'train'.
     """
     files, folders, _ = list_folder(path)
     if files:
@@ -169,11 +179,11 @@ def split_folders(path, wanted=()):
     return folders if hits else []
 
 
-def scan_folder(path, classes=(), class_names=()):
-    """The images below `path` as a FileSource, in sorted order. Raises DataError if there are none.
+def scan_folder(path: str, classes: Sequence[str] = (), class_names: Sequence[str] = ()) -> FileSource:
+    """The images below `path`, in sorted order. Raises DataError if there are none.
 
-    `classes` are its class folders, numbered by their place in `class_names` (default: `classes`, as torchvision's
-    ImageFolder does); without classes there are no labels.
+    `classes` are the class folders in `path`. The label of a class is its place in `class_names` (default: in
+    `classes`, as in torchvision's ImageFolder). Without classes there are no labels.
     """
     class_names = list(class_names or classes)
     paths, ends, counts = list_images(path, classes)
@@ -185,7 +195,7 @@ def scan_folder(path, classes=(), class_names=()):
     return source
 
 
-def _load_from_disk(path):
+def _load_from_disk(path: str) -> Union["datasets.Dataset", "datasets.DatasetDict"]:
     import datasets
 
     try:
@@ -194,7 +204,7 @@ def _load_from_disk(path):
         raise DataError(f"data.path: {path} is not a complete saved data set: {one_line(error)}") from error
 
 
-def _load_from_hub(path, config_name):
+def _load_from_hub(path: str, config_name: Optional[str]) -> Union["datasets.Dataset", "datasets.DatasetDict"]:
     import datasets
     from datasets.exceptions import DatasetNotFoundError, DatasetsError
     from huggingface_hub import constants
@@ -216,7 +226,7 @@ def _load_from_hub(path, config_name):
         ) from error
 
 
-def _dataset_splits(dataset, cfg):
+def _dataset_splits(dataset: Union["datasets.Dataset", "datasets.DatasetDict"], cfg: ImagesConfig) -> Splits:
     open_split = functools.partial(ColumnSource, image_column=cfg.image_column, label_column=cfg.label_column)
     if not isinstance(dataset, dict):
         return {WHOLE: functools.partial(open_split, dataset, cfg.train_split)}

@@ -27,15 +27,19 @@ def steps_behind(device: torch.device) -> int:
 
 
 def step_batches(loader: Iterable, count: int, device: torch.device, on_unreadable: Callable) -> Iterator[list]:
-    """The micro-batches of each step, `count` at a time: (pixels (B, 3, S, S) in [0, 1] on the device, labels (B,) on
-    the CPU). `on_unreadable` is told the names of images that could not be read."""
+    """The micro-batches of each step, `count` at a time: (pixels (B, 3, S, S) in [0, 1] or, where they are stored,
+    latents (B, C, h, w), on the device; labels (B,) on the CPU). `on_unreadable` is told the names of images that could
+    not be read."""
     micro_batches = iter(loader)
     while True:
         batches = []
         for _ in range(count):
             batch = next(micro_batches)
             on_unreadable(batch["unreadable"])
-            batches.append((to_device(batch["pixels"], device).float() / 255, batch["label"]))
+            if "latents" in batch:
+                batches.append((to_device(batch["latents"], device).float(), batch["label"]))
+            else:
+                batches.append((to_device(batch["pixels"], device).float() / 255, batch["label"]))
         yield batches
 
 

@@ -1,16 +1,16 @@
 """Training images streamed from shards (parquet files, WebDataset tars; local, http or on the Hub), larger than a disk.
 
-Nothing here needs launching. A run uses it like this:
+Nothing here needs launching. A run uses it like this (StreamLoader is in lanes.py):
 
     stream = open_stream(cfg, global_batch_size=512, seed=0, accelerator=accelerator)      # cfg: the `data` group
     loader = StreamLoader(stream, cfg, image_size=256, rank=0, world_size=8, micro_batches=1)
     for batch in loader:
         batch["pixels"]                                                # uint8 (B, 3, 256, 256), without end
-        loader.states                                                  # where it stands: another loader goes on there
+        loader.states                                          # of its lanes: a loader that gets them goes on there
 
 The stream is split into lanes, each of which gives the same share of every global batch and shuffles its images in a
-buffer of its own. What a lane gives is a function of (seed, lane) and of the data. Processes and workers only share out
-the lanes, so the images of a step don't depend on them, nor on a stop in between.
+buffer of its own. The images of a lane are a function of (seed, lane) and of the data. Processes and workers only share
+out the lanes, so the images of a step depend neither on the number of processes and workers nor on a stop in between.
 """
 
 import hashlib
@@ -19,31 +19,23 @@ import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import numpy as np
-import torch
+from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
 
 from rae_suite.errors import DataError
-from rae_suite.lanes import Lane
-from rae_suite.loaders import UnreadableLog, WorkerLoader, start_worker
+from rae_suite.loaders import UnreadableLog
 from rae_suite.randomness import PASS_STREAM, SHARD_STREAM
 from rae_suite.settings import DataConfig
-from rae_suite.shards import (
-    UnreadableShard,
-    find_shards,
-    is_parquet,
-    is_saved,
-    is_shard,
-    names_shards,
-    read_fields,
-    read_footer,
-    read_shard,
-    shard_name,
-)
-from rae_suite.sources import HeldSource, find_image_column, find_label_column
+from rae_suite.shard_reading import UnreadableShard, read_fields, read_footer, read_shard
+from rae_suite.shards import find_shards, is_parquet, is_saved, is_shard, names_shards, shard_name
+from rae_suite.sources import HeldSource, ImageSource, find_image_column, find_label_column
 from rae_suite.splits import WHOLE, find_splits, load_eval_images
+
+if TYPE_CHECKING:  # slow to import
+    import datasets
 
 FOOTER_THREADS = 16
 
@@ -54,13 +46,16 @@ FOOTER_THREADS = 16
 
 @dataclass
 class Source:
-    """Shards of one origin. `lengths`: rows of each, or None where that is not known beforehand. `columns`: of image
-    and label, and of tars the fields, see read_parquet and read_tar. `weight`: share of the drawn images, in (0, 1].
-    `unreadable`: what is wrong with shards whose length could not be read; they count as empty. `class_names`: of the
-    labels, where they have names."""
+    """Shards of one origin.
 
-    shards: list
-    lengths: Optional[list]
+    `lengths`: rows of each shard, or None where they are not known beforehand. `columns`: the columns of image and
+    label, and of tars the fields, see read_parquet and read_tar. `weight`: share of the drawn images, in (0, 1].
+    `unreadable`: the problems of shards whose length could not be read; such shards count as empty. `class_names`:
+    names of the labels, None where labels have no names.
+    """
+
+    shards: list[str]
+    lengths: Optional[list[int]]
     columns: tuple
     weight: float
     unreadable: list = field(default_factory=list)
@@ -68,53 +63,71 @@ class Source:
     has_labels: bool = False
 
 
-def shard_log(cfg):
+def shard_log(cfg: DataConfig) -> UnreadableLog:
     return UnreadableLog(cfg.max_unreadable_shards, "shard", "data.max_unreadable_shards")
 
 
-def in_their_places(shards, began):
-    """The shards that a run began with, in their order, where `shards` says that they are now. Those that are gone stay
-    in their places, to be skipped. Where there are others beside them, and where names say too little, `shards`."""
+def in_recorded_order(shards: list[str], recorded: list[str]) -> list[str]:
+    """The shards that a run began with, `recorded`, in their order, with the paths that they have now in `shards`. A
+    shard that is gone stays in its place, to be skipped. Returns `shards` where there are others among them than
+    recorded ones, and where two have the same name."""
     for name in (shard_name, lambda shard: os.path.basename(shard_name(shard))):  # all may have moved
-        now, then = {name(shard): shard for shard in shards}, [name(shard) for shard in began]
+        now, then = {name(shard): shard for shard in shards}, [name(shard) for shard in recorded]
         if len(now) == len(shards) and len(set(then)) == len(then) and now.keys() <= set(then):
-            return [now.get(key, shard) for key, shard in zip(then, began, strict=True)]
+            return [now.get(key, shard) for key, shard in zip(then, recorded, strict=True)]
     return shards
 
 
-def open_source(shards, cfg, setting, weight=1.0, began=None):
+def open_source(
+    shards: list[str], cfg: DataConfig, setting: str, weight: float = 1.0, record: Optional[dict] = None
+) -> Source:
     """The Source of these shards. Reads the footers of parquet files; of tars, one image. Raises DataError where
     nothing can be read or too many shards cannot.
 
-    `began`: what Stream.record gave of it when the run began. A shard that is gone or cannot be read now keeps its
-    length, and is skipped where it is read; one that could not be read then stays out. Fields of tars stay the same.
+    `record`: this source in the Stream.record of the run's beginning. A shard that is gone or cannot be read now keeps
+    the recorded length, and is skipped where it is read. A shard that could not be read then stays out. Fields of tars
+    stay as recorded.
     """
-    lengths_then = [None] * len(shards)
-    if began is not None:
-        shards = in_their_places(shards, began["shards"])
-        if len(shards) == len(began["shards"]):
-            lengths_then = began["lengths"] or [None] * len(shards)
-    if not all(map(is_parquet, shards)):
-        if any(map(is_parquet, shards)):
-            raise DataError(f"{setting}: expected either parquet files or tar shards, found both")
-        asked = cfg.image_column and cfg.image_column.lower(), cfg.label_column
-        fields, unreadable = (began or {}).get("fields"), []
-        for shard in shards[: cfg.max_unreadable_shards + 1]:
-            try:
-                columns = *asked, read_fields(shard, asked, cfg.shard_retries) if fields is None else fields
-                # two: a sample with several images is noticed at the second
-                first = list(itertools.islice(read_shard(shard, columns, 0, None, 1, cfg.shard_retries), 2))
-                if first:
-                    has_labels = all(label is not None for _, (_, _, label) in first)
-                    return Source(shards, None, columns, weight, has_labels=has_labels)
-                unreadable.append(f"{shard_name(shard)}: no images in it")
-            except UnreadableShard as error:
-                if isinstance(error.__cause__, DataError):
-                    raise error.__cause__ from None
-                unreadable.append(f"{shard_name(shard)}: {error.reason}")
-        raise DataError(f"{setting}: none of the first {len(unreadable)} shards gives an image; {unreadable[-1]}")
+    lengths = None
+    if record is not None:
+        shards = in_recorded_order(shards, record["shards"])
+        if len(shards) == len(record["shards"]):
+            lengths = record["lengths"]
+    if all(map(is_parquet, shards)):
+        return open_parquet_files(shards, cfg, setting, weight, lengths or [None] * len(shards))
+    if any(map(is_parquet, shards)):
+        raise DataError(f"{setting}: expected either parquet files or tar shards, found both")
+    return open_tars(shards, cfg, setting, weight, (record or {}).get("fields"))
 
-    def footer(shard):
+
+def open_tars(shards: list[str], cfg: DataConfig, setting: str, weight: float, fields: Optional[list]) -> Source:
+    """See open_source. `fields`: as recorded; None: they are read from the first shard that can be read."""
+    asked = cfg.image_column and cfg.image_column.lower(), cfg.label_column
+    unreadable = []
+    for shard in shards[: cfg.max_unreadable_shards + 1]:
+        try:
+            columns = *asked, read_fields(shard, asked, cfg.shard_retries) if fields is None else fields
+            # two images, because a sample with several images is noticed at the second
+            first = list(itertools.islice(read_shard(shard, columns, 0, None, 1, cfg.shard_retries), 2))
+            if first:
+                has_labels = all(label is not None for _, (_, _, label) in first)
+                return Source(shards, None, columns, weight, has_labels=has_labels)
+            unreadable.append(f"{shard_name(shard)}: no images in it")
+        except UnreadableShard as error:
+            if isinstance(error.__cause__, DataError):
+                raise error.__cause__ from None
+            unreadable.append(f"{shard_name(shard)}: {error.reason}")
+    raise DataError(f"{setting}: none of the first {len(unreadable)} shards gives an image; {unreadable[-1]}")
+
+
+def open_parquet_files(
+    shards: list[str], cfg: DataConfig, setting: str, weight: float, recorded_lengths: list[Optional[int]]
+) -> Source:
+    """See open_source. `recorded_lengths`: of each shard, 0 where it could not be read then, None where none is
+    recorded."""
+
+    def footer(shard: str) -> tuple:
+        """(rows, schema, None), or (0, None, why they cannot be read)."""
         try:
             return *read_footer(shard, cfg.shard_retries), None
         except UnreadableShard as error:
@@ -126,10 +139,10 @@ def open_source(shards, cfg, setting, weight=1.0, began=None):
     if not schemas or sum(lengths) == 0:
         problems = [f"; {reason}" for reason in reasons if reason]
         raise DataError(f"{setting}: {len(shards)} shards with no rows{''.join(problems[-1:])}")
-    for i, then in enumerate(lengths_then):
-        if then and reasons[i]:
-            lengths[i], reasons[i] = then, None
-        elif then == 0 and lengths[i]:
+    for i, recorded in enumerate(recorded_lengths):
+        if recorded and reasons[i]:
+            lengths[i], reasons[i] = recorded, None
+        elif recorded == 0 and lengths[i]:
             lengths[i], reasons[i] = 0, f"{shard_name(shards[i])}: could not be read when the run began"
     unreadable = [reason for reason in reasons if reason]
     shard_log(cfg).add(unreadable)
@@ -142,9 +155,10 @@ def open_source(shards, cfg, setting, weight=1.0, began=None):
     return Source(shards, lengths, columns, weight, unreadable, class_names, has_labels)
 
 
-def find_labels(info, cfg):
-    """(column of the labels, their names), either or both None. Text is no label here: to number it, all of it would
-    have to be read. Raises DataError for a column that was asked for and cannot be used."""
+def find_labels(info: "datasets.DatasetInfo", cfg: DataConfig) -> tuple[Optional[str], Optional[list]]:
+    """(column of the labels, names of the labels), either or both None. A column of text is no label column here,
+    because all of it would have to be read to number the texts. Raises DataError for a column that was asked for and
+    cannot be used."""
     try:
         column = find_label_column(info, cfg.train_split, cfg.label_column)
     except DataError:
@@ -158,13 +172,13 @@ def find_labels(info, cfg):
 
 @dataclass
 class Stream:
-    """Everything about a run's stream that does not change while it goes on.
+    """Everything about a run's stream that does not change during the run.
 
-    `lanes`: their number; `steps_per_epoch`: as given, or what the number of images makes it. `by_epoch`: whether the
-    images are dealt to the lanes anew each epoch; each lane else has shards, or rows of shards, that are its own.
+    `lanes`: number of lanes. `steps_per_epoch`: as given, or computed from the number of images. `by_epoch`: whether
+    images are dealt to the lanes anew each epoch; if not, each lane keeps its shards, or its rows of shards.
     """
 
-    sources: list
+    sources: list[Source]
     lanes: int
     global_batch_size: int
     steps_per_epoch: int
@@ -172,24 +186,24 @@ class Stream:
     seed: int
 
     @property
-    def num_images(self):
-        """Of all sources, or None where that is not known."""
+    def num_images(self) -> Optional[int]:
+        """Number of images of all sources, or None where it is not known."""
         if any(source.lengths is None for source in self.sources):
             return None
         return sum(sum(source.lengths) for source in self.sources)
 
     @property
-    def class_names(self):
-        """Names of the classes, None where sources have none, or not the same ones."""
+    def class_names(self) -> Optional[list]:
+        """Names of the classes; None where a source has no names or sources have different names."""
         names = [source.class_names for source in self.sources]
         return names[0] if all(other == names[0] for other in names) else None
 
     @property
-    def has_labels(self):
-        """Whether all sources have labels, as far as it is known before all images are read."""
+    def has_labels(self) -> bool:
+        """Whether all sources have labels, as far as their columns or first images tell."""
         return all(source.has_labels for source in self.sources)
 
-    def check_labels(self):
+    def check_labels(self) -> None:
         """Raise DataError for a mixture whose sources number their classes in different ways."""
         names = [source.class_names for source in self.sources]
         if self.has_labels and any(other != names[0] for other in names):
@@ -198,17 +212,19 @@ class Stream:
             )
 
     @property
-    def lane_batch(self):
+    def lane_batch(self) -> int:
         """Images that each lane gives to a global batch."""
         return self.global_batch_size // self.lanes
 
-    def fingerprint(self):
-        """Changes when shards are added, removed, renamed, reordered or made longer; not when all of them move."""
+    def fingerprint(self) -> str:
+        """A digest that changes when shards are added, removed, renamed, reordered or made longer, but not when all of
+        them move to another folder."""
         parts = [[[os.path.basename(shard_name(s)) for s in source.shards], source.lengths] for source in self.sources]
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
-    def record(self):
-        """What `open_stream` needs to find the same shards again when some of them are gone. Plain values."""
+    def record(self) -> list[dict]:
+        """Names, lengths and fields of each source's shards, as plain values. With them `open_stream` finds the same
+        shards again when some are gone."""
         return [
             {
                 "shards": list(map(shard_name, source.shards)),
@@ -218,42 +234,45 @@ class Stream:
             for source in self.sources
         ]
 
-    def share(self, source, lane, number):
-        """The part of pass `number` through a source that is this lane's: a list of (shard, start, stop, step), rows
-        `start`, `start + step`, ... below `stop` (None: all).
+    def share(self, source: int, lane: int, pass_number: int) -> list[tuple[int, int, Optional[int], int]]:
+        """The lane's share of a pass through a source: parts (shard, start, stop, step), each of which is the rows
+        `start`, `start + step`, ... below `stop` (None: to the end) of a shard.
 
-        The parts of all lanes are disjoint and together the whole source. Known lengths: the rows of all shards in
-        random order of shards, cut into equal ranges. Else each lane gets equally many shards, and those that are left
-        over are shared, every k-th row each.
+        The shares of all lanes are disjoint and together the source. Of known lengths, the rows of all shards, in a
+        random order of shards, are cut into equal ranges. Of unknown lengths, each lane gets equally many shards. A
+        shard that is left over is shared by k lanes, and each of them gets every k-th row.
         """
         origin, lanes = self.sources[source], self.lanes
-        dealt = number if self.by_epoch else 0
-        order = np.random.default_rng((self.seed, SHARD_STREAM, source, dealt)).permutation(len(origin.shards))
+        deal = pass_number if self.by_epoch else 0
+        order = np.random.default_rng((self.seed, SHARD_STREAM, source, deal)).permutation(len(origin.shards))
         if origin.lengths is None:
-            whole = len(order) - len(order) % lanes
-            part = [(int(shard), 0, None, 1) for shard in order[:whole][lane::lanes]]
-            rest = order[whole:]
-            if len(rest):
-                which = lane % len(rest)
-                part.append((int(rest[which]), lane // len(rest), None, len(range(which, lanes, len(rest)))))
+            even = len(order) - len(order) % lanes
+            parts = [(int(shard), 0, None, 1) for shard in order[:even][lane::lanes]]
+            left_over = order[even:]
+            if len(left_over):
+                place = lane % len(left_over)
+                sharers = len(range(place, lanes, len(left_over)))
+                parts.append((int(left_over[place]), lane // len(left_over), None, sharers))
         else:
             total = sum(origin.lengths)
             first, last = lane * total // lanes, (lane + 1) * total // lanes
             ends = np.cumsum([origin.lengths[shard] for shard in order])
-            part = []
+            parts = []
             for shard, end in zip(order.tolist(), ends.tolist(), strict=True):
                 begin = end - origin.lengths[shard]
                 if max(first, begin) < min(last, end):
-                    part.append((shard, max(first, begin) - begin, min(last, end) - begin, 1))
+                    parts.append((shard, max(first, begin) - begin, min(last, end) - begin, 1))
         if self.by_epoch:
-            return part
-        order = np.random.default_rng((self.seed, PASS_STREAM, source, lane, number)).permutation(len(part))
-        return [part[i] for i in order]
+            return parts
+        order = np.random.default_rng((self.seed, PASS_STREAM, source, lane, pass_number)).permutation(len(parts))
+        return [parts[i] for i in order]
 
 
-def open_stream(cfg, global_batch_size, seed, accelerator, began=None):
-    """The stream that the `data` group of the configuration asks for, found by the main process for all of them.
-    `began`: of a run that continues, the Stream.record of its beginning.
+def open_stream(
+    cfg: DataConfig, global_batch_size: int, seed: int, accelerator: Accelerator, record: Optional[list] = None
+) -> Stream:
+    """The stream that the `data` group of the configuration asks for. The main process finds it for all processes.
+    `record`: of a run that continues, the Stream.record of its beginning.
 
     Raises DataError for anything missing or contradictory, on all processes.
     """
@@ -261,7 +280,7 @@ def open_stream(cfg, global_batch_size, seed, accelerator, began=None):
     outcome = [None]
     if accelerator.is_main_process:
         try:
-            outcome = [_open_stream(cfg, global_batch_size, seed, began)]
+            outcome = [_build_stream(cfg, global_batch_size, seed, record)]
         except DataError as error:
             outcome = [error]
     broadcast_object_list(outcome)
@@ -270,15 +289,15 @@ def open_stream(cfg, global_batch_size, seed, accelerator, began=None):
     return outcome[0]
 
 
-def _open_stream(cfg, global_batch_size, seed, began):
+def _build_stream(cfg: DataConfig, global_batch_size: int, seed: int, record: Optional[list]) -> Stream:
     if cfg.holdout_fraction > 0:
         raise DataError(f"data.holdout_fraction: {cfg.holdout_fraction}, but a stream holds no images out; expected 0")
     weights = cfg.mixture or {cfg.path: 1.0}
     setting = "data.mixture" if cfg.mixture else "data.path"
     sources = []
-    for (path, weight), then in zip(weights.items(), began or [None] * len(weights), strict=True):
+    for (path, weight), recorded in zip(weights.items(), record or [None] * len(weights), strict=True):
         shards = find_shards(path, cfg.train_split, cfg, setting)
-        sources.append(open_source(shards, cfg, setting, weight / sum(weights.values()), then))
+        sources.append(open_source(shards, cfg, setting, weight / sum(weights.values()), recorded))
     steps = cfg.steps_per_epoch
     stream = Stream(sources, cfg.stream_lanes, global_batch_size, steps, steps is None, seed)
     if steps is None:
@@ -292,8 +311,9 @@ def _open_stream(cfg, global_batch_size, seed, began):
     return stream
 
 
-def check_lanes(cfg, global_batch_size, world_size):
-    """Raise DataError unless lanes divide the global batch, and processes and their workers the lanes."""
+def check_lanes(cfg: DataConfig, global_batch_size: int, world_size: int) -> None:
+    """Raise DataError unless the lanes divide the global batch, the processes the lanes, and the workers the lanes of a
+    process."""
     lanes, workers = cfg.stream_lanes, cfg.num_workers
     if global_batch_size % lanes:
         raise DataError(
@@ -310,98 +330,26 @@ def check_lanes(cfg, global_batch_size, world_size):
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Lanes
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# The loader
-
-
-class LaneChunks(torch.utils.data.IterableDataset):
-    """Chunks of the given lanes in turn, without end; the workers share out the lanes so that a DataLoader, which asks
-    one worker after the other, gives them in the same order as without workers."""
-
-    def __init__(self, stream, lanes, cfg, image_size, states):
-        self.stream, self.lanes, self.cfg, self.image_size, self.states = stream, lanes, cfg, image_size, states
-
-    def __iter__(self):
-        worker = torch.utils.data.get_worker_info()
-        mine = self.lanes if worker is None else self.lanes[worker.id :: worker.num_workers]
-        lanes = [Lane(self.stream, lane, self.cfg, self.image_size, self.states.get(lane)) for lane in mine]
-        while True:
-            for lane in lanes:
-                yield lane.chunk()
-
-
-class StreamLoader:
-    """This process's micro-batches, without end: dicts of pixels uint8 (B, 3, S, S), label int64 (B,), -1 where there
-    is none, and unreadable, names of images.
-
-    The lanes of rank r are the contiguous piece r of all. `micro_batches`: those of one step. `states` in the
-    constructor: of all lanes, none at the start; the attribute: {lane: state} of this rank's lanes after the last step
-    that was given out.
-    Raises DataError when more than cfg.max_unreadable_shards shards cannot be read.
-    """
-
-    def __init__(self, stream, cfg, image_size, rank, world_size, micro_batches, states=None):
-        self.per_process = stream.lanes // world_size
-        self.micro_batches = micro_batches
-        lanes = range(rank * self.per_process, (rank + 1) * self.per_process)
-        self.states = {lane: state for lane, state in enumerate(states or []) if lane in lanes}
-        self.unreadable = shard_log(cfg)
-        self.unreadable.names.update(*(source.unreadable for source in stream.sources))  # open_source has said so
-        self.skipped = set()  # (source, shard) that the log has
-        self.loader = WorkerLoader(
-            LaneChunks(stream, lanes, cfg, image_size, dict(self.states)),
-            batch_size=None,
-            num_workers=cfg.num_workers,
-            worker_init_fn=start_worker,
-            generator=torch.Generator(),  # the loader draws a seed from it, and would else move the global generator
-        )
-
-    def __iter__(self):
-        chunks = iter(self.loader)
-        while True:
-            step = list(itertools.islice(chunks, self.per_process))
-            for chunk in step:
-                self.states[chunk["lane"]] = chunk["state"]
-                self._log(chunk["state"])
-            pixels, labels = (torch.cat([chunk[name] for chunk in step]) for name in ("pixels", "label"))
-            pixels = pixels.pin_memory() if torch.cuda.is_available() else pixels
-            names = [name for chunk in step for name in chunk["unreadable"]]
-            for micro_batch, label in zip(*(t.chunk(self.micro_batches) for t in (pixels, labels)), strict=True):
-                yield {"pixels": micro_batch, "label": label, "unreadable": names}
-                names = []
-
-    def _log(self, state):
-        for i, source in enumerate(state["sources"]):
-            for shard, (row, reason) in source["skipped"].items():
-                if (i, shard) not in self.skipped:  # several lanes may read a shard
-                    self.skipped.add((i, shard))
-                    self.unreadable.add([f"{reason}; skipped from image {row} on"])
-
-
-# ----------------------------------------------------------------------------------------------------------------------
 # Evaluation images
 
 
-def load_stream_eval_images(cfg, num_samples):
+def load_stream_eval_images(cfg: DataConfig, num_samples: Optional[int]) -> ImageSource:
     """The evaluation images of a streaming run: those of data.eval_path, or of split data.eval_split of data.path.
 
-    A folder of images or a saved data set is read as without streaming. Of shards, the first `num_samples` images, from
-    all of them in equal parts, are held in memory undecoded, on each process. Raises DataError, also where a shard
-    cannot be read: evaluations must not differ.
+    A folder of images or a saved data set is read as without streaming. Of shards, `num_samples` images are held in
+    memory undecoded, on each process: from the beginning of each shard, equally many of all shards. Raises DataError,
+    also where a shard cannot be read, because evaluations without its images would not be comparable.
     """
     path, setting = cfg.path, "data.eval_split"
     if cfg.eval_path is not None:
         path, setting = cfg.eval_path, "data.eval_path"
-        cfg = replace(cfg, config_name=None)  # that is of the training images
+        cfg = replace(cfg, config_name=None)  # the setting is meant for the training images
     saved = is_saved(path)
     if cfg.eval_path is not None and os.path.isdir(path) and (saved or not _has_shards(path)):
         column = cfg.image_column if saved else None  # image files have none
         cfg = replace(cfg, path=path, image_column=column)
         try:
-            if WHOLE in find_splits(cfg):  # then they are meant as a whole, also where a preset names a split
+            if WHOLE in find_splits(cfg):  # then all images are meant, also where a preset names a split
                 cfg = replace(cfg, eval_split=DataConfig.eval_split)
             return load_eval_images(cfg, seed=0)
         except DataError as error:
@@ -417,7 +365,7 @@ def load_stream_eval_images(cfg, num_samples):
     source = open_source(shards, cfg, setting)
     images = []
     for i, shard in enumerate(shards):
-        wanted = -(-(num_samples - len(images)) // (len(shards) - i))  # of the shards to come, in equal parts
+        wanted = -(-(num_samples - len(images)) // (len(shards) - i))  # an equal part of what is missing
         try:
             rows = read_shard(shard, source.columns, 0, None, 1, cfg.shard_retries)
             images += [image for _, image in itertools.islice(rows, wanted)]
@@ -426,5 +374,5 @@ def load_stream_eval_images(cfg, num_samples):
     return HeldSource(images, source.class_names)
 
 
-def _has_shards(folder):
+def _has_shards(folder: str) -> bool:
     return any(is_shard(name) for _, _, names in os.walk(folder) for name in names)

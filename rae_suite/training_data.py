@@ -12,11 +12,13 @@ from rae_suite.checkpoints import checkpoints
 from rae_suite.errors import ConfigError
 from rae_suite.files import write_text
 from rae_suite.images import TrainingView
+from rae_suite.lanes import StreamLoader
 from rae_suite.loaders import TrainBatches, train_loader
 from rae_suite.settings import DataConfig, TrainConfig
 from rae_suite.sources import ImageSource
 from rae_suite.splits import load_splits
-from rae_suite.streams import Stream, StreamLoader, load_stream_eval_images, open_stream
+from rae_suite.stored_latents import StoredLatents, latent_loader
+from rae_suite.streams import Stream, load_stream_eval_images, open_stream
 
 SHARDS = "shards.json"  # in the run folder: Stream.record
 
@@ -31,6 +33,7 @@ class TrainingData:
     eval_images: ImageSource
     num_images: Optional[int]  # None where a stream's number is not known
     steps_per_epoch: int
+    latents: Optional[StoredLatents] = None  # of the images; None: they are encoded on line
 
     def total_steps(self, train: TrainConfig) -> int:
         return train.max_steps or max(1, round(train.epochs * self.steps_per_epoch))
@@ -47,7 +50,7 @@ class TrainingData:
 
 
 def read_shards(run_dir: Path) -> Optional[list]:
-    """The record of a stream with which the run in this folder began, None where it is to begin. Raises ConfigError."""
+    """The Stream.record with which the run in this folder began; None before a checkpoint. Raises ConfigError."""
     file = run_dir / SHARDS
     if not checkpoints(run_dir) or not file.exists():
         return None
@@ -58,7 +61,7 @@ def read_shards(run_dir: Path) -> Optional[list]:
 
 
 def write_shards(run_dir: Path, data: TrainingData, main_process: bool) -> None:
-    """Keep what `read_shards` gives, of a stream."""
+    """Write the Stream.record that `read_shards` reads; nothing for a list of images."""
     if data.batches is None and main_process:
         write_text(run_dir / SHARDS, json.dumps(data.images.record()))
 
@@ -110,4 +113,6 @@ def open_loader(
         )
     batches = replace(data.batches, start_step=start_step, total_steps=total_steps)
     view = TrainingView(image_size, settings.resize_size, settings.crop, settings.flip)
+    if data.latents is not None:
+        return latent_loader(data.latents, data.images, batches, view, settings.max_unreadable, settings.num_workers)
     return train_loader(data.images, batches, view, settings.max_unreadable, settings.num_workers)

@@ -5,7 +5,7 @@ import math
 from collections.abc import Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from typing import Any, Union
+from typing import Any, Optional, Union
 
 import torch
 from accelerate import Accelerator
@@ -35,6 +35,11 @@ def learning_rate(step: int, peak: float, schedule: LRScheduleConfig, steps_per_
 def stretched(schedule: LRScheduleConfig, steps: int) -> LRScheduleConfig:
     """The schedule, with the end of its decay after that many steps where it is to end with the run."""
     return replace(schedule, decay_end_step=steps) if schedule.stretch else schedule
+
+
+def starting_step(step: Optional[int], epoch: float, steps_per_epoch: int) -> int:
+    """The step at which something begins: as given, else that of the epoch."""
+    return round(epoch * steps_per_epoch) if step is None else step
 
 
 def decay_steps(schedule: LRScheduleConfig, steps_per_epoch: int) -> tuple[int, int]:

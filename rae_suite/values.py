@@ -193,7 +193,7 @@ def node_of(kind: Any, words: list, key: str) -> yaml.Node:
     if not words:
         raise ConfigError(f"--{key}: expected {in_words(kind)}, got nothing")
     if origin is tuple and len(words) > 1:
-        return yaml.SequenceNode("tag:yaml.org,2002:seq", [word_node(word) for word in words])
+        return yaml.SequenceNode("tag:yaml.org,2002:seq", [yaml.ScalarNode(TEXT, word) for word in words])
     if len(words) > 1:
         raise ConfigError(f"--{key}: expected {in_words(kind)}, got several words: {shorten(' '.join(words))}")
     [word] = words

@@ -34,7 +34,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Optional
+from typing import Literal, Optional
 
 import torch
 from accelerate import Accelerator
@@ -44,9 +44,8 @@ from safetensors.torch import save_file
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
 from modeling_rae import LATENT_VAR_EPS, RAEModel
-from rae_suite.autoencoders import load_autoencoder
 from rae_suite.cli import AT_LEAST_0, POSITIVE, Limit, parse, require, setting
-from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting
+from rae_suite.errors import DataError, RunError, error_names_setting
 from rae_suite.files import check_links, check_output_file, replacing, write_folder
 from rae_suite.latent_stats import LatentReader
 from rae_suite.launch import (
@@ -55,7 +54,9 @@ from rae_suite.launch import (
     run_main,
 )
 from rae_suite.loaders import chosen_images
-from rae_suite.rae_networks import give_latent_stats
+from rae_suite.model_loading import FoundModel, find_model, load_rae, rae_of
+from rae_suite.published_rae import PublishedOptions, check_options_used
+from rae_suite.rae_networks import give_latent_stats, save_rae
 from rae_suite.settings import ImagesConfig
 from rae_suite.settings_rae import parse_config
 from rae_suite.sources import ImageSource
@@ -75,7 +76,12 @@ class LatentStatsConfig:
     """Settings of compute_latent_stats.py."""
 
     model: Optional[PathText] = None
-    """Folder or Hub id of an RAE."""
+    """Folder or Hub id of an RAE; with an output also a checkpoint, diffusers' AutoencoderRAE, or a decoder file of the
+    published code. Of a run folder: its final/, else its newest checkpoint."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Weights of a run's checkpoint: the moving average, or those that are trained."""
+    published: PublishedOptions = field(default_factory=PublishedOptions)
+    """What a decoder file of the published code, as a model, does not hold."""
     train_config: tuple[PathText, ...] = ()
     """Instead of a model: YAML files of a training run, later ones win."""
     data: ImagesConfig = field(default_factory=ImagesConfig)
@@ -99,6 +105,7 @@ class LatentStatsConfig:
 def check(config: LatentStatsConfig) -> None:
     """Raise ConfigError for what can be seen without loading anything."""
     require((config.model is None) != (not config.train_config), "model", "either it or train_config", config.model)
+    check_options_used(config.published, [config.model])
     for file in config.train_config:
         require(Path(file).is_file(), "train_config", "YAML files that exist", file)
     if config.train_config:
@@ -128,39 +135,34 @@ def load_images(config: LatentStatsConfig) -> ImageSource:
     return images
 
 
-def load_model(config: LatentStatsConfig) -> RAEModel:
-    """The model, or the encoder that the training config describes. Raises ConfigError."""
-    if config.train_config:
-        return training_model(config.train_config, None)
-    autoencoder = load_autoencoder(config.model)
-    if not isinstance(autoencoder.model, RAEModel):
-        raise ConfigError(
-            f"model: {config.model} is diffusers' {autoencoder.kind}, which has no place for these statistics; "
-            "expected an RAE of this suite"
-        )
-    return autoencoder.model
-
-
 def training_model(files: tuple, latent_stats: Optional[str]) -> RAEModel:
     """The autoencoder that train_rae.py builds from the YAML `files`, with the statistics of a file. Its decoder has
     one block: the encoder's weights, random ones too, do not depend on it."""
     from rae_suite.rae_networks import build_rae, build_rae_config
 
     config = parse_config([part for file in files for part in ("--config", file)])
-    model = replace(config.model, latent_stats=latent_stats, init_from=None, decoder_num_hidden_layers=1)
+    model = replace(config.model, latent_stats=latent_stats, decoder_num_hidden_layers=1)
     return build_rae(model, config.train.seed, build_rae_config(model)).eval()
 
 
-def model_folder(config: LatentStatsConfig) -> Optional[Path]:
-    """The folder of the model's files, that of the cache for a Hub id; None with a training config. Raises ConfigError
-    for a link in it that leads somewhere else: what is there would be copied."""
+def find_source(config: LatentStatsConfig) -> Optional[FoundModel]:
+    """The model that --model names; None with a training config. Raises ConfigError."""
     if config.model is None:
         return None
-    if Path(config.model).is_dir():
-        folder = Path(config.model).resolve()
-    else:
-        require(config.output is not None, "output", f"a new folder for {config.model}, which is on the Hub", None)
-        folder = Path(snapshot_download(config.model)).resolve()
+    found = find_model(config.model, "model", config.weights)
+    if config.output is None:
+        expected = f"a new folder for {found.words}, which is no folder of this suite that statistics can go into"
+        require(found.side == "rae" and Path(found.place).is_dir(), "output", expected, None)
+    return found
+
+
+def model_folder(found: FoundModel) -> Optional[Path]:
+    """The folder of an RAE's files, that of the cache for a Hub id; None where the model is read from something else.
+    Raises ConfigError for a link in it that leads somewhere else: what is there would be copied."""
+    if found.side != "rae":
+        return None
+    place = Path(found.place)
+    folder = (place if place.is_dir() else Path(snapshot_download(found.place))).resolve()
     check_links(folder, folder.rglob("*"), "model")
     return folder
 
@@ -198,18 +200,24 @@ def check_normalised(reader: LatentReader, model: RAEModel) -> dict:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def write_model(source: Path, target: Path, stats: dict, check: Callable, accelerator: Accelerator) -> None:
-    """Put a copy of the model folder `source` with `stats` in the place of `target`, after `check` of the model that is
-    loaded from it. Precision of the weights, other files, and whether the encoder is bundled stay as they are."""
+def write_model(
+    model: RAEModel, source: Optional[Path], target: Path, stats: dict, check: Callable, accelerator: Accelerator
+) -> None:
+    """Put the model with `stats` in the place of `target`, after `check` of the model that is loaded from it. Of a
+    model folder `source`, precision of the weights, other files, and whether the encoder is bundled stay as they
+    are."""
 
     def write(folder: Path) -> None:
-        if accelerator.is_main_process:
-            model = RAEModel.from_pretrained(source, dtype="auto")
+        if accelerator.is_main_process and source is None:
             give_latent_stats(model, **stats)
+            save_rae(model, model.state_dict(), folder)
+        elif accelerator.is_main_process:
+            copy = RAEModel.from_pretrained(source, dtype="auto")
+            give_latent_stats(copy, **stats)
             shutil.copytree(source, folder, ignore=shutil.ignore_patterns("model*.safetensors*"))
-            model.save_pretrained(folder, include_encoder=model.config.encoder_bundled)
+            copy.save_pretrained(folder, include_encoder=copy.config.encoder_bundled)
         accelerator.wait_for_everyone()
-        check(load_autoencoder(str(folder)).model)
+        check(load_rae(str(folder), "output"))
 
     write_folder(target, write, accelerator.is_main_process, accelerator.wait_for_everyone)
 
@@ -276,8 +284,10 @@ def main() -> None:
 
     # everything that can be wrong is looked at before anything expensive starts
     images = load_images(config)
-    model = load_model(config).to(accelerator.device)
-    source = model_folder(config)
+    found = find_source(config)
+    model = training_model(config.train_config, None) if found is None else rae_of(found, "model", config.published)
+    model.to(accelerator.device)
+    source = None if found is None else model_folder(found)
     target = source if config.output is None else Path(config.output).resolve()
     places = {"stats_file": config.stats_file, "json": config.json, "output" if config.output else "model": target}
     for key, path in places.items():
@@ -287,8 +297,9 @@ def main() -> None:
     reader = LatentReader(images, config.data, config.batch_size, config.flip, accelerator)
     stats, num_images = reader.stats(model, config.num_samples)
     fresh = {}
-    if source is not None:
-        write_model(source, target, stats, lambda written: fresh.update(check_normalised(reader, written)), accelerator)
+    if target is not None:
+        check_written = lambda written: fresh.update(check_normalised(reader, written))  # noqa: E731
+        write_model(model, source, target, stats, check_written, accelerator)
 
     def check_file(file: str) -> None:
         if config.train_config:  # with a model, the same numbers have just been checked

@@ -6,33 +6,47 @@
         tensors, its number of heads from the known sizes (ViT-B, L, XL) or from --decoder_num_attention_heads. As with
         the published code, statistics without a mean (that of DINOv2-B is None) subtract nothing.
 
-    python scripts/convert_checkpoint.py --from published --to rae --input siglip2_decoder.pt \\
+    python scripts/convert_checkpoint.py --to rae --input siglip2_decoder.pt \\
             --encoder google/siglip2-large-patch16-256 --encoder_input_size 256 --encoder_layers 11 13 15 17 19 21 23 \\
             --encoder_add_spatial_mean --encoder_keep_final_affine --image_mean 0.485 0.456 0.406 \\
             --image_std 0.229 0.224 0.225 --no_denormalize_output --output raev2_siglip2
         RAEv2's decoders are for other latents of the same encoders: SigLIP2's need all of these flags, DINOv3's neither
         --encoder_keep_final_affine nor a mean and std, DINOv2's not --encoder_add_spatial_mean either.
 
-    python scripts/convert_checkpoint.py --from training --to rae --input ep-0000016.pt --weights ema \\
+    python scripts/convert_checkpoint.py --to rae --input ep-0000016.pt --weights ema \\
             --encoder facebook/dinov2-with-registers-base --output rae_dinov2_b
         A training checkpoint of the published code, its averaged (ema) or raw weights. The encoder is the pretrained
         one: the checkpoint's averaged copy of it may differ by rounding, and is refused when it differs by more.
 
-    python scripts/convert_checkpoint.py --from diffusers --to rae --input my_autoencoder_rae --output my_rae
-    python scripts/convert_checkpoint.py --from rae --to diffusers --input runs/dinov2_b/final --output my_diffusers
+    python scripts/convert_checkpoint.py --to rae --input my_autoencoder_rae --output my_rae
+    python scripts/convert_checkpoint.py --to diffusers --input runs/dinov2_b/final --output my_diffusers
         What AutoencoderRAE cannot hold (a latent grid other than 16 x 16, a learnt position table, latents from several
         blocks, ...) is named and stops the conversion; --force converts the rest.
 
-    python scripts/convert_checkpoint.py --from rae --to published --input runs/dinov2_b/final --output published
+    python scripts/convert_checkpoint.py --to published --input runs/dinov2_b/final --output published
         Writes model.pt and, for a model with latent statistics, stat.pt. What the published code fixes otherwise (the
         decoder's activation, ...) is named and stops the conversion, as above.
 
-Any two different sides can be combined. Weights are written in float32. The result is written beside --output, loaded
-from there and compared with the source: tensor by tensor, and on two photographs and a noise image where both sides can
-run (this suite's decoder stands for the published one). Only when nothing differs by more than 1e-4 is it put in its
-place; else the exit code is 1 and nothing is left. With --force, differences that were named beforehand are printed
-and stop nothing. Bad input ends with one line and exit code 2. A CPU is enough: two
-minutes and 7 GB of memory for a ViT-XL decoder.
+    python scripts/convert_checkpoint.py --to rae --input runs/dinov2_b/checkpoints/step-00010000 --output my_rae
+        A checkpoint of train_rae.py, its averaged or raw weights; of a run folder its final/, else the newest one.
+
+    python scripts/convert_checkpoint.py --to dit --input stage2_model.pt --rae rae_dinov2_b --output ditdh_xl
+    python sample_dit.py --model ditdh_xl --num_samples 16
+        A published diffusion transformer (stage 2) and the RAE on whose latents it was trained, with the published
+        statistics (--stats stat.pt, if the RAE was converted without them), as a pipeline. Its sizes follow from its
+        tensors. Without --rae, as for a guide, a transformer's folder.
+
+    python scripts/convert_checkpoint.py --to published --input runs/ditdh_xl/final --output published
+        Writes stage2_model.pt, stage2_params.yaml (the published class and its parameters) and stat.pt, for a run its
+        averaged weights unless --weights raw. A stage-2 model is compared by its tensors and by its velocities for
+        random latents.
+
+What --input is, is found out; --from says it where it must not be something else. Any two different sides of a stage
+can be combined. Weights are written in float32. The result is written beside --output, loaded from there and compared
+with the source: tensor by tensor, and on two photographs and a noise image where both sides can run (this suite's
+decoder stands for the published one). Only when nothing differs by more than 1e-4 is it put in its place; else the exit
+code is 1 and nothing is left. With --force, differences that were named beforehand are printed and stop nothing. Bad
+input ends with one line and exit code 2. A CPU is enough: two minutes and 7 GB of memory for a ViT-XL decoder.
 """
 
 import argparse
@@ -41,14 +55,18 @@ import json
 import os
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
 from transformers.utils import IMAGE_PROCESSOR_NAME
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root
+from modeling_dit import check_parts_fit
 from modeling_rae import RAEModel
-from rae_suite.autoencoders import RAE, load_autoencoder
+from rae_suite.autoencoders import RAE
+from rae_suite.cli import read_yaml
 from rae_suite.comparison import compare_images, compare_tensors
 from rae_suite.diffusers_rae import (
     diffusers_differences,
@@ -59,11 +77,25 @@ from rae_suite.diffusers_rae import (
     why_not_built,
     write_diffusers,
 )
-from rae_suite.errors import ConfigError, OneLineParser, RunError
+from rae_suite.errors import ConfigError, OneLineParser, RunError, error_names_setting
 from rae_suite.files import check_output_file, read_saved, write_folder
 from rae_suite.launch import quiet_transformers, run_main
-from rae_suite.model_sources import SIDES, ModelSource, read_checkpoint_or_config, read_json
+from rae_suite.model_loading import FoundModel, find_model, folder_of, load_autoencoder, load_rae, rae_of
+from rae_suite.model_sources import SIDES, ModelSource, read_json
 from rae_suite.position_tables import table_kind
+from rae_suite.published_dit import (
+    DiTSource,
+    PublishedDiTOptions,
+    compare_dits,
+    is_converted_dit,
+    load_written_dit,
+    published_dit_differences,
+    read_own_dit,
+    read_published_dit,
+    side_of_dit,
+    write_own_dit,
+    write_published_dit,
+)
 from rae_suite.published_rae import (
     PublishedOptions,
     published_differences,
@@ -72,16 +104,29 @@ from rae_suite.published_rae import (
     reading_flags,
     write_published,
 )
-from rae_suite.rae_networks import image_processor_json, read_latent_stats
+from rae_suite.rae_networks import give_latent_stats, image_processor_json, read_latent_stats
 
+DIT_FILES = ("model_index.json", "config.json")  # one of which a stage-2 model's folder has
+STAGE_2 = "dit"  # the side of this suite's stage-2 models: either it or another decides that a conversion is of stage 2
 TOLERANCE = 1e-4  # largest difference of a conversion that counts as right
 
 
 def main(argv: Optional[list] = None) -> None:
     args = parse_arguments(argv)
-    check_arguments(args)
     quiet_transformers()
-    source = read_source(args)
+    side = side_of_stage_2(args.input)
+    args.source = args.source or side
+    if is_stage_2(args):
+        check_arguments(args)
+        convert_dit(args)
+        return
+    if side is not None:
+        raise ConfigError(
+            f"--input: {args.input} is a stage-2 model, expected {SIDES[args.source]}: use --to {STAGE_2}"
+        )
+    found = find_source(args)
+    check_arguments(args)
+    source = read_source(args, found)
     if args.target == "diffusers":
         source.differences += diffusers_differences(source.model, "--to diffusers")
         source.notes += diffusers_notes(source.model)
@@ -90,10 +135,7 @@ def main(argv: Optional[list] = None) -> None:
     if source.differences and not args.force:
         reasons = "; ".join(text for _, text in source.differences)
         raise ConfigError(f"--to {args.target}: {reasons}; --force converts nevertheless")
-    place = {"prefix": ".convert-", "dir": existing_parent(args.output), "ignore_cleanup_errors": True}
-    with tempfile.TemporaryDirectory(**place) as beside:
-        folder = Path(beside) / "model"
-        folder.mkdir()
+    with new_folder(args.output) as folder:
         WRITERS[args.target](source.model, folder)
         report = {**describe(args, source), **compare(source, folder, args.target)}
         print_report(report)
@@ -106,15 +148,16 @@ def main(argv: Optional[list] = None) -> None:
 
 def parse_arguments(argv: Optional[list]) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--from", dest="source", required=True, choices=list(SIDES), help="what --input is")
-    parser.add_argument("--to", dest="target", required=True, choices=list(WRITERS), help="what to write")
+    sides = [*(side for side in SIDES if side != "kl"), STAGE_2]
+    parser.add_argument("--from", dest="source", choices=sides, help="what --input must be (default: what it is)")
+    parser.add_argument("--to", dest="target", required=True, choices=[*WRITERS, STAGE_2], help="what to write")
     parser.add_argument("--input", type=Path, required=True, help="file or folder to convert")
     parser.add_argument("--output", type=Path, required=True, help="folder to write; must not exist or be empty")
     parser.add_argument("--overwrite", action="store_true", help="replace a converted model that is in --output")
     parser.add_argument("--force", action="store_true", help="convert also what the other side cannot hold entirely")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the report here")
     published = parser.add_argument_group("published decoders and training checkpoints, which have no config")
-    published.add_argument("--weights", choices=["ema", "raw"], help="which of a training checkpoint (default: ema)")
+    published.add_argument("--weights", choices=["ema", "raw"], help="which of a checkpoint (default: ema)")
     published.add_argument(
         "--stats", type=Path, metavar="FILE", help="stat.pt: latent variance, and mean if it has one, as (C, h, w)"
     )
@@ -146,23 +189,31 @@ def parse_arguments(argv: Optional[list]) -> argparse.Namespace:
         "--no_denormalize_output", action="store_true", help="the decoder's output is in [0, 1] already (RAEv2)"
     )
     published.add_argument("--decoder_num_attention_heads", type=int, help="of decoders other than ViT-B, L and XL")
+    stage_2 = parser.add_argument_group("published stage-2 models (--to dit)")
+    stage_2.add_argument("--rae", help="folder or Hub id of the RAE that goes with the model")
+    stage_2.add_argument("--num_classes", type=int, help="rows of the label table (default: one fewer, the null label)")
+    for name in ("num_attention_heads", "head_num_layers", "head_num_attention_heads"):
+        stage_2.add_argument(f"--{name}", type=int, help="where the tensors do not show it")
     return parser.parse_args(argv)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise ConfigError for a command line that no conversion can use."""
-    published = args.source in ("published", "training")
+    check_dit_arguments(args)
+    published = args.source in ("published", "training") and not is_stage_2(args)
     for name in (
         "weights stats encoder encoder_revision encoder_input_size encoder_layers encoder_add_spatial_mean "
         "encoder_keep_final_affine image_mean image_std no_denormalize_output decoder_num_attention_heads"
     ).split():
-        used = args.source == "training" if name == "weights" else published
+        used = published or (name == "weights" and args.source == "checkpoint")
+        if is_stage_2(args) and name in ("weights", "stats"):
+            continue
         if not used and getattr(args, name) not in (None, False):
-            raise ConfigError(f"--{name}: expected nothing with --from {args.source}, got {getattr(args, name)}")
+            raise ConfigError(f"--{name}: expected nothing for {SIDES[args.source]}, got {getattr(args, name)}")
     if args.source == args.target:
-        raise ConfigError(f"--to: expected another side than --from, got {args.target} twice")
+        raise ConfigError(f"--to: expected another side than that of --input, got {args.target} for {args.target}")
     if published and args.encoder is None:
-        raise ConfigError(f"--encoder: expected a Hub id or folder with --from {args.source}, whose files have none")
+        raise ConfigError(f"--encoder: expected a Hub id or folder for {SIDES[args.source]}, which has none")
     for name in ("encoder_input_size", "decoder_num_attention_heads"):
         value = getattr(args, name)
         if value is not None and value <= 0:
@@ -184,10 +235,21 @@ def check_output(args: argparse.Namespace) -> None:
         return
     if not output.is_dir() or not args.overwrite:
         raise ConfigError(f"--output: {output} exists, expected a new or empty folder (or --overwrite)")
-    if not (output / "config.json").is_file() and not (output / "model.pt").is_file():
+    known = (output / "config.json").is_file() or (output / "model.pt").is_file() or is_converted_dit(output)
+    if not known:
         raise ConfigError(f"--output: {output} is no converted model, --overwrite replaces nothing else")
     if output.resolve() in (args.input.resolve(), *args.input.resolve().parents):
         raise ConfigError(f"--output: {output} holds --input {args.input}, expected another folder")
+
+
+@contextmanager
+def new_folder(output: Path) -> Iterator[Path]:
+    """A folder to write to, gone with all that is left in it at the end."""
+    place = {"prefix": ".convert-", "dir": existing_parent(output), "ignore_cleanup_errors": True}
+    with tempfile.TemporaryDirectory(**place) as beside:
+        folder = Path(beside) / "model"
+        folder.mkdir()
+        yield folder
 
 
 def existing_parent(path: Path) -> Path:
@@ -199,28 +261,31 @@ def existing_parent(path: Path) -> Path:
 # Reading and writing
 
 
-def read_source(args: argparse.Namespace) -> ModelSource:
-    """What --input holds. Raises ConfigError when it is not of the kind that --from says."""
-    path, side = args.input, args.source
-    if not path.exists():
-        raise ConfigError(f"--input: {path} does not exist, expected {SIDES[side]}")
-    try:
-        held, found = read_checkpoint_or_config(path, "--input")
-    except ConfigError as error:
-        raise ConfigError(f"{error}; expected {SIDES[side]}") from error
-    if found is None:
-        raise ConfigError(f"--input: {path} is no checkpoint that is known here, expected {SIDES[side]}")
-    if found != side:
-        raise ConfigError(f"--input: {path} is {SIDES[found]}, expected {SIDES[side]}: use --from {found}")
-    if side == "rae":
-        autoencoder = load_autoencoder(str(path), "--input")
-        return ModelSource(autoencoder.model, autoencoder)
-    if side == "diffusers":
-        return read_diffusers(path, held, "--input")
-    options = published_options(args)
-    if side == "training":
-        return read_training(held, path, args.weights or "ema", options, "--input", "--")
-    return read_decoder(held, path, options, "--input", "--")
+def find_source(args: argparse.Namespace) -> FoundModel:
+    """What --input is, which args.source then says. Raises ConfigError where it is not what --from says."""
+    found = find_model(str(args.input), "--input", args.weights or "ema")
+    if found.side == "kl":
+        raise ConfigError(f"--input: {args.input} is {SIDES['kl']}, expected an RAE")
+    if args.source not in (None, found.side):
+        raise ConfigError(
+            f"--input: {args.input} is {SIDES[found.side]}, expected {SIDES[args.source]}: use --from {found.side}, or "
+            "no --from"
+        )
+    args.source = found.side
+    return found
+
+
+def read_source(args: argparse.Namespace, found: FoundModel) -> ModelSource:
+    """What was found, as an RAE. Raises ConfigError where it cannot be read."""
+    path, options = Path(found.place), published_options(args)
+    if found.side == "diffusers":
+        return read_diffusers(folder_of(found, "--input"), found.held, "--input")
+    if found.side == "training":
+        return read_training(found.held, path, found.weights, options, "--input", "--")
+    if found.side == "published":
+        return read_decoder(found.held, path, options, "--input", "--")
+    model = rae_of(found, "--input")
+    return ModelSource(model, RAE(found.name, model))
 
 
 def published_options(args: argparse.Namespace) -> PublishedOptions:
@@ -306,7 +371,7 @@ def describe(args: argparse.Namespace, source: ModelSource) -> dict:
         notes.append(f"to read it back: {' '.join(reading_flags(config))}")
     return {
         "from": args.source,
-        "weights": (args.weights or "ema") if args.source == "training" else None,
+        "weights": (args.weights or "ema") if args.source in ("training", "checkpoint") else None,
         "to": args.target,
         "input": str(args.input),
         "output": str(args.output),
@@ -363,8 +428,169 @@ def print_report(report: dict) -> None:
         rows.append((name, text))
     rows += [("differs", item["what"]) for item in report["differences"]]
     rows += [("note", text) for text in report["notes"]]
+    print_rows(rows)
+
+
+def print_rows(rows: list) -> None:
     for name, text in rows:
         print(f"{name:<18}{text}")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Stage 2
+
+
+def is_stage_2(args: argparse.Namespace) -> bool:
+    return STAGE_2 in (args.source, args.target)
+
+
+def side_of_stage_2(path: Path) -> Optional[str]:
+    """What a stage-2 model's file or folder is: "published", "training" or STAGE_2; None for anything else."""
+    if path.is_file():
+        try:
+            return side_of_dit(read_saved(path, "--input"))
+        except (OSError, ValueError):  # whoever reads it says so
+            return None
+    run = next((folder for folder in (path, path.parent.parent) if (folder / "config.yaml").is_file()), None)
+    if run is not None and not (path / "config.json").is_file():
+        return STAGE_2 if "rae" in (read_yaml(run / "config.yaml").get("model") or {}) else None
+    try:
+        names = [json.loads(file.read_text())["_class_name"] for file in path.glob("*.json") if file.name in DIT_FILES]
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+    return STAGE_2 if any("RAEDiT" in str(name) for name in names) else None
+
+
+def check_dit_arguments(args: argparse.Namespace) -> None:
+    """Raise ConfigError for a conversion between the stages, and for options of stage 2 that would be ignored."""
+    other = args.target if args.source == STAGE_2 else args.source
+    if is_stage_2(args) and args.source is None:
+        raise ConfigError(f"--input: {args.input} is no stage-2 model that is known here, expected one with --to dit")
+    if is_stage_2(args) and args.source != args.target:
+        sides = ("published",) if args.source == STAGE_2 else ("published", "training")
+        flag = "--to" if args.source == STAGE_2 else "--from"
+        if other not in sides:
+            raise ConfigError(f"{flag}: expected {' or '.join(sides)} with a stage-2 model, got {other}")
+    for name in ("rae", "num_classes", "num_attention_heads", "head_num_layers", "head_num_attention_heads"):
+        value = getattr(args, name)
+        if value is not None and args.target != STAGE_2:
+            raise ConfigError(f"--{name}: expected nothing unless --to {STAGE_2}, got {value}")
+        if isinstance(value, int) and value <= 0:
+            raise ConfigError(f"--{name}: expected a positive number, got {value}")
+    if is_stage_2(args) and args.stats is not None and args.rae is None:
+        raise ConfigError(f"--stats: expected nothing without --rae, whose latents they are of, got {args.stats}")
+
+
+def convert_dit(args: argparse.Namespace) -> None:
+    """Convert a stage-2 model; nothing is written unless what was written, loaded again, has the same velocities."""
+    if not args.input.exists():
+        raise ConfigError(f"--input: {args.input} does not exist, expected a stage-2 model")
+    source, rae = read_dit(args)
+    differences = dit_differences(args, source, rae)
+    if differences and not args.force:
+        raise ConfigError(f"{'; '.join(differences)}; --force converts nevertheless")
+    if differences and args.target == "published":
+        raise ConfigError(f"{'; '.join(differences)}: --force cannot help, there is no published class for it")
+    with new_folder(args.output) as folder:
+        write = write_own_dit if args.target == STAGE_2 else write_published_dit
+        write(source, rae, folder)
+        try:
+            written = load_written_dit(folder, args.target, source.model, "--output")
+        except ConfigError as error:
+            raise RunError(f"the converted model cannot be loaded, nothing was written: {error}") from error
+        report = {**describe_dit(args, source, rae, differences), **compare_dits(source.model, written)}
+        print_rows(dit_rows(report))
+        check_dit_proof(report)
+        write_folder(args.output, lambda partial: folder.rename(partial), True, lambda: None)
+    print(f"{args.output} is written")
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def read_dit(args: argparse.Namespace) -> tuple:
+    """The stage-2 model that --input holds, and its RAE with the statistics of --stats, or None."""
+    if args.source == STAGE_2:
+        return read_own_dit(args.input, args.weights or "ema", "--input")
+    if args.source == "published" and args.weights is not None:
+        raise ConfigError(f"--weights: expected nothing with --from published, which has one set, got {args.weights}")
+    names = ("num_classes", "num_attention_heads", "head_num_layers", "head_num_attention_heads")
+    options = PublishedDiTOptions(**{name: getattr(args, name) for name in names})
+    source = read_published_dit(args.input, args.source, args.weights or "ema", options, "--input", "--")
+    if args.rae is None:
+        return source, None
+    rae = load_rae(args.rae, "--rae")
+    if args.stats is not None:
+        with error_names_setting("--stats"):
+            give_latent_stats(rae, **read_latent_stats(args.stats, rae.config, "--stats"))
+    with error_names_setting("--rae", args.rae):
+        check_parts_fit(source.model, rae, None)
+    return source, rae
+
+
+def dit_differences(args: argparse.Namespace, source: DiTSource, rae: Optional[RAEModel]) -> list:
+    """In words, what the other side cannot hold, or what makes it draw something else."""
+    if args.target == "published":
+        return [f"--to published: {text}" for text in published_dit_differences(source.model)]
+    if rae is not None and not rae.config.use_latent_stats:
+        return [
+            f"--rae: {args.rae} has no statistics of its latents, and published models draw normalised ones; expected "
+            "--stats with the published file"
+        ]
+    return []
+
+
+def describe_dit(args: argparse.Namespace, source: DiTSource, rae: Optional[RAEModel], differences: list) -> dict:
+    config = {name: value for name, value in source.model.config.items() if not name.startswith("_")}
+    has_stats = rae is not None and rae.config.use_latent_stats
+    return {
+        "from": args.source,
+        "to": args.target,
+        "input": str(args.input),
+        "output": str(args.output),
+        "loaded": source.kind,
+        "model": config,
+        "parameters": sum(tensor.numel() for tensor in source.model.parameters()),
+        "rae": args.rae,
+        "latent_stats": has_stats,
+        "latent_mean": has_stats and rae.config.latent_stats_have_mean,
+        "differences": differences,
+        "notes": source.notes,
+    }
+
+
+def dit_rows(report: dict) -> list:
+    config, tensors = report["model"], report["tensors"]
+
+    def part(prefix: str) -> str:
+        names = ("hidden_size", "num_layers", "num_attention_heads")
+        return "width {}, {} blocks, {} heads".format(*(config[prefix + name] for name in names))
+
+    statistics = "mean and variance" if report["latent_mean"] else "variance, no mean"
+    rows = [
+        ("from", f"{report['input']}: {report['loaded']}"),
+        ("to", report["to"]),
+        ("backbone", part("")),
+        ("head", "none" if config["head_hidden_size"] is None else part("head_")),
+        ("parameters", f"{report['parameters']:,}"),
+        ("latents", "{in_channels} x {sample_size} x {sample_size}".format(**config)),
+        ("classes", str(config["num_classes"])),
+        ("latent statistics", statistics if report["latent_stats"] else "none"),
+        ("tensors", f"{tensors['number'] - len(tensors['different'])} of {tensors['number']} equal bit for bit"),
+    ]
+    if "velocity" in report:
+        text = "largest difference {largest_difference:.3g}, largest value {largest_value:.3g}"
+        rows.append(("velocity", text.format(**report["velocity"])))
+    return rows + [("differs", text) for text in report["differences"]] + [("note", text) for text in report["notes"]]
+
+
+def check_dit_proof(report: dict) -> None:
+    """Raise RunError unless the written model has the source's tensors and velocities."""
+    different, velocity = report["tensors"]["different"], report.get("velocity", {})
+    if different:
+        raise RunError(f"{len(different)} tensors changed, the first is '{different[0]}': nothing was written")
+    difference, value = velocity.get("largest_difference", float("nan")), velocity.get("largest_value", 0.0)
+    if not difference <= 1e-6 * max(1, value):  # nan included
+        raise RunError(f"velocities differ by {difference:.3g} (largest value {value:.3g}): nothing was written")
 
 
 if __name__ == "__main__":

@@ -24,13 +24,15 @@ import json
 import math
 import os
 import sys
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Optional, Union
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root
 from rae_suite.cli import LARGEST
 from rae_suite.errors import DataError, OneLineParser, UnreadableImage
 from rae_suite.files import remove
@@ -38,14 +40,15 @@ from rae_suite.folders import class_folders
 from rae_suite.loaders import UnreadableLog
 from rae_suite.output import surviving_output
 from rae_suite.settings import MOST_TASKS
+from rae_suite.sources import FileSource
 from rae_suite.splits import scan_folder, split_folders
 
 RECORD = "prepare_data.json"  # settings and counts of a finished folder
 DEFAULT_SPLITS = "train:0.8,validation:0.1,test:0.1"
-CHUNK = 1024  # images checked at a time: progress, and a bound on the queue
+CHUNK = 1024  # images checked at a time: to check all at once would queue a million tasks
 
 
-def main(argv=None):
+def main(argv: Optional[list] = None) -> int:
     args = parse_arguments(argv)
     try:
         counts = args.run(args)
@@ -54,7 +57,7 @@ def main(argv=None):
     except (DataError, OSError) as error:
         message = str(error)
         for setting, option in (("data.path:", "--input:"), ("data.max_unreadable:", "--max_unreadable:")):
-            message = message.replace(setting, option)  # splits.py names the settings of the training configuration
+            message = message.replace(setting, option)  # rae_suite names settings of the training scripts
         print(f"error: {message}", file=sys.stderr)
         return 2
     for split, count in counts.items():
@@ -62,7 +65,7 @@ def main(argv=None):
     return 0
 
 
-def parse_arguments(argv):
+def parse_arguments(argv: Optional[list]) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(required=True, metavar="{digits,dummy,convert}")
 
@@ -106,11 +109,11 @@ def parse_arguments(argv):
 # Commands: each returns {split: number of images}
 
 
-def prepare_digits(args):
+def prepare_digits(args: argparse.Namespace) -> dict[str, int]:
     """The 8x8 digits (values 0..16) scaled to 0..255, enlarged with bicubic interpolation, split 80/10/10 by class."""
     settings = {"command": "digits", "size": args.size, "seed": args.seed}
 
-    def write(folder):
+    def write(folder: Path) -> dict[str, int]:
         from sklearn.datasets import load_digits  # slow to import
 
         digits = load_digits()
@@ -122,16 +125,16 @@ def prepare_digits(args):
                 save_png(image, folder, split, str(digits.target[index]), index)
         return {split: len(indices) for split, indices in splits.items()}
 
-    return build(args.output, settings, write, count_pngs)
+    return build_folder(args.output, settings, write, count_pngs)
 
 
-def prepare_dummy(args):
+def prepare_dummy(args: argparse.Namespace) -> dict[str, int]:
     """Synthetic images; image i has class i % num_classes and is a function of (seed, i)."""
     shares = parse_splits(args.splits)
     settings = {name: getattr(args, name) for name in ("num_images", "num_classes", "size", "splits", "seed")}
     width = len(str(args.num_classes - 1))
 
-    def write(folder):
+    def write(folder: Path) -> dict[str, int]:
         labels = np.arange(args.num_images) % args.num_classes
         splits = split_indices(labels, shares, args.seed)
         for split, indices in splits.items():
@@ -140,49 +143,56 @@ def prepare_dummy(args):
                 save_png(image, folder, split, f"class_{labels[index]:0{width}d}", index)
         return {split: len(indices) for split, indices in splits.items()}
 
-    return build(args.output, {"command": "dummy", **settings}, write, count_pngs)
+    return build_folder(args.output, {"command": "dummy", **settings}, write, count_pngs)
 
 
-def prepare_converted(args):
+def prepare_converted(args: argparse.Namespace) -> dict[str, int]:
     """Class folders as a DatasetDict with the columns image (the file's bytes) and label (ClassLabel)."""
-    if not os.path.isdir(args.input):
+    if not Path(args.input).is_dir():
         raise DataError(f"--input: {args.input} does not exist; expected a folder of class folders")
     settings = {"command": "convert", "input": os.path.abspath(args.input), "splits": args.splits, "seed": args.seed}
 
-    def write(folder):
+    def write(folder: Path) -> dict[str, int]:
         sources = find_sources(args.input, args.splits, args.seed)
         return write_dataset(drop_unreadable(sources, args), folder, args.num_workers)
 
-    return build(args.output, settings, write, count_rows)
+    return build_folder(args.output, settings, write, count_rows)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Folders
 
 
-def build(output, settings, write, count):
-    """Run write(folder) on a folder beside `output`, add the record of it, and rename it to `output`.
+def build_folder(
+    output: str, settings: dict, write: Callable[[Path], dict[str, int]], count: Callable[[Path], int]
+) -> dict[str, int]:
+    """Let `write` fill a folder beside `output`, add a record of its settings and counts, and rename it to `output`.
 
     A finished `output` with the same settings is kept. Raises DataError for anything else that is there: other
     settings, missing images, or files that this script did not write.
+
+    Args:
+        write: fills a folder and returns {split: number of images}.
+        count: the number of images in the folder of a split.
     """
-    record_file = os.path.join(output, RECORD)
-    if os.path.isfile(record_file):
-        return check_finished(output, settings, read_json(record_file), count)
-    if os.path.isfile(output) or (os.path.isdir(output) and os.listdir(output)):
+    folder = Path(os.path.abspath(output))
+    if (folder / RECORD).is_file():
+        return check_finished(output, settings, read_record(folder / RECORD), count)
+    if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
         raise DataError(f"--output: {output} exists and is not a folder of this script; expected a new or empty folder")
-    partial = f"{os.path.abspath(output)}.partial-{os.getpid()}"
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
-        os.makedirs(partial)
+        partial.mkdir(parents=True)
         counts = write(partial)
-        write_json(os.path.join(partial, RECORD), {"settings": settings, "counts": counts})
-        os.rename(partial, os.path.abspath(output))
+        write_json(partial / RECORD, {"settings": settings, "counts": counts})
+        partial.rename(folder)
     finally:
-        remove(Path(partial))
+        remove(partial)
     return counts
 
 
-def check_finished(output, settings, record, count):
+def check_finished(output: str, settings: dict, record: dict, count: Callable[[Path], int]) -> dict[str, int]:
+    """The counts of a finished folder. Raises DataError when its `record` has other settings, or images are missing."""
     if record["settings"] != settings:
         names = sorted(set(settings) | set(record["settings"]))
         name = next(name for name in names if settings.get(name) != record["settings"].get(name))
@@ -191,7 +201,7 @@ def check_finished(output, settings, record, count):
             "remove it or choose another folder"
         )
     for split, expected in record["counts"].items():
-        found = count(os.path.join(output, split))
+        found = count(Path(output, split))
         if found != expected:
             raise DataError(
                 f"--output: {output} has {found} images in '{split}', expected {expected}; remove it and run again"
@@ -200,11 +210,11 @@ def check_finished(output, settings, record, count):
     return record["counts"]
 
 
-def count_pngs(folder):
+def count_pngs(folder: Path) -> int:
     return sum(name.endswith(".png") for _, _, files in os.walk(folder) for name in files)
 
 
-def count_rows(folder):
+def count_rows(folder: Path) -> int:
     import datasets
 
     try:
@@ -213,32 +223,29 @@ def count_rows(folder):
         return 0
 
 
-def save_png(image, folder, split, class_name, index):
-    folder = os.path.join(folder, split, class_name)
-    os.makedirs(folder, exist_ok=True)
-    image.save(os.path.join(folder, f"{index:06d}.png"))
+def save_png(image: Image.Image, folder: Path, split: str, class_name: str, index: int) -> None:
+    class_folder = folder / split / class_name
+    class_folder.mkdir(parents=True, exist_ok=True)
+    image.save(class_folder / f"{index:06d}.png")
 
 
-def read_json(file):
+def read_record(file: Path) -> dict:
     try:
-        with open(file, encoding="utf-8") as stream:
-            record = json.load(stream)
-            return {"settings": record["settings"], "counts": record["counts"]}
+        record = json.loads(file.read_text(encoding="utf-8"))
+        return {"settings": record["settings"], "counts": record["counts"]}
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"--output: {file} is damaged; remove the folder and run again") from error
 
 
-def write_json(file, value):
-    with open(file, "w", encoding="utf-8") as stream:
-        json.dump(value, stream, indent=2)
-        stream.write("\n")
+def write_json(file: Union[str, Path], value: dict) -> None:
+    Path(file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Splits
 
 
-def parse_splits(text):
+def parse_splits(text: str) -> dict[str, float]:
     """{name: share} of 'train:0.8,validation:0.2'. Raises DataError unless the names differ and the shares sum to 1."""
     shares = {}
     for part in text.split(","):
@@ -256,18 +263,19 @@ def parse_splits(text):
     return shares
 
 
-def split_indices(labels, shares, seed):
+def split_indices(labels: np.ndarray, shares: dict[str, float], seed: int) -> dict[str, list[int]]:
     """{split: sorted indices} with every class shuffled and divided by the shares.
 
-    Image after image goes to the split that is furthest behind its share. As a class's images come one after the other,
-    both the totals and each class come out within an image or two. Raises DataError if a split gets no image.
+    Each image goes to the split that is furthest behind its share. Because the images of a class come one after the
+    other, the totals and each class differ from the shares by an image or two. Raises DataError if a split gets no
+    image.
     """
     generator = np.random.default_rng(seed)
     splits = {name: [] for name in shares}
     order = [index for label in np.unique(labels) for index in generator.permutation(np.flatnonzero(labels == label))]
     for position, index in enumerate(order, start=1):
-        behind = max(shares, key=lambda name: shares[name] * position - len(splits[name]))
-        splits[behind].append(int(index))
+        furthest_behind = max(shares, key=lambda name: shares[name] * position - len(splits[name]))
+        splits[furthest_behind].append(int(index))
     for name, indices in splits.items():
         if not indices:
             raise DataError(f"--splits: '{name}' gets none of {len(order)} images, expected at least one")
@@ -278,7 +286,7 @@ def split_indices(labels, shares, seed):
 # Synthetic images
 
 
-def dummy_image(size, label, num_classes, seed):
+def dummy_image(size: int, label: int, num_classes: int, seed: Sequence[int]) -> Image.Image:
     """An RGB image of size x size: a colour gradient, stripes, and a shaded polygon on top.
 
     The class sets the hue, the direction and width of the stripes and the number of corners; the seed everything else.
@@ -306,7 +314,7 @@ def dummy_image(size, label, num_classes, seed):
     return Image.fromarray(np.rint(np.clip(pixels, 0, 1) * 255).astype(np.uint8))
 
 
-def polygon_mask(size, corners, generator):
+def polygon_mask(size: int, corners: int, generator: np.random.Generator) -> np.ndarray:
     """Coverage (S, S) in [0, 1] of a regular polygon at a random place, drawn four times larger to smooth its edges."""
     center = generator.uniform(0.35, 0.65, 2)
     radius = generator.uniform(0.2, 0.33)
@@ -320,7 +328,7 @@ def polygon_mask(size, corners, generator):
     return np.asarray(mask.reduce(4), dtype=np.float64) / 255
 
 
-def color(hue, saturation, value):
+def color(hue: float, saturation: float, value: float) -> np.ndarray:
     """RGB (3,) in [0, 1]; the hue counts full turns."""
     return np.array(colorsys.hsv_to_rgb(hue % 1, saturation, value))
 
@@ -329,7 +337,7 @@ def color(hue, saturation, value):
 # Conversion
 
 
-def find_sources(path, splits, seed):
+def find_sources(path: str, splits: Optional[str], seed: int) -> dict[str, tuple[FileSource, Sequence[int]]]:
     """{split: (source, indices)} of class folders, all splits with the same class names."""
     names = split_folders(path)
     if names and splits:
@@ -349,10 +357,12 @@ def find_sources(path, splits, seed):
     return {name: (source, indices) for name, indices in split_indices(labels, shares, seed).items()}
 
 
-def drop_unreadable(sources, args):
-    """The same without the images that cannot be decoded, each of which is named in a warning.
+def drop_unreadable(
+    sources: dict[str, tuple[FileSource, Sequence[int]]], args: argparse.Namespace
+) -> dict[str, tuple[FileSource, list[int]]]:
+    """`sources` without the images that cannot be decoded, each of which is named in a warning.
 
-    Raises DataError when there are more than --max_unreadable. Decoders release the GIL, so threads do.
+    Raises DataError when there are more than --max_unreadable. Threads are enough, because decoders release the GIL.
     """
     log = UnreadableLog(args.max_unreadable)
     readable = {}
@@ -371,7 +381,8 @@ def drop_unreadable(sources, args):
     return readable
 
 
-def unreadable_name(source, index):
+def unreadable_name(source: FileSource, index: int) -> Optional[str]:
+    """The name of an image that cannot be decoded, None for another."""
     try:
         source.load(index)
     except UnreadableImage as error:
@@ -379,7 +390,7 @@ def unreadable_name(source, index):
     return None
 
 
-def write_dataset(sources, folder, num_workers):
+def write_dataset(sources: dict[str, tuple[FileSource, list[int]]], folder: Path, num_workers: int) -> dict[str, int]:
     """Write a DatasetDict. save_to_disk puts the bytes of the files that the rows name into its tables."""
     import datasets
 
@@ -391,8 +402,8 @@ def write_dataset(sources, folder, num_workers):
             "label": [source.label(i) for i in indices],
         }
         splits[split] = datasets.Dataset.from_dict(rows, features=features, split=datasets.NamedSplit(split))
-    few = min(len(rows) for rows in splits.values()) < CHUNK  # not worth a process each
-    splits.save_to_disk(folder, num_proc=None if few or num_workers == 1 else num_workers)
+    is_small = min(len(rows) for rows in splits.values()) < CHUNK  # to start processes would take longer
+    splits.save_to_disk(folder, num_proc=None if is_small or num_workers == 1 else num_workers)
     return {split: len(rows) for split, rows in splits.items()}
 
 

@@ -35,10 +35,10 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Literal, Optional
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
@@ -49,7 +49,7 @@ from modeling_rae import RAEConfig, RAEModel
 from rae_suite.cli import AT_LEAST_0, change_texts, parse, read_yaml, require, setting
 from rae_suite.digests import weights_digest
 from rae_suite.dit_card import CardFacts, GenerationFigures, figures_of_card, pipeline_card
-from rae_suite.dit_folders import CODE, INDEX, WEIGHTS, load_pipeline_parts, read_defaults
+from rae_suite.dit_folders import CODE, INDEX, WEIGHTS, is_whole_pipeline, load_pipeline_parts, read_defaults
 from rae_suite.dit_folders import PICTURE as PIPELINE_PICTURE
 from rae_suite.errors import ConfigError, error_names_setting, scrub
 from rae_suite.files import check_links, write_folder
@@ -64,8 +64,11 @@ from rae_suite.hub import (
 )
 from rae_suite.launch import quiet_transformers, run_main
 from rae_suite.metric_names import GENERATION_METRICS, METRICS
-from rae_suite.rae_networks import image_processor_json
+from rae_suite.model_loading import find_model, rae_of
+from rae_suite.published_rae import PublishedOptions, check_options_used
+from rae_suite.rae_networks import image_processor_json, save_rae
 from rae_suite.run_folder import MetricsFile
+from rae_suite.run_models import is_checkpoint, is_run_folder, name_of_run
 from rae_suite.sample_files import GRID
 from rae_suite.splits import held_out_in_words
 from rae_suite.values import PathText, dump
@@ -84,9 +87,14 @@ class PushConfig:
     """Settings of push_to_hub.py."""
 
     model: PathText
-    """Model folder of an RAE or of a stage-2 pipeline: best/ or final/ of a run, or what save_pretrained wrote."""
+    """Model folder of an RAE or of a stage-2 pipeline: best/ or final/ of a run, or what save_pretrained wrote; a run
+    folder, for its final/. What else an RAE can be read from, such as a checkpoint, goes up as an RAE's folder."""
     repo_id: str
     """user/name of the model on the Hub; made where there is none."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Weights of a run's checkpoint: the moving average, or those that are trained."""
+    published: PublishedOptions = field(default_factory=PublishedOptions)
+    """What a decoder file of the published code, as a model, does not hold."""
     private: bool = False
     """Whether only its owners see the model."""
     no_encoder: bool = False
@@ -118,6 +126,7 @@ class Figures:
 def check(config: PushConfig) -> None:
     """Raise ConfigError for what can be seen without opening anything."""
     check_target(config.repo_id, "repo_id")
+    check_options_used(config.published, [config.model])
     if config.rae_id is not None:
         require(hub_id(config.rae_id) is not None, "rae_id", "user/name of an RAE on the Hub", config.rae_id)
         require(not config.no_encoder, "no_encoder", "false where rae_id leaves the whole RAE out", config.no_encoder)
@@ -189,10 +198,27 @@ def damage_named(what: str) -> Iterator[None]:
         raise ConfigError(f"model: {what} is damaged ({error!r})") from error
 
 
+def model_folder(settings: PushConfig, temporary: Path) -> tuple[Path, Path]:
+    """(what the model is, by which its run and its figures are known; the folder of its files, below `temporary` for
+    what is none yet). Raises ConfigError for what no model can be read from."""
+    given = Path(settings.model).resolve()
+    if is_run_folder(given) and is_whole_pipeline(given / "final") and settings.weights == "ema":
+        given = given / "final"
+    if (given / INDEX).is_file() and settings.weights == "ema":
+        return given, given
+    found = find_model(settings.model, "model", settings.weights)
+    if found.side == "rae" and Path(found.place).is_dir():
+        return (Path(found.place).resolve(),) * 2
+    rae = rae_of(found, "model", settings.published)
+    save_rae(rae, rae.state_dict(), temporary / "exported")
+    return Path(found.place).resolve(), temporary / "exported"
+
+
 def run_folder(model: Path) -> Optional[Path]:
-    """The run folder that `model` (best, final or hub/step-*) is in, or None."""
-    run_dir = model.parent.parent if model.parent.name == "hub" else model.parent
-    exported = model.name in ("best", "final") or model.parent.name == "hub"
+    """The run folder that `model` (best, final, hub/step-* or a checkpoint) is in, or None."""
+    of_a_step = model.parent.name == "hub" or is_checkpoint(model)
+    run_dir = model.parent.parent if of_a_step else model.parent
+    exported = model.name in ("best", "final") or of_a_step
     return run_dir if exported and (run_dir / "config.yaml").is_file() else None
 
 
@@ -213,7 +239,7 @@ def figures_of_results(file: Path, model: Path) -> Figures:
     try:
         results = json.loads(file.read_text())
         # evaluated on another machine, the path may differ: the names of the run and of the folder have to agree
-        same = [row for row in results["rows"] if Path(row["model"]).resolve().parts[-2:] == model.parts[-2:]]
+        same = [row for row in results["rows"] if name_of_run(str(Path(row["model"]).resolve())) == name_of_run(model)]
         found = [
             Figures(
                 values=measured(row, results["config"]["vgg_weights"]),
@@ -245,15 +271,16 @@ def split_in_words(data: dict, seed: int) -> Optional[str]:
     return held_out_in_words(fraction, data["train_split"], seed) if fraction > 0 else data["eval_split"]
 
 
-def figures_of_run(run_dir: Path, settings: dict, model: Path) -> Optional[Figures]:
-    """The figures of a run's own evaluation: of the step that `model` is of. None where that was not evaluated.
+def figures_of_run(run_dir: Path, settings: dict, model: Path, weights: str) -> Optional[Figures]:
+    """The figures of a run's own evaluation: of the step that `model` is of, and of its averaged ("ema") or "raw"
+    `weights`. None where that was not evaluated.
 
     best/ is the best since eval.best_metric or the number of images last changed: a line before that has another
     number of images, or does not have the metric.
     """
     lines = MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()
-    lines = [line for line in lines if line["kind"] == "eval" and line["model"] == "ema"]
-    if model.parent.name == "hub":
+    lines = [line for line in lines if line["kind"] == "eval" and line["model"] == weights]
+    if model.parent.name in ("hub", "checkpoints"):
         lines = [line for line in lines if model.name == f"step-{line['step']:08d}"]
     if not lines:
         return None
@@ -388,19 +415,20 @@ def model_card(
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def files_to_upload(settings: PushConfig, model: Path, temporary: Path) -> dict:
-    """{name in the repository: path or bytes} of an RAE. `temporary`: a folder for one without encoder."""
-    config, weights = read_model_folder(model)
-    weights_from = model
+def files_to_upload(settings: PushConfig, model: Path, folder: Path, temporary: Path) -> dict:
+    """{name in the repository: path or bytes} of an RAE. `model`: what it is, `folder`: where its files are,
+    `temporary`: a folder for one without encoder."""
+    config, weights = read_model_folder(folder)
+    weights_from = folder
     if settings.no_encoder and config.encoder_bundled:
-        weights_from = without_encoder(model, config, temporary / "model")
+        weights_from = without_encoder(folder, config, temporary / "model")
         config, weights = read_model_folder(weights_from)
     run_dir = run_folder(model)
     figures = trained_on = run_settings = None
     if run_dir:
         with damage_named(f"config.yaml or metrics.jsonl of {run_dir}"):
             run, run_settings = read_run(run_dir)
-            trained_on, figures = run["data"]["path"], figures_of_run(run_dir, run, model)
+            trained_on, figures = run["data"]["path"], figures_of_run(run_dir, run, model, settings.weights)
     if settings.results is not None:
         figures = figures_of_results(Path(settings.results), model)
     files: dict[str, Any] = {name: weights_from / name for name in (CONFIG_NAME, MODELING_FILE, *weights)}
@@ -511,7 +539,7 @@ def card_of_pipeline(
     with damage_named(str(model)):
         transformer = json.loads((model / "transformer" / CONFIG_NAME).read_text())
         sampling, class_names = read_defaults(index)
-        sampling["guide"] = index["guide"][0] is not None
+        sampling["guide"] = index["guide"][0] is not None or sampling.get("guide")
         return pipeline_card(facts, transformer, image_size, sampling, class_names, index.get("rae_id"))
 
 
@@ -533,13 +561,14 @@ def table(files: dict) -> str:
     return "\n".join(f"{name:<36}{size:>16,} bytes" for name, size in sizes.items())
 
 
-def push(settings: PushConfig, model: Path, temporary: Path) -> None:
+def push(settings: PushConfig, temporary: Path) -> None:
     """Upload the model, or write what would go up."""
-    if (model / INDEX).is_file():
+    model, folder = model_folder(settings, temporary)
+    if (folder / INDEX).is_file():
         files = pipeline_to_upload(settings, model, temporary)
     else:
         require(settings.rae_id is None, "rae_id", f"nothing for {model}, which is no pipeline", settings.rae_id)
-        files = files_to_upload(settings, model, temporary)
+        files = files_to_upload(settings, model, folder, temporary)
     if settings.dry_run:
         target = model.with_name(f"{model.name}-upload")
         write_files(files, target)
@@ -554,11 +583,10 @@ def push(settings: PushConfig, model: Path, temporary: Path) -> None:
 def main() -> None:
     settings = parse(PushConfig, "push_to_hub.py", "Publish a trained model on the Hugging Face Hub.", check=check)
     quiet_transformers()
-    model = Path(settings.model).resolve()
     if not settings.dry_run:
         check_access(settings.repo_id, "repo_id")
     with tempfile.TemporaryDirectory(prefix="push-to-hub-", ignore_cleanup_errors=True) as temporary:
-        push(settings, model, Path(temporary))
+        push(settings, Path(temporary))
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
     accelerate launch --multi_gpu scripts/reconstruct.py --model user/my-rae --input folder/ --output out
     python scripts/reconstruct.py --model stabilityai/sd-vae-ft-mse --image_size 512 --input folder/ --output out
 
-The model is an RAE folder or Hub id, or diffusers' AutoencoderRAE or AutoencoderKL. In --output:
+The model is an RAE folder or Hub id, a run folder or a checkpoint, diffusers' AutoencoderRAE or AutoencoderKL, or a
+decoder file of the published code (with --published.encoder). In --output:
 
     reconstructions/<name>.png      8-bit, clamped and rounded
     latents/<name>.safetensors      with --save_latents: `latent` (C, h, w), as a diffusion model sees it
@@ -42,7 +43,7 @@ from safetensors.torch import save_file
 from torchvision.transforms.functional import pil_to_tensor
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
-from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, load_autoencoder
+from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder
 from rae_suite.cli import AT_LEAST_0, POSITIVE, Limit, parse, require, setting
 from rae_suite.errors import ConfigError, DataError, RunError, UnreadableImage
 from rae_suite.files import check_output_file, make_folder, writing
@@ -57,7 +58,9 @@ from rae_suite.launch import (
 )
 from rae_suite.loaders import UnreadableLog, WorkerLoader, collate, start_worker
 from rae_suite.metrics import image_metrics, to_8bit
+from rae_suite.model_loading import load_autoencoder
 from rae_suite.pictures import reconstruction_grid
+from rae_suite.published_rae import PublishedOptions, check_options_used
 from rae_suite.settings import FEW_TASKS
 from rae_suite.sources import FileSource, ImageSource, evenly_spread, join_paths
 from rae_suite.splits import scan_folder
@@ -81,11 +84,15 @@ class ReconstructConfig:
     """Settings of reconstruct.py."""
 
     model: PathText
-    """Folder or Hub id of the autoencoder."""
+    """Folder, checkpoint or Hub id of the autoencoder."""
     input: tuple[PathText, ...]
     """Image files and folders of them (with their sub-folders)."""
     output: PathText
     """Folder of the results; holds no input and lies in none."""
+    weights: Literal["ema", "raw"] = "ema"
+    """Weights of a run's checkpoint: the moving average, or those that are trained."""
+    published: PublishedOptions = field(default_factory=PublishedOptions)
+    """What a decoder file of the published code, as a model, does not hold."""
     save_latents: bool = False
     """Whether the latents are written too, a file for each image."""
     resize: Literal["crop", "pad"] = "crop"
@@ -104,6 +111,7 @@ class ReconstructConfig:
 
 def check(config: ReconstructConfig) -> None:
     """Raise ConfigError for what can be seen without loading anything."""
+    check_options_used(config.published, [config.model])
     require(len(config.input) > 0, "input", "image files or folders", list(config.input))
     output = Path(config.output).resolve()
     for place in config.input:
@@ -278,8 +286,8 @@ def write_grid(config: ReconstructConfig, images: SquareImages, names: list, mea
         Image.fromarray(reconstruction_grid(inputs, recons).numpy()).save(file)
 
 
-def report(config: ReconstructConfig, images: SquareImages, names: list, measured: list) -> None:
-    """Write images.csv and grid.png, print the table."""
+def report(config: ReconstructConfig, loaded: str, images: SquareImages, names: list, measured: list) -> None:
+    """Write images.csv and grid.png, print the table. `loaded`: the model in words."""
     output = Path(config.output)
     listed = output / "images.csv"
     with writing(listed), listed.open("w", newline="", encoding="utf-8") as file:
@@ -289,6 +297,7 @@ def report(config: ReconstructConfig, images: SquareImages, names: list, measure
     write_grid(config, images, names, measured)
     results = {
         "model": config.model,
+        "loaded": loaded,
         "num_images": len(measured),
         "num_unreadable": len(images) - len(measured),
         "image_size": images.size,
@@ -317,12 +326,12 @@ def main() -> None:
     source, names = find_inputs(config.input)
     make_folder(f"{config.output}/reconstructions", "output")
     check_output_file(config.json, "json")
-    autoencoder = load_autoencoder(config.model)
+    autoencoder = load_autoencoder(config.model, "model", config.weights, config.published)
     images = SquareImages(source, picture_size(config, autoencoder), config.resize)
     autoencoder.to(accelerator.device)
     measured = reconstruct_all(config, autoencoder, images, names, accelerator)
     if accelerator.is_main_process:
-        report(config, images, names, measured)
+        report(config, autoencoder.loaded, images, names, measured)
     accelerator.end_training()
 
 

@@ -940,6 +940,7 @@ def model_cases() -> list:
         ("scaling_factor", 0),
         ("scaling_factor", None),
         ("noise_tau", -1),
+        ("noise_distribution", "normal"),
         ("dtype", "float7"),
         ("attn_implementation", "no_such_attention"),
         ("quantization_config", {"load_in_8bit": True}),

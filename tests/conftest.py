@@ -186,14 +186,12 @@ def tiny_rae(**settings) -> RAEModel:
     encoder = {"model_type": "dinov2_with_registers", "hidden_size": 16, "num_hidden_layers": 1}
     encoder.update(num_attention_heads=2, patch_size=8, image_size=32, num_register_tokens=1)
     config = RAEConfig(
-        encoder_config=encoder,
-        encoder_input_size=32,
         decoder_hidden_size=32,
         decoder_num_hidden_layers=1,
         decoder_num_attention_heads=2,
         decoder_intermediate_size=64,
         decoder_patch_size=8,
-        **{"noise_tau": 0.5, **settings},
+        **{"encoder_config": encoder, "encoder_input_size": 32, "noise_tau": 0.5, **settings},
     )
     return RAEModel(config)
 

@@ -760,13 +760,15 @@ def test_wrong_sides_are_named(folders, rae, published, tmp_path, flags, refuse)
     assert "use --from diffusers" in refuse("rae", "published", diffusers, output)
     assert "use --from diffusers" in refuse("published", "rae", diffusers, output, *flags)
     assert "use --from published" in refuse("rae", "diffusers", published, output)
-    assert "does not exist, expected a decoder" in refuse("published", "rae", tmp_path / "nothing", output, *flags)
+    assert "does not exist, expected an RAE's folder" in refuse(
+        "published", "rae", tmp_path / "nothing", output, *flags
+    )
     (tmp_path / "empty").mkdir()
     assert "has no config.json" in refuse("rae", "published", tmp_path / "empty", output)
     (tmp_path / "empty" / "config.json").write_text("{")
-    assert "no JSON" in refuse("rae", "published", tmp_path / "empty", output)
+    assert "is no model config" in refuse("rae", "published", tmp_path / "empty", output)
     (tmp_path / "empty" / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
-    assert "no checkpoint that is known here" in refuse("rae", "published", tmp_path / "empty", output)
+    assert "AutoencoderKL, expected an RAE" in refuse("rae", "published", tmp_path / "empty", output)
     torch.save([1, 2], tmp_path / "list.pt")
     assert "no checkpoint that is known here" in refuse("published", "rae", tmp_path / "list.pt", output, *flags)
 
@@ -776,8 +778,10 @@ def test_command_lines_that_cannot_be(rae, published, tmp_path, flags, refuse):
     output = tmp_path / "new"
     assert "--to: expected another side" in refuse("rae", "rae", rae, output)
     assert "invalid choice: 'training'" in refuse("rae", "training", rae, output)
-    assert "--encoder: expected nothing with --from rae" in refuse("rae", "published", rae, output, *flags)
-    assert "--weights: expected nothing" in refuse("published", "rae", published, output, "--weights", "raw", *flags)
+    assert "--encoder: expected nothing for a folder of this suite" in refuse("rae", "published", rae, output, *flags)
+    assert "--weights: expected ema, got raw" in refuse(
+        "published", "rae", published, output, "--weights", "raw", *flags
+    )
     assert "--encoder: expected a Hub id" in refuse("published", "rae", published, output)
     assert "--encoder_input_size" in refuse("published", "rae", published, output, *flags, "--encoder_input_size", 0)
     assert f"--json: {tmp_path} is a folder" in refuse("rae", "published", rae, output, "--json", tmp_path)

@@ -19,7 +19,7 @@ from test_streams import Handler, Server, settings, write_shards, write_tar
 
 import eval_rfid
 import linear_probe
-from rae_suite import run_log
+from rae_suite import trackers
 from rae_suite.cli import config_dict, config_yaml
 from rae_suite.errors import ConfigError, DataError, UnreadableImage, one_line, scrub
 from rae_suite.launch import run_main
@@ -101,7 +101,7 @@ def test_trackers_get_no_credentials(tmp_path, monkeypatch):
     accelerator = SimpleNamespace(
         is_main_process=True, trackers=[tracker], init_trackers=lambda *a, **k: seen.append(list(sys.argv))
     )
-    run_log.start_trackers(config, accelerator, tmp_path, 0)
+    trackers.start_trackers(config, accelerator, tmp_path, 0)
     assert len(seen) == 2 and seen[1] == config_dict(config)
     assert "https://<secret>@host/a.tar?<secret>" in without_secrets(json.dumps(seen))
 
@@ -186,7 +186,7 @@ def test_a_run_keeps_its_secrets(server, tmp_path, capsys, monkeypatch):
     run_main(push_to_hub.main)
     without_secrets(everything_in(run_dir))
     card = ModelCard.load(run_dir / "final-upload/README.md")
-    assert card.data.eval_results[0].dataset_name == "train-{000..003}.tar"
+    assert card.data.eval_results[0].dataset_name == "list.txt"  # data.eval_path
     assert "Trained on `train-{000..003}.tar`" in card.text and address in card.text
 
 

@@ -513,7 +513,7 @@ def test_other_files_are_counted_by_extension(tmp_path, caplog, walked):
 @pytest.fixture
 def walked(tmp_path, monkeypatch):
     """Lists of all folders are kept; gives the folders that were listed."""
-    monkeypatch.setattr(folders, "INDEX_CACHE", str(tmp_path / "home" / "indexes"))
+    monkeypatch.setattr(folders, "INDEX_CACHE", tmp_path / "home" / "indexes")
     monkeypatch.setattr(folders, "INDEXED_FROM", 1)
     monkeypatch.setattr(folders, "SETTLED", 0.0)
     listed, walk = [], folders._walk
@@ -571,7 +571,7 @@ def test_list_of_files_is_kept_until_a_folder_changes(tmp_path, walked, monkeypa
     found = content(root)
     assert found != first and walked
     assert content(root) == found
-    monkeypatch.setattr(folders, "INDEX_CACHE", str(tmp_path / "other"))
+    monkeypatch.setattr(folders, "INDEX_CACHE", tmp_path / "other")
     assert content(root) == found
 
 

@@ -23,7 +23,6 @@ import linear_probe
 from linear_probe import check_classes
 from modeling_rae import RAEConfig, RAEModel
 from rae_suite import features, linear_heads
-from rae_suite.autoencoders import load_autoencoder
 from rae_suite.features import Features, FeatureWriter, image_features
 from rae_suite.launch import run_main
 from rae_suite.linear_heads import (
@@ -39,6 +38,7 @@ from rae_suite.linear_heads import (
     wilson_interval,
 )
 from rae_suite.loaders import eval_loader
+from rae_suite.model_loading import load_autoencoder
 from rae_suite.probe_figures import draw_confusion, most_confused
 from rae_suite.splits import scan_folder
 

@@ -415,20 +415,36 @@ def test_noise_is_for_training_and_reproducible(encoders):
 
 
 @pytest.mark.parametrize("stats", [False, True])
-def test_noise_strength_is_uniform_up_to_tau(encoders, stats):
-    """sigma = tau * U[0, 1] per sample, in units of the tokens: with statistics the noise is divided by their std."""
+@pytest.mark.parametrize("distribution", ["uniform", "half_normal"])
+def test_noise_strength(encoders, stats, distribution):
+    """sigma = tau * U[0, 1] per sample, or |N(0, tau^2)|, in units of the tokens: with statistics the noise is divided
+    by their std."""
     tau = 0.6
-    model = make_rae(encoders, stats=stats, noise_tau=tau)
+    model = make_rae(encoders, stats=stats, noise_tau=tau, noise_distribution=distribution)
     zero = torch.zeros(400, WIDTH, GRID, GRID)
     noise = model.add_noise(zero, torch.Generator().manual_seed(0))
     if stats:
         noise = noise * (model.latent_var + 1e-5).sqrt()
     sigma = noise.flatten(1).std(dim=1).sort().values  # 288 values each: about 4 % accurate
-    assert sigma[-1] < tau * 1.15
-    uniform = tau * (torch.arange(400) + 0.5) / 400
-    assert (sigma - uniform).abs().max() < 0.1 * tau
+    quantiles = (torch.arange(400) + 0.5) / 400
+    if distribution == "uniform":
+        expected = tau * quantiles
+        assert sigma[-1] < tau * 1.15
+    else:
+        expected = tau * 2**0.5 * torch.erfinv(quantiles)
+        assert sigma[-1] > tau * 2
+    assert (sigma - expected)[:-40].abs().max() < 0.15 * tau and abs(sigma.mean() - expected.mean()) < 0.05 * tau
     shape = noise / noise.flatten(1).std(dim=1).view(-1, 1, 1, 1)
     assert shape.mean().abs() < 0.02 and abs((shape**4).mean() - 3) < 0.15  # normal
+
+
+def test_default_noise_has_the_bits_it_always_had(encoders):
+    """Uniform, drawn before the noise: recorded numbers of the published code depend on it."""
+    model, zero = make_rae(encoders, noise_tau=0.6), torch.zeros(3, WIDTH, GRID, GRID)
+    generator = torch.Generator().manual_seed(0)
+    sigma = 0.6 * torch.rand(3, 1, 1, 1, generator=generator)
+    expected = sigma * torch.randn(zero.shape, generator=generator)
+    assert torch.equal(model.add_noise(zero, torch.Generator().manual_seed(0)), expected)
 
 
 @pytest.mark.parametrize("train_table", [False, True])

@@ -8,7 +8,6 @@ prints the margins: the largest deviation of each kind as a share of its toleran
 import json
 import math
 import os
-from dataclasses import asdict
 from functools import cache, partial
 from pathlib import Path
 
@@ -34,6 +33,7 @@ from rae_suite.flow import (
     training_times,
 )
 from rae_suite.labels import Classes
+from rae_suite.optimizers import build_optimizer
 from rae_suite.settings_dit import parse_config
 
 OWN_CASES = Path(__file__).resolve().parent / "parity2"
@@ -250,14 +250,12 @@ def settings_of(case: dict, model: RAEDiTModel) -> list:
 def build_run(case: dict, model: RAEDiTModel) -> train_dit.Run:
     """The run of train_dit.py around a recorded model; there are no images, so there is no autoencoder."""
     config, accelerator = parse_config(settings_of(case, model)), Accelerator(cpu=True)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, **asdict(config.optimizer), fused=True)
     return train_dit.Run(
         config=config,
         accelerator=accelerator,
         model=accelerator.prepare(model),
         rae=None,
-        optimizer=accelerator.prepare(optimizer),
+        optimizer=accelerator.prepare(build_optimizer(model, config.optimizer)),
         ema=EMA(model, config.ema.decay),
         classes=Classes(model.config.num_classes, None),
         shift=shift_factor(case["time_dist_shift_dim"], case["time_dist_shift_base"]),

@@ -19,6 +19,7 @@ from rae_suite.published_rae import AVERAGE_DRIFT
 from rae_suite.rae_networks import build_rae, build_rae_config, read_latent_stats
 from rae_suite.settings_dit import DiTModelConfig, LatentsConfig
 from rae_suite.settings_rae import parse_config
+from rae_suite.start_weights import read_decoder_start
 from scripts import convert_checkpoint
 
 FILES = ROOT / "tests" / "cases" / "published"
@@ -220,6 +221,7 @@ def test_statistics(statistics, plain, tmp_path, name):
     rae_config = build_rae_config(config.model)
     assert rae_config.latent_stats_have_mean == (model.latent_mean is not None)
     trained = build_rae(config.model, 0, rae_config).eval()
+    trained.decoder.load_state_dict(read_decoder_start(config.model.init_from, rae_config))
     check_statistics(trained, plain, file)
     trained.save_pretrained(tmp_path / "trained", include_encoder=False)
     check_statistics(RAEModel.from_pretrained(tmp_path / "trained"), plain, file)
@@ -479,8 +481,8 @@ def test_a_checkpoint_shows_whether_the_affine_part_is_kept(tmp_path):
     "flags, words",
     [
         (["--image_std", 0, 1, 1], "--image_std: expected positive numbers, got [0.0, 1.0, 1.0]"),
-        (["--image_mean", 0, 0, 0], "--image_mean: expected nothing with --from rae"),
-        (["--encoder_keep_final_affine"], "--encoder_keep_final_affine: expected nothing with --from rae"),
+        (["--image_mean", 0, 0, 0], "--image_mean: expected nothing for a folder"),
+        (["--encoder_keep_final_affine"], "--encoder_keep_final_affine: expected nothing for a folder"),
     ],
 )
 def test_flags_that_cannot_be(plain, siglip_decoder, tmp_path, flags, words):

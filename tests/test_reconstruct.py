@@ -13,10 +13,10 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from modeling_rae import RAEModel
-from rae_suite.autoencoders import load_autoencoder
 from rae_suite.images import center_crop
 from rae_suite.launch import run_main
 from rae_suite.metrics import to_8bit
+from rae_suite.model_loading import load_autoencoder
 from scripts import reconstruct
 from scripts.reconstruct import GREY, distinct
 

@@ -26,6 +26,7 @@ from benchmarks import sampling as benchmark
 from rae_suite.class_labels import balanced_labels, find_classes, random_labels
 from rae_suite.dit_folders import load_guide, load_pipeline_parts, save_pipeline
 from rae_suite.errors import ConfigError, RunError
+from rae_suite.flow import guidance_kind
 from rae_suite.generation import count_passes, draw_images, draw_latents, image_noise
 from rae_suite.sample_files import check_same_settings, is_whole_npz, is_whole_png
 from rae_suite.settings_dit import FlowConfig, SamplingConfig
@@ -225,7 +226,8 @@ def test_passes(models, settings, guided, passes):
     for hook in hooks:
         hook.remove()
     assert (seen["transformer"] / 2, seen["guide"] / 2) == passes
-    assert count_passes(sampling, 48**0.5, guided) == {"model": passes[0], "guide": passes[1]}
+    kind = guidance_kind(has_base_head=False, has_guide=guided)
+    assert count_passes(sampling, 48**0.5, kind) == {"model": passes[0], "guide": passes[1]}
 
 
 def test_benchmark(models, tmp_path, new_accelerator, monkeypatch, capsys):

@@ -5,8 +5,8 @@ import torch
 from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 
-from rae_suite.autoencoders import load_autoencoder
 from rae_suite.errors import ConfigError
+from rae_suite.model_loading import load_autoencoder
 from rae_suite.state_dicts import check_loading_info, check_names, check_shapes
 
 

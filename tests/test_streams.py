@@ -24,14 +24,15 @@ import torch
 from conftest import run_command
 from PIL import Image
 
-from rae_suite import lanes, shards
+from rae_suite import lanes, shard_reading, shards
 from rae_suite.cli import config_yaml
 from rae_suite.errors import DataError
+from rae_suite.lanes import StreamLoader
 from rae_suite.randomness import step_generator
 from rae_suite.settings import DataConfig
 from rae_suite.settings_rae import parse_config
 from rae_suite.shards import expand_braces, list_shards
-from rae_suite.streams import StreamLoader, load_stream_eval_images, open_stream
+from rae_suite.streams import load_stream_eval_images, open_stream
 
 SIZE = 8
 
@@ -293,7 +294,9 @@ def test_fields_are_those_of_the_beginning(tmp_path):
 
 
 def test_images_that_pillow_cannot_read_in_a_tar(tmp_path, monkeypatch):
-    monkeypatch.setattr(shards, "check_codecs", lambda files: (_ for _ in ()).throw(DataError(f"no codec {files}")))
+    monkeypatch.setattr(
+        shard_reading, "check_codecs", lambda files: (_ for _ in ()).throw(DataError(f"no codec {files}"))
+    )
     write_names(tmp_path / "a.tar", ["1.png"])
     with pytest.raises(DataError, match=r"no codec \['1.png'\]"):
         open_(settings(tmp_path / "a.tar", steps_per_epoch=1))
@@ -518,7 +521,7 @@ class Handler(BaseHTTPRequestHandler):
 def pauses(monkeypatch):
     """Seconds of the pauses that were asked for and not made."""
     asked = []
-    monkeypatch.setattr(shards.time, "sleep", asked.append)
+    monkeypatch.setattr(shard_reading.time, "sleep", asked.append)
     return asked
 
 

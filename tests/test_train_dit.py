@@ -41,6 +41,7 @@ from rae_suite.labels import Classes
 from rae_suite.loaders import eval_loader
 from rae_suite.settings_dit import parse_config
 from rae_suite.splits import load_splits
+from rae_suite.updates import learning_rate
 
 MODEL = {
     "model.hidden_size": 16,
@@ -425,3 +426,12 @@ def test_the_card_of_a_run(whole):
     assert (run_dir / "final/samples.png").read_bytes() == (run_dir / "samples/step-00000004.png").read_bytes()
     card = (run_dir / "final/README.md").read_text()
     assert "class_dropout_prob" in card and "![Images that it drew" in card and "'class_0', 'class_1'" in card
+
+
+def test_the_published_schedule():
+    """1,251 steps an epoch: 2e-4 for 40 epochs, then linear to 2e-5 at epoch 800, then constant."""
+    config = parse_config(["--model.rae", "x"])
+    steps = {0: 2e-4, 40 * 1251: 2e-4, 420 * 1251: 1.1e-4, 800 * 1251 - 1: 2e-5, 800 * 1251: 2e-5, 1400 * 1251: 2e-5}
+    for step, expected in steps.items():
+        found = learning_rate(step, config.optimizer.lr, config.lr_schedule, 1251)
+        assert found == pytest.approx(expected, rel=1e-5), step

@@ -34,8 +34,9 @@ sys.path[:0] = [str(Path(__file__).resolve().parents[2])]
 import train_dit  # noqa: E402
 import train_rae  # noqa: E402
 from rae_suite.launch import run_main  # noqa: E402
+from scripts import encode_latents  # noqa: E402
 
-PROGRAMS = {"train_rae.py": train_rae, "train_dit.py": train_dit}
+PROGRAMS = {"train_rae.py": train_rae, "train_dit.py": train_dit, "scripts/encode_latents.py": encode_latents}
 SIGNALS = {"kill": signal.SIGKILL, "term": signal.SIGTERM, "usr1": signal.SIGUSR1, "int": signal.SIGINT}
 SIGNALS["hup"] = signal.SIGHUP
 
