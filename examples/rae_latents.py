@@ -5,7 +5,8 @@
 
 Editors that know cells (VS Code, PyCharm, Spyder, jupytext) run it piece by piece. It needs torch, torchvision,
 transformers and matplotlib, nothing of this repository: copy it. It runs the modeling_rae.py that lies beside the
-weights (trust_remote_code): read that file first when the model is somebody else's. The picture goes into rae_latents.png.
+weights (trust_remote_code): read that file first when the model is somebody else's. The picture is rae_latents.png, in
+the working directory.
 """
 
 # %% The model: a folder or a Hub id
