@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 COMMANDS = {"train_rae", "train_dit", "eval_rfid", "eval_fid", "linear_probe", "sample_dit"}
@@ -103,6 +104,21 @@ def test_the_version_stands_in_one_place():
     files = [path for paths in FILES.values() for path in paths]
     files += [ROOT / name for name in ("pyproject.toml", "CITATION.cff", "Makefile", "README.md")]
     assert [path.name for path in files if pattern.search(path.read_text())] == ["pyproject.toml"]
+
+
+def test_what_github_reads():
+    """The workflow runs .ci/run, which can be executed; every form of an issue asks for something."""
+    folder = ROOT / ".github"
+    [job] = yaml.safe_load((folder / "workflows" / "ci.yml").read_text())["jobs"].values()
+    assert ".ci/run" in [step.get("run") for step in job["steps"]] and (ROOT / ".ci" / "run").stat().st_mode & 0o100
+    forms = sorted((folder / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
+    assert len(forms) == 3
+    for form in (yaml.safe_load(path.read_text()) for path in forms):
+        assert {"name", "description", "body"} <= form.keys()
+        assert any(part.get("validations", {}).get("required") for part in form["body"])
+    [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [hook["id"] for hook in repository["hooks"]] == ["ruff-check", "ruff-format"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["cff-version"] == "1.2.0"
 
 
 def test_each_shared_file_can_be_imported_first():
