@@ -20,7 +20,7 @@ data/digits: | setup
 	$(BIN)/python scripts/prepare_data.py digits --output data/digits
 
 demo: setup data/digits ## train on handwritten digits (about 3 minutes on 2 CPU cores)
-	$(BIN)/accelerate launch --num_processes 1 train_rae.py --config configs/digits_tiny.yaml
+	$(BIN)/python train_rae.py --config configs/digits_tiny.yaml
 
 demo-dit: setup data/digits ## train a diffusion transformer on the demo's latents, draw 200 digits, judge them (5 minutes)
 	test -d runs/digits_tiny/final || $(MAKE) demo

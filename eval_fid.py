@@ -50,7 +50,7 @@ from rae_suite.launch import measuring_accelerator, quiet_transformers, run_main
 from rae_suite.metric_names import DRAWN_METRICS
 from rae_suite.model_loading import load_autoencoder
 from rae_suite.precision_recall import NEIGHBOURS
-from rae_suite.results import save_results
+from rae_suite.results import results_folder, save_results
 from rae_suite.settings import FEW_TASKS, ImagesConfig
 from rae_suite.splits import load_eval_images
 from rae_suite.values import PathText
@@ -209,11 +209,11 @@ def report(config: EvalFIDConfig, values: dict, decides: dict, lacking: dict, fo
     print(f"results   {folder / 'results.json'}")
 
 
-def results_folder(config: EvalFIDConfig, sampled_in: Optional[Path]) -> Path:
-    """The folder of the results, made. Raises ConfigError for the one whose results.json says how samples were
+def output_folder(config: EvalFIDConfig, sampled_in: Optional[Path]) -> Path:
+    """The folder of the results, not made yet. Raises ConfigError for the one whose results.json says how samples were
     drawn."""
     parts = Path(config.samples).absolute().with_suffix("").parts[-2:]
-    folder = make_folder(config.output_dir or f"evaluations/{'-'.join(parts).strip('/.')}-fid", "output_dir")
+    folder = results_folder(config.output_dir, f"evaluations/{'-'.join(parts).strip('/.')}-fid", "output_dir")
     if sampled_in is not None and folder.resolve() == sampled_in.resolve():
         raise ConfigError(f"output_dir: expected another folder than {folder}, whose results.json would be lost")
     return folder
@@ -252,7 +252,7 @@ def main() -> None:
     names, lacking = chosen_metrics(config, place)
     if samples is not None:
         check_count(samples.count, names, samples.name, "samples")
-        output_dir = results_folder(config, sampled_in)
+        output_dir = output_folder(config, sampled_in)
     encoder = load_encoder(config, [samples, data, place and place.images])
     spaces = build_spaces(names, config.inception_path, "inception_path", encoder, accelerator)
     reference = None
@@ -264,6 +264,7 @@ def main() -> None:
         if file and accelerator.is_main_process:
             print(f"reference {file}, made from {data.name}")
     if samples is not None:
+        make_folder(str(output_dir), "output_dir")
         values = measure(config, samples, names, spaces, reference, accelerator)
         if accelerator.is_main_process:
             measuring = {

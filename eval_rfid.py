@@ -13,7 +13,8 @@ comparable is kept fixed: the reference are the same images through the same cro
 2015, both sides are 8-bit, every image counts once, and mode, number of images and rounding stand in the results.
 
 In --output_dir: results.json, comparison.png (images, reconstructions and four times their difference, from the worst
-PSNR to the best), and with --save_images and --save_npz the reconstructions themselves.
+PSNR to the best), and with --save_images and --save_npz the reconstructions themselves. Of several models or noises
+each has its own comparison-<name>.png, and comparison.png has the same images as all of them reconstruct them.
 """
 
 from collections.abc import Callable
@@ -46,12 +47,12 @@ from rae_suite.launch import (
 from rae_suite.loaders import EvalImages, UnreadableLog, chosen_images, eval_loader
 from rae_suite.lpips_vgg16 import build_lpips
 from rae_suite.metric_names import FID_MODES, IMAGE_METRICS, METRICS, too_small_for
-from rae_suite.metrics import Evaluation, Evaluator, quantize
+from rae_suite.metrics import Evaluator, quantize
 from rae_suite.model_loading import load_autoencoder
-from rae_suite.pictures import comparison_grid, save_pairs
+from rae_suite.pictures import comparison_grid, named_rows, save_pairs
 from rae_suite.published_rae import PublishedOptions, check_options_used
 from rae_suite.randomness import seeded_generator
-from rae_suite.results import save_results
+from rae_suite.results import results_folder, save_results
 from rae_suite.run_models import name_of_run
 from rae_suite.settings import ImagesConfig
 from rae_suite.sources import ImageSource, evenly_spread
@@ -111,7 +112,8 @@ class EvalRFIDConfig:
     """Write all reconstructions as arr_0 (N, H, W, 3), for each row of the results. All processes write into one file:
     several nodes need a common file system."""
     output_dir: Optional[PathText] = None
-    """Folder of the results; none: evaluations/<run>-<folder> of the first model."""
+    """Folder of the results; none: evaluations/<run>-<folder> of the first model, with -2, -3, ... after earlier
+    ones."""
     mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = None
     """Autocast precision of the autoencoder; none: what `accelerate launch` was told."""
     seed: int = setting(0, AT_LEAST_0)
@@ -240,21 +242,6 @@ class ReconstructionWriter:
             self.array.finish(index)
 
 
-def write_comparison(
-    path: Path, reconstruct: Callable, source: ImageSource, evaluation: Evaluation, size: int, device: torch.device
-) -> None:
-    """The picture of GRID_IMAGES images, with four times the difference, from the worst PSNR to the best."""
-    order = evaluation.values["psnr"].argsort(stable=True).tolist()
-    shown = evenly_spread(order, GRID_IMAGES, with_last=True)
-    dataset = EvalImages(source, size)
-    index = evaluation.index[shown]
-    images = torch.stack([dataset[i]["pixels"] for i in index.tolist()]).to(device).float() / 255
-    reconstructions = torch.cat([quantize(reconstruct(images[i : i + 1], index[i : i + 1])) for i in range(len(index))])
-    labels = [f"{evaluation.values['psnr'][i]:.2f} dB" for i in shown]
-    with writing(path):
-        Image.fromarray(comparison_grid(images, reconstructions, labels).numpy()).save(path)
-
-
 def table(rows: list, names: list) -> str:
     """The results as text, a line for each model and noise."""
     width = max(len(row["model"]) for row in rows)
@@ -276,6 +263,23 @@ class Measurement:
     size: int  # side in pixels
     evaluator: Evaluator
     output_dir: Path
+    shown: list = field(default_factory=list)  # indices of the images in the picture of all rows, by the first one
+    sides: dict = field(default_factory=dict)  # those images, and by row their reconstructions, (N, 3, S, S) in [0, 1]
+
+
+def both_sides(m: Measurement, reconstruct: Callable, index: torch.Tensor) -> tuple:
+    """Images of the source, (N, 3, S, S) in [0, 1], and their 8-bit reconstructions."""
+    dataset = EvalImages(m.source, m.size)
+    images = torch.stack([dataset[i]["pixels"] for i in index.tolist()]).to(m.accelerator.device).float() / 255
+    parts = [quantize(reconstruct(images[i : i + 1], index[i : i + 1])) for i in range(len(index))]
+    return images, torch.cat(parts)
+
+
+def write_side_by_side(m: Measurement) -> None:
+    """comparison.png of several rows: the same images as each of them reconstructs them, under the row's name."""
+    path = m.output_dir / "comparison.png"
+    with writing(path):
+        Image.fromarray(named_rows(m.sides).numpy()).save(path)
 
 
 def measure(m: Measurement, model: Autoencoder, noise: float, picture: str) -> dict:
@@ -296,7 +300,15 @@ def measure(m: Measurement, model: Autoencoder, noise: float, picture: str) -> d
         worst = psnr.argsort(stable=True)[:WORST_IMAGES].tolist()
         row["worst"] = [{"name": m.source.name(evaluation.index[i].item()), "psnr": psnr[i].item()} for i in worst]
         row["comparison"] = str(m.output_dir / picture)
-        write_comparison(m.output_dir / picture, reconstruct, m.source, evaluation, m.size, m.accelerator.device)
+        order = psnr.argsort(stable=True).tolist()
+        index = evaluation.index[evenly_spread(order, GRID_IMAGES, with_last=True)]
+        images, reconstructions = both_sides(m, reconstruct, index)
+        labels = [f"{psnr[evaluation.index == i].item():.2f} dB" for i in index]
+        with writing(m.output_dir / picture):
+            Image.fromarray(comparison_grid(images, reconstructions, labels).numpy()).save(m.output_dir / picture)
+        if not m.sides:
+            m.shown, m.sides["images"] = index, images.cpu()
+        m.sides[name] = both_sides(m, reconstruct, m.shown)[1].cpu()
     return row
 
 
@@ -325,7 +337,7 @@ def report(m: Measurement, rows: list) -> None:
     if "rfdd" in names:
         print(f"rfdd: Frechet distance on mean patch tokens of the encoder of {rows[0]['model']}")
     print("worst PSNR:", ", ".join(f"{case['name']} {case['psnr']:.2f} dB" for case in rows[0]["worst"][:3]))
-    print(f"results   {m.output_dir / 'results.json'}\npicture   {rows[0]['comparison']}")
+    print(f"results   {m.output_dir / 'results.json'}\npicture   {m.output_dir / 'comparison.png'}")
 
 
 def main() -> None:
@@ -333,7 +345,7 @@ def main() -> None:
     quiet_transformers()
     accelerator = measuring_accelerator(config.mixed_precision)
     source = load_eval_images(config.data, config.seed)
-    output_dir = make_folder(config.output_dir or f"evaluations/{row_name(config.model[0], 0)}", "output_dir")
+    output_dir = results_folder(config.output_dir, f"evaluations/{row_name(config.model[0], 0)}", "output_dir")
     cache = make_folder(config.reference_cache, "reference_cache") if config.reference_cache else DEFAULT_CACHE
     models, size = load_models(config)
     distances = inception_distances(config, accelerator)
@@ -367,15 +379,18 @@ def main() -> None:
     )
     chosen = chosen_images(source, config.num_samples)
     measurement = Measurement(config, accelerator, source, chosen, size, evaluator, output_dir)
-    rows = []
+    make_folder(str(output_dir), "output_dir")
+    rows, several = [], len(models) * len(config.latent_noise) > 1
     for model in models:
         model.to(accelerator.device)
         for noise in config.latent_noise:
-            picture = f"comparison-{len(rows)}.png" if rows else "comparison.png"
+            picture = f"comparison-{row_name(model.name, noise)}.png" if several else "comparison.png"
             rows.append(measure(measurement, model, noise, picture))
         if model is not models[0]:  # which may be the feature network
             model.cpu()
     if accelerator.is_main_process:
+        if several:
+            write_side_by_side(measurement)
         report(measurement, rows)
     accelerator.end_training()
 

@@ -5,8 +5,9 @@
     python linear_probe.py --eval_only --head runs/linear_probe/head --data.path /data/imagenet_hf
 
 The evaluation images are the split `validation`, or what --data.eval_split says (`val` for most image folders).
-Models are RAE folders or Hub ids, run folders and checkpoints, diffusers' AutoencoderRAE and AutoencoderKL, and decoder
-files of the published code (with --published.encoder). Published top-1 on ImageNet-1k
+Models are RAE folders or Hub ids, run folders and checkpoints, diffusers' AutoencoderRAE and AutoencoderKL, decoder
+files of the published code (with --published.encoder), or a vision encoder alone, such as facebook/dinov2-base.
+Published top-1 on ImageNet-1k
 (RAE paper): DINOv2-B 84.5, SigLIP2-B 79.1, MAE-B 68.0, SD-VAE 8.0. configs/linear_probe.yaml, the default --config,
 has the protocol and what it gives on the handwritten digits.
 
@@ -29,8 +30,8 @@ import torch
 from accelerate import Accelerator
 from huggingface_hub.constants import HF_HOME
 
-from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder
-from rae_suite.cli import config_dict, parse, require
+from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder, is_encoder, load_encoder
+from rae_suite.cli import POSITIVE, config_dict, parse, require, setting
 from rae_suite.digests import latents_digest
 from rae_suite.errors import ConfigError
 from rae_suite.features import Extractor, FeaturesConfig, cached_features
@@ -38,6 +39,7 @@ from rae_suite.files import make_folder
 from rae_suite.labels import number_labels, read_labels
 from rae_suite.launch import measuring_accelerator, quiet_transformers, run_main
 from rae_suite.linear_heads import HeadTrainingConfig, LinearHead, evaluate_head, fit, hold_out, training_set
+from rae_suite.loaders import chosen_images
 from rae_suite.model_loading import load_autoencoder
 from rae_suite.probe_figures import (
     SHOWN_CLASSES,
@@ -49,9 +51,9 @@ from rae_suite.probe_figures import (
     sweep_table,
 )
 from rae_suite.published_rae import PublishedOptions, check_options_used
-from rae_suite.results import save_results
+from rae_suite.results import results_folder, save_results
 from rae_suite.settings import ImagesConfig
-from rae_suite.sources import ImageSource
+from rae_suite.sources import ImageSource, SubsetSource
 from rae_suite.splits import load_eval_images, load_splits
 from rae_suite.values import PathText
 
@@ -68,7 +70,8 @@ class LinearProbeConfig:
     """Settings of linear_probe.py."""
 
     model: Optional[PathText] = None
-    """Folder, checkpoint or Hub id of the autoencoder; with eval_only none: the one that the head was trained on."""
+    """Folder, checkpoint or Hub id of the autoencoder, or of a vision encoder alone; with eval_only none: the one that
+    the head was trained on."""
     weights: Literal["ema", "raw"] = "ema"
     """Weights of a run's checkpoint: the moving average, or those that are trained."""
     published: PublishedOptions = field(default_factory=PublishedOptions)
@@ -78,6 +81,8 @@ class LinearProbeConfig:
     the default."""
     features: FeaturesConfig = field(default_factory=FeaturesConfig)
     train: HeadTrainingConfig = field(default_factory=HeadTrainingConfig)
+    num_samples: Optional[int] = setting(None, POSITIVE)
+    """Images of each split that are used, spread evenly over it; none: all."""
     eval_only: bool = False
     """Evaluate a saved head instead of training one."""
     head: Optional[PathText] = None
@@ -85,8 +90,8 @@ class LinearProbeConfig:
     allow_absent_classes: bool = False
     """Whether the evaluation images may lack some classes of the training images."""
     output_dir: Optional[PathText] = None
-    """Folder of the results, which replace earlier ones; none: runs/linear_probe, or with eval_only
-    runs/linear_probe_eval."""
+    """Folder of the results; none: runs/linear_probe, or with eval_only runs/linear_probe_eval, with -2, -3, ... after
+    earlier ones."""
 
 
 def check(config: LinearProbeConfig) -> None:
@@ -115,12 +120,21 @@ class LabelledImages:
     labels: torch.Tensor
 
 
+def part(images: ImageSource, config: LinearProbeConfig) -> ImageSource:
+    """The images that num_samples leaves."""
+    if config.num_samples is None or config.num_samples >= len(images):
+        return images
+    chosen = SubsetSource(images, chosen_images(images, config.num_samples))
+    chosen.split = f"{config.num_samples} of {len(images)} images of {images.split}"
+    return chosen
+
+
 def load_images(config: LinearProbeConfig, head: Optional[LinearHead]) -> tuple:
     """(training images, evaluation images, classes of the head, those of them that the evaluation images lack). With a
     trained head the training images are None, and need not be there unless evaluation images are held out of them."""
     train = None
     if head is None:
-        train_source, source = load_splits(config.data, config.train.seed)
+        train_source, source = (part(images, config) for images in load_splits(config.data, config.train.seed))
         labels, names = read_labels(train_source, "data.train_split")
         classes, trained_on = list(names.values()), "the training split"
         require(len(classes) > 1, "data.train_split", "images of at least 2 classes", classes)
@@ -128,7 +142,7 @@ def load_images(config: LinearProbeConfig, head: Optional[LinearHead]) -> tuple:
         if len(config.train.lrs) * len(config.train.weight_decays) > 1:
             hold_out(train.labels, config.train.selection_fraction, config.train.seed)  # raises when nothing is left
     else:
-        source = load_eval_images(config.data, config.train.seed)
+        source = part(load_eval_images(config.data, config.train.seed), config)
         classes, trained_on = head.config["classes"], f"the head {config.head}"
     labels, names = read_labels(source, "data.eval_split")
     absent = check_classes(list(names.values()), classes, trained_on, config.allow_absent_classes)
@@ -159,6 +173,15 @@ def check_classes(found: list, classes: list, trained_on: str, allow_absent: boo
 # --------------------------------------------------------------------------------------------------------------------
 # The model
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def load_model(config: LinearProbeConfig, head: Optional[LinearHead]) -> Autoencoder:
+    """The autoencoder, or the vision encoder alone."""
+    source = config.model or head.config["model"]
+    if not is_encoder(source):
+        return load_autoencoder(source, "model", config.weights, config.published)
+    size = config.features.image_size
+    return load_encoder(source, size if size is not None or head is None else head.config["image_size"])
 
 
 def build_extractor(
@@ -216,11 +239,12 @@ def load_head(config: LinearProbeConfig) -> LinearHead:
 
 def report(results: dict, output_dir: Path) -> None:
     """Print the tables."""
-    sweep, lrs = results["sweep"], results["config"]["train"]["lrs"]
+    sweep = results["sweep"]
     if sweep is not None:
         print(sweep_table(sweep, results["chosen"]))
+        lrs = {line["lr"] for line in sweep}
         if len(lrs) > 1 and results["lr"] in (min(lrs), max(lrs)):
-            print(f"note: {results['lr']:g} is at the edge of train.lrs, others may be better")
+            print(f"note: {results['lr']:g} is at the edge of all learning rates that were tried, others may be better")
     print(f"\n{class_table(results['per_class'])}\n")
     if results["absent_classes"]:
         names = [short(name) for name in results["absent_classes"]]
@@ -256,13 +280,14 @@ def main(argv: Optional[list] = None) -> None:
     # everything that can be wrong is looked at before features are extracted
     head = load_head(config) if config.eval_only else None
     train_images, eval_images, classes, absent = load_images(config, head)
-    model = load_autoencoder(config.model or head.config["model"], "model", config.weights, config.published)
+    model = load_model(config, head)
     extractor = build_extractor(config, model, head, accelerator)
     default_dir = "runs/linear_probe_eval" if config.eval_only else "runs/linear_probe"
-    output_dir = make_folder(config.output_dir or default_dir, "output_dir")
+    output_dir = results_folder(config.output_dir, default_dir, "output_dir")
     cache_dir = make_folder(config.features.cache_dir or f"{HF_HOME}/rae_features", "features.cache_dir")
     if accelerator.is_main_process:
         print(describe(extractor, classes, train_images, eval_images, head), flush=True)
+    make_folder(str(output_dir), "output_dir")
 
     # features, by all processes
     clock, train_features = time.monotonic(), None

@@ -59,7 +59,8 @@ class EncoderFamily:
     """What the RAE must know about one transformers vision architecture.
 
     Attributes:
-        final_norm: name of the LayerNorm after the last block; its affine part is dropped. "none": there is none.
+        final_norm: name of the LayerNorm, or RMSNorm, after the last block; its affine part is dropped. "none": there
+            is none.
         prefix_tokens: number of tokens before the patch tokens (CLS, registers), from the encoder's config.
         call_kwargs: extra arguments of the forward call, from (normalised pixels, number of patches). Where forward
             takes `interpolate_pos_encoding`, it is always set.
@@ -68,6 +69,8 @@ class EncoderFamily:
             do not have: written in any case, so that every release reads it.
         norm_in_forward: whether the patch tokens in `last_hidden_state` have gone through `final_norm`; where not, the
             RAE normalises them, so that latents are normalised tokens whatever the family.
+        any_grid: whether forward takes images of any grid, rectangles too, without `interpolate_pos_encoding`: it
+            always interpolates its positions, or computes them (RoPE).
     """
 
     final_norm: str
@@ -76,6 +79,7 @@ class EncoderFamily:
     config_overrides: tuple = ()
     file_prefix: str = ""
     norm_in_forward: bool = True
+    any_grid: bool = False
 
 
 def _mae_kwargs(pixels: torch.Tensor, num_patches: int) -> dict:
@@ -86,15 +90,20 @@ def _mae_kwargs(pixels: torch.Tensor, num_patches: int) -> dict:
 
 # A new family is one entry here, under the `model_type` of its transformers config.
 ENCODER_FAMILIES = {
+    "aimv2_vision_model": EncoderFamily(
+        "rms_norm",
+        lambda config: 0,
+        config_overrides=(("use_head", False),),  # the pooling head is not used: not built, not saved
+    ),
     "clip_vision_model": EncoderFamily(
         "post_layernorm",
         lambda config: 1,
         file_prefix="vision_model.",
         norm_in_forward=False,  # CLIP itself gives only the pooled CLS token to it
     ),
-    "dinov2": EncoderFamily("layernorm", lambda config: 1),
-    "dinov2_with_registers": EncoderFamily("layernorm", lambda config: 1 + config.num_register_tokens),
-    "dinov3_vit": EncoderFamily("norm", lambda config: 1 + config.num_register_tokens),
+    "dinov2": EncoderFamily("layernorm", lambda config: 1, any_grid=True),
+    "dinov2_with_registers": EncoderFamily("layernorm", lambda config: 1 + config.num_register_tokens, any_grid=True),
+    "dinov3_vit": EncoderFamily("norm", lambda config: 1 + config.num_register_tokens, any_grid=True),
     "ijepa": EncoderFamily("layernorm", lambda config: 0),
     "siglip_vision_model": EncoderFamily(
         "post_layernorm",
@@ -171,8 +180,14 @@ def read_config(source: str, **arguments) -> PreTrainedConfig:
 
     Raises:
         OSError: there is no config.json.
-        ValueError: a model type that transformers lacks, and what check_config_dict refuses.
+        ValueError: a file of weights alone, a model type that transformers lacks, and what check_config_dict refuses.
     """
+    if Path(source).is_file():
+        raise ValueError(
+            f"{source} is a file, expected a Hub id, or a folder with config.json, preprocessor_config.json and "
+            "model.safetensors as transformers writes it: a .pth or .pt file of weights says neither which network nor "
+            "which pixels they are for (Meta's are on the Hub, as facebook/dinov2-base and the like)"
+        )
     check_config_dict(PreTrainedConfig.get_config_dict(source, **arguments)[0])
     return AutoConfig.from_pretrained(source, trust_remote_code=False, **arguments)
 
@@ -216,24 +231,50 @@ class LayerNormWithoutAffine(nn.Module):
         return F.layer_norm(x, self.normalized_shape, eps=self.eps)
 
 
+class RMSNormWithoutAffine(nn.Module):
+    """RMSNorm over the last dimension, no weight; computed in float32, as transformers' are."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + self.eps)).to(x.dtype)
+
+
+def _is_norm(module: nn.Module) -> bool:
+    """Whether a module is a LayerNorm or an RMSNorm; of the latter, many transformers models have a class."""
+    return isinstance(module, nn.LayerNorm) or (type(module).__name__.endswith("RMSNorm") and hasattr(module, "weight"))
+
+
+def _without_affine(norm: nn.Module) -> nn.Module:
+    """The same norm without weight and bias."""
+    if isinstance(norm, nn.LayerNorm):
+        return LayerNormWithoutAffine(norm.normalized_shape, norm.eps)
+    eps = getattr(norm, "variance_epsilon", getattr(norm, "eps", None))
+    return RMSNormWithoutAffine(torch.finfo(torch.float32).eps if eps is None else eps)
+
+
 def _final_norm(encoder: PreTrainedModel, name: str, keep_affine: bool) -> nn.Module:
-    """The encoder's final LayerNorm, the one module whose path ends in `name`. Unless `keep_affine`, one without weight
-    and bias takes its place first (RAE paper, appendix on encoders)."""
+    """The encoder's final LayerNorm or RMSNorm, the one module whose path ends in `name`. Unless `keep_affine`, one
+    without weight and bias takes its place first (RAE paper, appendix on encoders)."""
     if name == "none":
         return LayerNormWithoutAffine((encoder.config.hidden_size,), eps=1e-6)
     paths = [path for path, _ in encoder.named_modules() if f".{path}".endswith(f".{name}")]
+    paths = [name] if name in paths else paths  # AIMv2 has an embeddings.rms_norm beside its last one
     norm = encoder.get_submodule(paths[0]) if len(paths) == 1 else None
-    if not isinstance(norm, nn.LayerNorm):
-        norms = (path for path, module in encoder.named_modules() if isinstance(module, nn.LayerNorm))
+    if norm is None or not _is_norm(norm):
+        norms = (path for path, module in encoder.named_modules() if _is_norm(module))
         outside = [path for path in norms if not any(part.isdigit() for part in path.split("."))]  # of the blocks
         raise ValueError(
-            f"encoder_final_norm: expected the LayerNorm after the last block of {type(encoder).__name__}, one of "
-            f"{outside}, or none, got '{name}'"
+            f"encoder_final_norm: expected the LayerNorm or RMSNorm after the last block of {type(encoder).__name__}, "
+            f"one of {outside}, or none, got '{name}'"
         )
     if keep_affine:
         return norm
     parent, _, attribute = paths[0].rpartition(".")
-    plain = LayerNormWithoutAffine(norm.normalized_shape, norm.eps)
+    plain = _without_affine(norm)
     setattr(encoder.get_submodule(parent), attribute, plain)
     return plain
 
@@ -542,11 +583,12 @@ def sincos_position_table(width: int, grid_size: int) -> torch.Tensor:
     return torch.cat([torch.zeros(1, width, dtype=torch.float64), table])[None].float()
 
 
-def unpatchify(patches: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """(B, N, p*p*3), values ordered (row, column, channel), N a square, to (B, 3, H, W)."""
-    grid = math.isqrt(patches.shape[1])
-    x = patches.reshape(-1, grid, grid, patch_size, patch_size, 3)  # (B, h, w, p, p, 3)
-    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, grid * patch_size, grid * patch_size)  # (B, 3, h*p, w*p)
+def unpatchify(patches: torch.Tensor, patch_size: int, grid: Optional[tuple] = None) -> torch.Tensor:
+    """(B, N, p*p*3), values ordered (row, column, channel), to (B, 3, H, W). `grid`: (h, w) with h * w = N; none: N is
+    a square."""
+    height, width = grid or (math.isqrt(patches.shape[1]),) * 2
+    x = patches.reshape(-1, height, width, patch_size, patch_size, 3)  # (B, h, w, p, p, 3)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(-1, 3, height * patch_size, width * patch_size)  # (B, 3, h*p, w*p)
 
 
 def eager_attention(module, query, key, value, attention_mask=None, scaling=None, dropout=0.0, **kwargs):
@@ -620,7 +662,8 @@ class RAEDecoderLayer(GradientCheckpointingLayer):
 class RAEDecoder(nn.Module):
     """ViT decoder with the published parameter names.
 
-    `forward`: latents without normalisation (B, C, h, w) to the last LayerNorm's output (B, 1 + N, D), CLS first;
+    `forward`: latents without normalisation (B, C, h, w) to the last LayerNorm's output (B, 1 + N, D), CLS first.
+    Tokens of another grid than the model's are resized to it, or keep their grid (`keep_grid`);
     `decoder_pred` maps that to patch values (B, 1 + N, p*p*3). They are apart because the adaptive weight of the
     GAN loss needs both sides of the last layer.
     """
@@ -636,18 +679,28 @@ class RAEDecoder(nn.Module):
         self.decoder_norm = nn.LayerNorm(width, eps=config.decoder_layer_norm_eps)
         self.decoder_pred = nn.Linear(width, patch * patch * 3)
 
-    def forward(self, latent: torch.Tensor) -> torch.Tensor:
+    def forward(self, latent: torch.Tensor, keep_grid: bool = False) -> torch.Tensor:
         x = self.decoder_embed(latent.flatten(2).transpose(1, 2))  # (B, C, h, w) -> (B, N, D)
-        grid = self.config.latent_size
-        if latent.shape[2:] != (grid, grid):
+        grid, positions = self.config.latent_size, self.decoder_pos_embed
+        if latent.shape[2:] != (grid, grid) and keep_grid:
+            positions = self._positions(latent.shape[2:])
+        elif latent.shape[2:] != (grid, grid):
             x = x.transpose(1, 2).unflatten(2, latent.shape[2:])  # (B, D, h, w)
             x = F.interpolate(x, size=(grid, grid), mode="bilinear", align_corners=False)
             x = x.flatten(2).transpose(1, 2)  # (B, N, D)
         cls = self.trainable_cls_token.expand(x.shape[0], -1, -1)
-        x = torch.cat([cls, x], dim=1) + self.decoder_pos_embed  # (B, 1 + N, D)
+        x = torch.cat([cls, x], dim=1) + positions  # (B, 1 + N, D)
         for layer in self.decoder_layers:
             x = layer(x)
         return self.decoder_norm(x)
+
+    def _positions(self, grid: torch.Size) -> torch.Tensor:
+        """The position table (1, 1 + h*w, D) of another grid, interpolated bicubically as vision encoders do: no
+        position is outside of those that the decoder has learned with."""
+        side, table = self.config.latent_size, self.decoder_pos_embed
+        patches = table[:, 1:].transpose(1, 2).unflatten(2, (side, side)).float()  # (1, D, g, g)
+        patches = F.interpolate(patches, size=tuple(grid), mode="bicubic", align_corners=False)
+        return torch.cat([table[:, :1], patches.flatten(2).transpose(1, 2).to(table.dtype)], dim=1)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -888,7 +941,8 @@ class RAEModel(RAEPreTrainedModel):
 
     def save_pretrained(self, save_directory, *args, include_encoder: bool = True, **kwargs):
         """As in transformers. `include_encoder=False` leaves the encoder's weights out; they are then fetched from
-        `config.encoder_id` on loading. Raises ValueError when there is no such id."""
+        `config.encoder_id` on loading, of which a folder is written with its whole path. Raises ValueError when there
+        is no such id."""
         if not include_encoder and self.config.encoder_id is None:
             raise ValueError("include_encoder=False needs config.encoder_id, the place to load the encoder from")
         prefix = self.config.encoder_family().file_prefix
@@ -900,11 +954,14 @@ class RAEModel(RAEPreTrainedModel):
                 elif include_encoder:
                     state[f"encoder.{prefix}{name.removeprefix('encoder.').removeprefix(prefix)}"] = tensor
             kwargs["state_dict"] = state
-        bundled, self.config.encoder_bundled = self.config.encoder_bundled, include_encoder
+        before = self.config.encoder_bundled, self.config.encoder_id
+        self.config.encoder_bundled = include_encoder
+        if not include_encoder and Path(before[1]).is_dir():
+            self.config.encoder_id = str(Path(before[1]).absolute())
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
-            self.config.encoder_bundled = bundled
+            self.config.encoder_bundled, self.config.encoder_id = before
 
     def _apply(self, fn: Callable, recurse: bool = True) -> "RAEModel":
         """What casts and moves the model, `.to()` among others. Its own tensors, which are the statistics and not those
@@ -939,11 +996,19 @@ class RAEModel(RAEPreTrainedModel):
         self.latent_mean = None if mean is None else torch.empty_like(self.latent_var).copy_(mean)
         self.config.latent_stats_have_mean = mean is not None
 
-    def _latent_mean_and_std(self, device: torch.device) -> tuple:
-        """(C, h, w) float32 each, on the latents' device, which is another than the buffers' when a device map spreads
-        the model. The mean is 0.0 where there is none."""
-        std = (self.latent_var.to(device, torch.float32) + LATENT_VAR_EPS).sqrt()
-        return 0.0 if self.latent_mean is None else self.latent_mean.to(device, torch.float32), std
+    def _latent_mean_and_std(self, latent: torch.Tensor) -> tuple:
+        """(C, h, w) float32 each, for a latent of that shape: on its device, which is another than the buffers' when a
+        device map spreads the model; for another grid than the model's, resized to it. The mean is 0.0 where there is
+        none."""
+
+        def fitting(statistic: torch.Tensor) -> torch.Tensor:
+            statistic = statistic.to(latent.device, torch.float32)
+            if statistic.shape[1:] == latent.shape[2:]:
+                return statistic
+            return F.interpolate(statistic[None], size=latent.shape[2:], mode="bilinear", align_corners=False)[0]
+
+        std = (fitting(self.latent_var) + LATENT_VAR_EPS).sqrt()
+        return 0.0 if self.latent_mean is None else fitting(self.latent_mean), std
 
     def _image_mean_and_std(self, like: torch.Tensor) -> tuple:
         key = (like.device, like.dtype)
@@ -965,7 +1030,8 @@ class RAEModel(RAEPreTrainedModel):
         """Pixels to latents.
 
         Args:
-            pixel_values: (B, 3, S, S) in [0, 1]; resized to `encoder_input_size` when S is another.
+            pixel_values: (B, 3, S, S) in [0, 1], resized to `encoder_input_size` when S is another; or rectangles
+                (B, 3, H, W) with sides that `decoder_patch_size` divides, each patch of which becomes one token.
             generator: source of the training noise, on the pixels' device.
             add_noise: whether to add latent noise; None means in training mode only.
             normalize: whether to apply the latent statistics, when the model has some; noise is for normalised latents.
@@ -974,19 +1040,22 @@ class RAEModel(RAEPreTrainedModel):
             RAEEncoderOutput with `latent` (B, C, h, w).
 
         Raises:
-            ValueError: not (B, 3, S, S), or the encoder returns another number of tokens than its config says.
+            ValueError: other shapes, rectangles where the encoder takes squares alone, or the encoder returns another
+                number of tokens than its config says.
         """
-        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3 or pixel_values.shape[2] != pixel_values.shape[3]:
+        if pixel_values.ndim != 4 or pixel_values.shape[1] != 3:
             raise ValueError(f"pixel_values must be (B, 3, S, S), got {tuple(pixel_values.shape)}")
-        size, config = self.config.encoder_input_size, self.config
-        if pixel_values.shape[-1] != size:
+        config = self.config
+        grid = self._grid(*pixel_values.shape[2:])
+        size = tuple(side * config.encoder_patch_size for side in grid)
+        if pixel_values.shape[2:] != size:
             # bicubic, not antialiased: what the published encoders were given
-            pixel_values = F.interpolate(pixel_values, size=(size, size), mode="bicubic", align_corners=False)
+            pixel_values = F.interpolate(pixel_values, size=size, mode="bicubic", align_corners=False)
         mean, std = self._image_mean_and_std(pixel_values)
         pixel_values = (pixel_values - mean) / std
         tokens = self._patch_tokens(pixel_values)  # (B, N, C)
         latent = tokens.transpose(1, 2).contiguous()  # (B, C, N)
-        latent = latent.unflatten(2, (config.latent_size, config.latent_size))  # (B, C, h, w)
+        latent = latent.unflatten(2, grid)  # (B, C, h, w)
         if normalize:
             latent = self.normalize(latent)
         if self.training if add_noise is None else add_noise:
@@ -998,14 +1067,30 @@ class RAEModel(RAEPreTrainedModel):
         they are when the model has none."""
         if not self.config.use_latent_stats:
             return latent
-        mean, std = self._latent_mean_and_std(latent.device)
+        mean, std = self._latent_mean_and_std(latent)
         return ((latent.float() - mean) / std).to(latent.dtype)
 
+    @property
+    def takes_rectangles(self) -> bool:
+        """Whether the encoder has positions for another grid than its own: it interpolates them, or computes them."""
+        return self._interpolates or self.config.encoder_family().any_grid
+
+    def _grid(self, height: int, width: int) -> tuple:
+        """(h, w) of the latent of an image. Raises ValueError for rectangles that cannot be encoded."""
+        patch, side = self.config.decoder_patch_size, self.config.latent_size
+        if height == width:
+            return side, side
+        if height % patch or width % patch or not self.takes_rectangles:
+            rectangles = f", or sides that {patch} divides" if self.takes_rectangles else " for this encoder"
+            raise ValueError(f"pixel_values must be (B, 3, S, S){rectangles}, got {height} x {width} pixels")
+        return height // patch, width // patch
+
     def _patch_tokens(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        """Normalised pixels (B, 3, S, S) to the encoder's patch tokens (B, N, C): the last block's, or the mean over
+        """Normalised pixels (B, 3, H, W) to the encoder's patch tokens (B, N, C): the last block's, or the mean over
         `encoder_layers` (RAEv2), after the final LayerNorm, without affine unless `encoder_keep_final_affine`."""
         config, family = self.config, self.config.encoder_family()
-        prefix, patches = family.prefix_tokens(config.encoder_config), config.latent_size**2
+        height, width = (side // config.encoder_patch_size for side in pixel_values.shape[2:])
+        prefix, patches = family.prefix_tokens(config.encoder_config), height * width
         options = {"interpolate_pos_encoding": True} if self._interpolates else {}
         options |= family.call_kwargs(pixel_values, patches)
         pixel_values = pixel_values.to(self.encoder.dtype)  # most encoders do so themselves, not all
@@ -1041,38 +1126,59 @@ class RAEModel(RAEPreTrainedModel):
         sigma = self.config.noise_tau * draw(latent.shape[0], 1, 1, 1, **options).abs()
         noise = sigma * torch.randn(latent.shape, **options)
         if self.config.use_latent_stats:
-            noise = noise / self._latent_mean_and_std(latent.device)[1]
+            noise = noise / self._latent_mean_and_std(latent)[1]
         return latent + noise.to(latent.dtype)
 
-    def decode(self, latent: torch.Tensor, return_last_layer: bool = False) -> RAEDecoderOutput:
-        """Latents (B, C, h, w) to pixels (B, 3, H, W), about [0, 1], not clamped. A grid of another size than the
-        model's is resized bilinearly after the first Linear. With float32 latents a 16-bit decoder gives float32
-        pixels, whose range is not rounded. Raises ValueError on another number of channels, and on another grid when
-        the model has statistics (they are per position)."""
-        config = self.config
+    def decode(
+        self, latent: torch.Tensor, return_last_layer: bool = False, other_grid: str = "refuse"
+    ) -> RAEDecoderOutput:
+        """Latents to pixels. With float32 latents a 16-bit decoder gives float32 pixels, whose range is not rounded.
+
+        Args:
+            latent: (B, C, h, w).
+            return_last_layer: see RAEDecoderOutput.
+            other_grid: what to do where h x w is not the model's grid. "refuse"; "keep": decode it as it is, as is
+                right for latents of rectangles; "resize": to the model's grid, bilinearly after the first Linear, as
+                the published code does: the picture is then distorted, or of another resolution.
+
+        Returns:
+            RAEDecoderOutput with `sample` (B, 3, H, W), about [0, 1], not clamped.
+
+        Raises:
+            ValueError: another number of channels; another grid, unless it is asked for; "resize" where the model has
+                statistics, which are per position.
+        """
+        config, grid = self.config, tuple(latent.shape[2:])
+        own = (config.latent_size, config.latent_size)
+        if other_grid not in ("refuse", "keep", "resize"):
+            raise ValueError(f"other_grid: expected refuse, keep or resize, got {other_grid!r}")
         if latent.ndim != 4 or latent.shape[1] != config.latent_channels:
             raise ValueError(f"latent must be (B, {config.latent_channels}, h, w), got {tuple(latent.shape)}")
+        if grid != own and other_grid == "refuse":
+            raise ValueError(
+                f"latent grid {grid} differs from the model's, {own}; other_grid='keep' decodes it as it is, 'resize' "
+                "as the published code"
+            )
         if config.use_latent_stats:
-            if latent.shape[2:] != self.latent_var.shape[1:]:
-                raise ValueError(
-                    f"latent grid {tuple(latent.shape[2:])} differs from the grid {tuple(self.latent_var.shape[1:])} "
-                    "of the model's statistics"
-                )
-            mean, std = self._latent_mean_and_std(latent.device)
+            if grid != own and other_grid == "resize":
+                raise ValueError(f"latent grid {grid} differs from the grid {own} of the model's statistics")
+            mean, std = self._latent_mean_and_std(latent)
             latent = (latent.float() * std + mean).to(latent.dtype)
         weight, precise = self.decoder.decoder_embed.weight, latent.dtype == torch.float32
-        hidden = self.decoder(latent.to(weight.dtype) if precise and weight.dtype.itemsize == 2 else latent)
+        latent = latent.to(weight.dtype) if precise and weight.dtype.itemsize == 2 else latent
+        keep = grid != own and other_grid == "keep"
+        hidden = self.decoder(latent, keep_grid=True) if keep else self.decoder(latent)
         patches = self.decoder.decoder_pred(hidden)  # (B, 1 + N, D) -> (B, 1 + N, p*p*3)
-        sample = self.patches_to_pixels(patches.float() if precise else patches)
+        sample = self.patches_to_pixels(patches.float() if precise else patches, grid if keep else own)
         return RAEDecoderOutput(sample, hidden, patches) if return_last_layer else RAEDecoderOutput(sample)
 
-    def patches_to_pixels(self, patches: torch.Tensor) -> torch.Tensor:
+    def patches_to_pixels(self, patches: torch.Tensor, grid: Optional[tuple] = None) -> torch.Tensor:
         """Output of the decoder's last Linear, (B, 1 + N, p*p*3), CLS first, to pixels (B, 3, H, W), about [0, 1]. They
-        are float32 under autocast too: bfloat16 has steps of a whole grey level above 0.5."""
+        are float32 under autocast too: bfloat16 has steps of a whole grey level above 0.5. `grid`: see unpatchify."""
         device = patches.device.type
         if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
             patches = patches.float()
-        pixels = unpatchify(patches[:, 1:], self.config.decoder_patch_size)
+        pixels = unpatchify(patches[:, 1:], self.config.decoder_patch_size, grid)
         if not self.config.denormalize_output:
             return pixels
         mean, std = self._image_mean_and_std(pixels)
@@ -1085,12 +1191,13 @@ class RAEModel(RAEPreTrainedModel):
         generator: Optional[torch.Generator] = None,
         return_last_layer: bool = False,
     ) -> RAEDecoderOutput:
-        """Reconstruct pixels (B, 3, S, S) in [0, 1], or decode latents (B, C, h, w): give exactly one of them.
-        See `encode` and `decode`."""
+        """Reconstruct pixels (B, 3, S, S) or (B, 3, H, W) in [0, 1], or decode latents (B, C, h, w): give exactly one
+        of them. See `encode` and `decode`."""
         if (pixel_values is None) == (latent is None):
             raise ValueError("give exactly one of pixel_values and latent")
         if latent is None:
             latent = self.encode(pixel_values, generator).latent
+            return self.decode(latent, return_last_layer, other_grid="keep")
         return self.decode(latent, return_last_layer)
 
 

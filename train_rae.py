@@ -34,8 +34,9 @@ from rae_suite.digests import weights_digest
 from rae_suite.discriminator import DiffAug
 from rae_suite.ema import EMA
 from rae_suite.errors import error_names_setting
+from rae_suite.evaluation_sets import build_evaluator, open_sets
 from rae_suite.files import clear, is_whole_model, write_folder
-from rae_suite.frechet import FrechetMetric, cached_references, encoder_metric, inception_metrics
+from rae_suite.frechet import FrechetMetric, encoder_metric, inception_metrics
 from rae_suite.hub import Publisher, check_hub
 from rae_suite.images import training_resize_size
 from rae_suite.launch import (
@@ -48,7 +49,7 @@ from rae_suite.launch import (
     run_main,
     say,
 )
-from rae_suite.loaders import UnreadableLog, chosen_images, eval_loader, images_to_show
+from rae_suite.loaders import UnreadableLog, chosen_images, images_to_show
 from rae_suite.losses import (
     DISCRIMINATOR_LOSSES,
     generator_gradient,
@@ -57,7 +58,7 @@ from rae_suite.losses import (
     to_discriminator_range,
 )
 from rae_suite.lpips_vgg16 import build_lpips
-from rae_suite.metric_names import FID_MODES, IMAGE_METRICS, METRICS
+from rae_suite.metric_names import FID_MODES, metric_of
 from rae_suite.metrics import Evaluator, quantize
 from rae_suite.model_loading import CODE
 from rae_suite.pictures import RECONSTRUCTIONS, reconstruction_grid, save_pairs
@@ -83,7 +84,7 @@ from rae_suite.run_folder import (
     take_run_folder,
 )
 from rae_suite.run_log import RunLog, upload
-from rae_suite.settings_rae import Config
+from rae_suite.settings_rae import Config, measured_names
 from rae_suite.sharding import gather_to_cpu, shard
 from rae_suite.sources import ImageSource, evenly_spread
 from rae_suite.start_notes import batch_line, start_notes
@@ -375,36 +376,24 @@ class Evaluation:
     """What a run is evaluated with: the images, what is measured, and which of them are shown."""
 
     evaluator: Evaluator
+    sets: dict  # evaluators of further images, by their names in eval.sets
     pairs: set  # indices of images that are written with their reconstructions
     shown: torch.Tensor  # images of the sample grid, (N, 3, S, S) in [0, 1]
 
 
-def build_evaluation(run: Run, images: ImageSource, unreadable: UnreadableLog, distances: list) -> Evaluation:
-    """`distances`: FrechetMetrics on Inception features; that on the encoder's is made here."""
+def build_evaluation(
+    run: Run, images: ImageSource, sets: dict, unreadable: UnreadableLog, distances: list
+) -> Evaluation:
+    """`sets`: images of eval.sets. `distances`: FrechetMetrics on Inception features; that on the encoder's is made
+    here."""
     config, accelerator, size = run.config, run.accelerator, run.model.config.image_size
     if "rfdd" in config.eval.metrics:
         distances = [*distances, encoder_distance(run)]
-    loader = eval_loader(
-        images,
-        size,
-        config.eval.batch_size,
-        config.data.num_workers,
-        accelerator.process_index,
-        accelerator.num_processes,
-        config.eval.num_samples,
-    )
-    evaluator = Evaluator(
-        loader,
-        accelerator,
-        [name for name in config.eval.metrics if name in IMAGE_METRICS],
-        run.perceptual,
-        distances,
-        cached_references(distances, images, config.eval.num_samples, size, accelerator),
-        unreadable.add,
-        sharded=run.sharded,
-    )
+    others = accelerator, run.perceptual, distances, unreadable, run.sharded
+    evaluator = build_evaluator(images, config, size, *others)
+    sets = {name: build_evaluator(source, config, size, *others) for name, source in sets.items()}
     pairs = set(evenly_spread(chosen_images(images, config.eval.num_samples), config.eval.save_pairs))
-    return Evaluation(evaluator, pairs, images_to_show(images, size, config.logging.num_samples, unreadable))
+    return Evaluation(evaluator, sets, pairs, images_to_show(images, size, config.logging.num_samples, unreadable))
 
 
 def encoder_distance(run: Run) -> FrechetMetric:
@@ -429,10 +418,11 @@ def evaluate(run: Run, evaluation: Evaluation, log: RunLog) -> None:
     if run.config.eval.raw:
         measure(run, evaluation, log, "raw")
     values = measure(run, evaluation, log, "ema")
-    shown = ", ".join(f"{name} {values[name]:.4f}" for name in run.config.eval.metrics)
+    shown = ", ".join(f"{name} {values[name]:.4f}" for name in measured_names(run.config.eval))
     say(run.accelerator, f"step {log.state.step}: {shown} (EMA, {values['num_samples']} images)")
     best = run.config.eval.best_metric
-    if log.is_best(best, values[best], METRICS[best].higher_is_better, values["num_samples"]):
+    count = values["/".join([*best.split("/")[:-1], "num_samples"])]
+    if log.is_best(best, values[best], metric_of(best).higher_is_better, count):
         export(run, log.run_dir / "best")
 
 
@@ -441,7 +431,10 @@ def measure(run: Run, evaluation: Evaluation, log: RunLog, model: str) -> dict:
     folder = log.run_dir / "pairs" / f"step-{log.state.step:08d}-{model}"
     with run.ema.applied() if model == "ema" else nullcontext():
         found = evaluation.evaluator(partial(reconstruct, run), partial(save_pairs, folder, evaluation.pairs))
-    values = found.summary()
+        values = found.summary()
+        for name, evaluator in evaluation.sets.items():
+            found = evaluator(partial(reconstruct, run)).summary()
+            values |= {f"{name}/{key}": value for key, value in found.items()}
     log.write("eval", {"model": model, **values})
     return values
 
@@ -534,6 +527,7 @@ def main() -> None:
     training_resize_size(config.model.image_size, config.data.resize_size)
     start = read_start_weights(config, rae_config, run_dir)
     data = open_data(config.data, config.train, config.eval.num_samples, accelerator, micro_batch)
+    sets = open_sets(config.eval.sets, config.data)
     total_steps, final = data.total_steps(config.train), run_dir / "final"
     if is_finished(accelerator, run_dir, total_steps, partial(is_whole_model, code=CODE), config.hub):
         return
@@ -553,8 +547,8 @@ def main() -> None:
     size, lanes = config.model.image_size, (state.stream or {}).get("lanes")
     loader = open_loader(data, config.data, config.train, accelerator, size, state.step, total_steps, lanes)
     unreadable = UnreadableLog(config.data.max_unreadable)
-    log = RunLog(accelerator, run_dir, state, data.steps_per_epoch, unreadable)
-    evaluation = build_evaluation(run, data.eval_images, unreadable, distances)
+    log = RunLog(accelerator, run_dir, state, data.steps_per_epoch, unreadable, config.logging.report_to)
+    evaluation = build_evaluation(run, data.eval_images, sets, unreadable, distances)
     log.forget_after(state.step if continued else -1)
     start_trackers(config, accelerator, run_dir, state.step)
     say(accelerator, describe(run, data, micro_batch, total_steps))
@@ -569,7 +563,7 @@ def main() -> None:
             export(run, final)
     if finished and accelerator.is_main_process:
         images = "training images" if config.data.eval_split == config.data.train_split else "held-out images"
-        say(accelerator, log.summary(config.eval.metrics, images))
+        say(accelerator, log.summary(measured_names(config.eval), images))
     accelerator.end_training()
     if finished and publisher is not None:
         publisher.finish(final)  # the other processes are not kept waiting

@@ -39,11 +39,13 @@ CACHE_FORMAT = 1  # to be raised when the meaning of cached features changes
 class FeaturesConfig:
     """What the classifier sees, and how it is computed."""
 
-    kind: Optional[Literal["mean", "mean_max", "flat", "tokens"]] = None
+    kind: Optional[Literal["mean", "mean_max", "flat", "tokens", "cls"]] = None
     """mean: of the latent (C, h, w) over its patches; mean_max: that and the maximum; flat: the whole latent; tokens:
-    mean of the encoder's patch tokens without latent statistics. None: mean, or with eval_only what the head takes."""
+    mean of the encoder's patch tokens without latent statistics; cls: the encoder's CLS token. None: mean, or with
+    eval_only what the head takes."""
     image_size: Optional[int] = setting(None, POSITIVE)
-    """Side in pixels, for models that take any size; none: 256, or with eval_only what the head takes."""
+    """Side in pixels, for models that take any size; none: 256, of an encoder alone 224, or with eval_only what the
+    head takes."""
     batch_size: int = setting(128, POSITIVE)
     """Images of one forward pass of each process."""
     mixed_precision: Optional[Literal["no", "fp16", "bf16"]] = None
@@ -54,6 +56,8 @@ class FeaturesConfig:
 
 def image_features(model: Autoencoder, pixels: torch.Tensor, kind: str) -> torch.Tensor:
     """Pixels (B, 3, S, S) in [0, 1] to features (B, D), float32; see FeaturesConfig.kind."""
+    if kind == "cls":
+        return model.cls(pixels).float()  # (B, C)
     latent = (model.tokens(pixels) if kind == "tokens" else model.encode(pixels)).float()  # (B, C, h, w)
     if kind == "flat":
         return latent.flatten(1)  # (B, C*h*w)

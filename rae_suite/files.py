@@ -38,6 +38,8 @@ TENSOR_FILE_ERRORS = (
     EOFError,
     LookupError,
 )
+_MASK = os.umask(0)
+os.umask(_MASK)
 NPZ_ERRORS = (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error)
 
 
@@ -116,6 +118,15 @@ def make_folder(path: str, key: str) -> Path:
     return folder
 
 
+def check_folder(path: str, key: str) -> None:
+    """Raise ConfigError, about the setting `key`, unless files can be written to a folder, which need not be there
+    yet."""
+    folder = Path(path)
+    place = next(place for place in (folder, *folder.absolute().parents) if place.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        raise ConfigError(f"{key}: {folder} cannot be made, {place} is no folder that can be written to")
+
+
 def check_output_file(path: Optional[str], key: str) -> None:
     """Raise ConfigError, about the setting `key`, unless a file can be written to `path`; none is nothing to write."""
     if path is not None and Path(path).is_dir():
@@ -189,6 +200,7 @@ def write_folder(target: Path, write: Callable[[Path], None], main_process: bool
             write(beside)
             if main_process:
                 for path in (*beside.rglob("*"), beside):
+                    share(path)
                     sync(path)
         except BaseException:
             if main_process:
@@ -213,8 +225,15 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.stem}.partial{path.suffix}")
     with writing(path):
         yield beside
+        share(beside)
         sync(beside)
         beside.replace(path)
+
+
+def share(path: Path) -> None:
+    """Give a file the permissions that a new one gets: safetensors and temporary files are their owner's alone."""
+    if path.is_file() and not path.is_symlink():
+        path.chmod(0o666 & ~_MASK)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -36,6 +36,7 @@ SYSTEM_NAMES = frozenset((
     "@eadir", "#recycle", "#snapshot", "@recycle", "@recently-snapshot", "$recycle.bin", "recycler", "__macosx",
     "system volume information", "lost+found", "thumbs.db", "ehthumbs.db", "desktop.ini",
 ))  # fmt: skip
+SHARD_ENDINGS = (".parquet", ".tar", ".tar.gz", ".tgz")  # of files with many images, see shards.py
 # endings of texts that usually lie beside images: they are not reported as left out
 SIDECARS = (
     ".txt", ".json", ".jsonl", ".csv", ".tsv", ".xml", ".yaml", ".yml", ".md", ".html", ".log", ".cls", ".caption",

@@ -17,6 +17,7 @@ from PIL import Image, TiffImagePlugin, features
 from torch.nn import functional as F
 
 from rae_suite.errors import DataError
+from rae_suite.png import is_png, needed_parts
 
 JPEG_2000 = (".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx")
 # Not EPS, which is a program that Ghostscript would have to run
@@ -30,6 +31,8 @@ OPTIONAL_CODECS = {
     **dict.fromkeys(JPEG_2000, ("jpg_2000", "JPEG 2000")),
 }
 SIGNED = 2  # TIFF's SampleFormat
+DEFAULT_MEGAPIXELS = 179.0  # what Pillow allows; a file of some kilobytes may claim any number
+Image.MAX_IMAGE_PIXELS = None  # sources.py looks at the number, under a setting and with the image's name
 # Pillow reads this kind of file with another byte order or sense of grey, but not with both (as of 13.0)
 TiffImagePlugin.OPEN_INFO.setdefault((TiffImagePlugin.MM, 0, (1,), 1, (16,), ()), ("I;16B", "I;16B"))
 
@@ -245,16 +248,13 @@ def to_tensor(image: Image.Image) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _open_image(file: Union[str, BinaryIO]) -> Iterator[Image.Image]:
-    """Pillow's image of a path or a stream, not decoded yet. A PNG's checksums are compared here: the decoder does not
-    look at those of the pixels. Raises ValueError for what is no file to read, and for PostScript."""
+    """Pillow's image of a path or a stream, not decoded yet; of a PNG, without what its picture does not depend on, and
+    with checksums compared: the decoder does not look at those of the pixels. Raises ValueError for what is no file to
+    read, and for PostScript."""
     if isinstance(file, str) and not stat.S_ISREG(os.stat(file).st_mode):
         raise ValueError("no regular file")  # a pipe would be waited on for ever
-    with Image.open(file) as image:
-        if image.format == "EPS":
-            raise ValueError("PostScript, a program that Ghostscript would have to run")
-        if image.format != "PNG":
+    with open(file, "rb") if isinstance(file, str) else contextlib.nullcontext(file) as stream:
+        with Image.open(needed_parts(stream) if is_png(stream) else stream) as image:
+            if image.format == "EPS":
+                raise ValueError("PostScript, a program that Ghostscript would have to run")
             yield image
-            return
-        image.verify()
-    with Image.open(file) as image:  # again: after verify nothing can be decoded
-        yield image

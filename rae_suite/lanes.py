@@ -12,7 +12,7 @@ import torch
 
 from rae_suite.errors import DataError, UnreadableImage
 from rae_suite.images import TrainingView
-from rae_suite.loaders import WorkerLoader, label_of, start_worker, too_many_in_a_row
+from rae_suite.loaders import WorkerLoader, cores, label_of, start_worker, too_many_in_a_row
 from rae_suite.randomness import LANE_CROP_STREAM, MIXTURE_STREAM, WINDOW_STREAM
 from rae_suite.settings import DataConfig
 from rae_suite.shard_reading import UnreadableShard, read_shard
@@ -144,7 +144,7 @@ class Lane:
     def __init__(self, stream: Stream, lane: int, cfg: DataConfig, image_size: int, state: Optional[dict] = None):
         self.stream, self.lane = stream, lane
         self.view = TrainingView(image_size, cfg.resize_size, cfg.crop, cfg.flip)
-        self.max_unreadable = cfg.max_unreadable
+        self.max_unreadable, self.max_megapixels = cfg.max_unreadable, cfg.max_megapixels
         self.count = 0 if state is None else state["count"]
         self.weights = [source.weight for source in stream.sources]
         states = [None] * len(stream.sources) if state is None else state["sources"]
@@ -177,7 +177,7 @@ class Lane:
             chosen = generator.choice(len(self.sources), p=self.weights)
         failed = []
         while len(failed) <= self.max_unreadable:
-            source = HeldSource([self.sources[chosen].draw()])
+            source = HeldSource([self.sources[chosen].draw()], max_megapixels=self.max_megapixels)
             try:
                 image = source.load(0)
             except UnreadableImage as error:
@@ -236,7 +236,8 @@ class StreamLoader:
         self.loader = WorkerLoader(
             LaneChunks(stream, lanes, cfg, image_size, dict(self.states)),
             batch_size=None,
-            num_workers=cfg.num_workers,
+            # a divisor, so that each has equally many lanes: else they would come in another order
+            num_workers=max(n for n in range(cfg.num_workers + 1) if n <= cores() and cfg.num_workers % max(n, 1) == 0),
             worker_init_fn=start_worker,
             generator=torch.Generator(),  # the loader draws a seed from it, and would else move the global generator
         )

@@ -6,8 +6,10 @@ parallelism, and what `accelerate launch` asks for is read from its environment 
 
 import os
 import re
+import shutil
 import signal
 import sys
+import time
 import traceback
 import warnings
 from collections.abc import Callable, Iterable, Iterator
@@ -23,8 +25,8 @@ from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs,
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting, fail, scrub
-from rae_suite.loaders import SHARED_MEMORY_FULL, shared_memory_in_words
+from rae_suite.errors import ConfigError, DataError, RunError, error_names_setting, fail, one_line, scrub
+from rae_suite.loaders import SHARED_MEMORY_FULL, cores, shared_memory_in_words
 from rae_suite.output import close_bars, surviving_output
 from rae_suite.settings import TrainConfig
 
@@ -99,8 +101,7 @@ def check_precision(accelerator: Accelerator) -> None:
 def cores_of_process(accelerator: Accelerator) -> int:
     """This process's share of the machine's cores."""
     local_processes = int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return max(1, cores // local_processes)
+    return max(1, cores() // local_processes)
 
 
 def share_cores(accelerator: Accelerator, threads: Optional[int] = None) -> None:
@@ -215,12 +216,18 @@ def plain_accelerator() -> Iterator[None]:
             os.environ["ACCELERATE_USE_FSDP"] = asked
 
 
+def launcher() -> str:
+    """What started this process, for messages."""
+    by_accelerate = any(name.startswith("ACCELERATE_") and name != "ACCELERATE_USE_CPU" for name in os.environ)
+    return "torchrun" if "TORCHELASTIC_RUN_ID" in os.environ and not by_accelerate else "accelerate launch"
+
+
 def check_processes(accelerator: Accelerator) -> None:
-    """Raise ConfigError when the processes that accelerate launch started do not know of each other."""
+    """Raise ConfigError when the processes that a launcher started do not know of each other."""
     started = int(os.environ.get("WORLD_SIZE", "1")) if "LOCAL_RANK" in os.environ else 1
     if started != accelerator.num_processes:
         raise ConfigError(
-            f"accelerate launch: it started {started} processes, and there is no GPU for them; to train with several "
+            f"{launcher()}: it started {started} processes, and there is no GPU for them; to train with several "
             "processes on a CPU set ACCELERATE_USE_CPU=true"
         )
 
@@ -230,10 +237,10 @@ def build_accelerator(train: TrainConfig, report_to: tuple) -> Accelerator:
     Raises ConfigError for what is asked for and cannot be had: trackers, engines, a precision, TF32, steps that are
     skipped on a device that cannot."""
     for name in report_to:
-        if name not in LOGGER_TYPE_TO_CLASS:
-            raise ConfigError(
-                f"logging.report_to: expected trackers among {', '.join(LOGGER_TYPE_TO_CLASS)}, got {name!r}"
-            )
+        if name not in (*LOGGER_TYPE_TO_CLASS, "csv"):
+            known = ", ".join(["csv", *LOGGER_TYPE_TO_CLASS])
+            raise ConfigError(f"logging.report_to: expected trackers among {known}, got {name!r}")
+    report_to = tuple(name for name in report_to if name != "csv")  # see metrics_file.py
     check_launch()
     # Accelerate drops a timeout of exactly 10 minutes, because it equals its default: so add a microsecond
     timeout = timedelta(minutes=train.timeout_minutes, microseconds=1)
@@ -258,10 +265,28 @@ def build_accelerator(train: TrainConfig, report_to: tuple) -> Accelerator:
     check_skipping(train.max_nonfinite_steps, accelerator.device)
     set_tf32(train.tf32, accelerator)
     share_cores(accelerator, train.cpu_threads)
+    if train.compile:
+        check_compiler(accelerator.device)
     missing = set(report_to) - {str(tracker) for tracker in accelerator.log_with}
     if missing:
         raise ConfigError(f"logging.report_to: the package of tracker '{sorted(missing)[0]}' is not installed")
     return accelerator
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise ConfigError where torch.compile makes no code for this device: it needs a C++ compiler, and else fails in
+    the first step. Where there is one, that is believed on a CPU: to try takes seconds."""
+    if device.type == "cpu" and shutil.which(os.environ.get("CXX", "g++")):
+        return
+    size = 17 + time.time_ns() % 999_983  # code of its own: what an earlier process compiled would say nothing
+    try:
+        torch.compile(lambda x: x.sin() + 1, fullgraph=True, dynamic=False)(torch.zeros(size, device=device))
+    except Exception as error:  # of many classes, with the compiler's whole output
+        reason = one_line(str(error).strip().splitlines()[0] if str(error).strip() else error)
+        raise ConfigError(
+            f"train.compile: torch.compile makes no code for {device.type} here ({reason}); expected a C++ compiler "
+            "(g++, or one that CXX names), or train.compile false"
+        ) from error
 
 
 def check_skipping(max_nonfinite_steps: int, device: torch.device) -> None:

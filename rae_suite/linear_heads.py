@@ -22,6 +22,7 @@ from rae_suite.moments import Moments
 from rae_suite.settings import FEW_TASKS, SEED
 
 MOMENTUM = 0.9
+MOST_WIDENINGS = 8  # of a sweep whose best setting is at its edge
 
 SELECTION_STREAM, ORDER_STREAM = 3, 4  # second words of seeds, as in rae_suite/randomness.py
 
@@ -42,9 +43,11 @@ class HeadTrainingConfig:
     """The heads: SGD with Nesterov momentum 0.9, cosine decay to zero, weights and biases from zero."""
 
     lrs: tuple[float, ...] = setting((0.01, 0.03, 0.1, 0.3, 1.0, 3.0), ALL_POSITIVE, DISTINCT)
-    """Peak learning rates to try, for features of variance 1; wide features take smaller ones."""
+    """Peak learning rates to try, for features of variance 1; beyond the first and the last where these are the best:
+    wide features take smaller ones."""
     weight_decays: tuple[float, ...] = setting((1e-5, 1e-4), ALL_AT_LEAST_0, DISTINCT)
-    """Factors of half the squared weights in the loss to try, each with each learning rate."""
+    """Factors of half the squared weights in the loss to try, each with each learning rate; larger ones too where the
+    last is the best."""
     selection_fraction: float = setting(0.1, SELECTION)
     """Share of the training images, the same of every class, that the choice is made on; in (0, 1)."""
     epochs: float = setting(10, POSITIVE)
@@ -212,24 +215,58 @@ def compare_heads(data: TrainingSet, rows: torch.Tensor, heads: torch.Tensor, se
 def fit(data: TrainingSet, config: HeadTrainingConfig) -> tuple:
     """(weights (D + 1, K) of the final head, the sweep's table, place of the chosen line in it).
 
-    The best top-1 on the selection part wins, of several the one with the lowest loss there. Its settings are trained
-    again on all images: published figures use all of them too. With a single setting there is nothing to choose.
-    Raises RunError when heads diverge.
+    The choice is made on the selection part, see `choose`. While the chosen learning rate, or the largest weight decay,
+    is at the edge of what was tried, the sweep goes on beyond that edge: which values fit depends on the features'
+    width and on the number of images. The chosen settings are trained again on all images: published figures use all of
+    them too. With a single setting there is nothing to choose. Raises RunError when heads diverge.
     """
-    settings = [(lr, weight_decay) for lr in config.lrs for weight_decay in config.weight_decays]
-    sweep, best = [dict(zip(("lr", "weight_decay"), settings[0], strict=True), top1=None, loss=None)], 0
-    if len(settings) > 1:
+    lrs, decays = sorted(config.lrs), sorted(config.weight_decays)
+    sweep, best = [{"lr": lrs[0], "weight_decay": decays[0], "top1": None, "loss": None}], 0
+    if len(lrs) * len(decays) > 1:
         rows, held_out = hold_out(data.labels, config.selection_fraction, config.seed)
-        heads = train_heads(data, rows, settings, config, "heads of the sweep")
-        sweep = compare_heads(data, held_out, heads, settings)
-        finite = [i for i, line in enumerate(sweep) if line["top1"] is not None]
-        if not finite:
-            raise RunError(f"train.lrs: all heads diverged, down to a learning rate of {min(config.lrs)}")
-        best = max(finite, key=lambda i: (sweep[i]["top1"], -sweep[i]["loss"]))
-    final = train_heads(data, torch.arange(len(data.labels)), [settings[best]], config, "final head")
+        sweep, tried = [], set()
+        for _ in range(1 + MOST_WIDENINGS):
+            settings = [(lr, decay) for lr in lrs for decay in decays if (lr, decay) not in tried]
+            tried |= set(settings)
+            heads = train_heads(data, rows, settings, config, "heads of the sweep")
+            sweep += compare_heads(data, held_out, heads, settings)
+            best = choose(sweep, len(held_out))
+            wider = widened(lrs, decays, None if best is None else sweep[best])
+            if wider == (lrs, decays):
+                break
+            lrs, decays = wider
+        if best is None:
+            raise RunError(f"train.lrs: all heads diverged, down to a learning rate of {min(lr for lr, _ in tried):g}")
+    chosen = sweep[best]["lr"], sweep[best]["weight_decay"]
+    final = train_heads(data, torch.arange(len(data.labels)), [chosen], config, "final head")
     if not final.isfinite().all():
-        raise RunError(f"train.lrs: the head diverged with a learning rate of {settings[best][0]}")
+        raise RunError(f"train.lrs: the head diverged with a learning rate of {chosen[0]}")
     return final[:, 0], sweep, best
+
+
+def choose(sweep: list, num_images: int) -> Optional[int]:
+    """Place of the best line: of all whose top-1 is within a standard error of the highest, the one with the lowest
+    loss, because few images cannot tell such lines apart, and the loss shows a head that blows up. None: all
+    diverged."""
+    finite = [i for i, line in enumerate(sweep) if line["top1"] is not None and math.isfinite(line["loss"])]
+    if not finite:
+        return None
+    most = max(sweep[i]["top1"] for i in finite)
+    share = (most * num_images + 2) / (num_images + 4)  # Agresti and Coull 1998: also of few images, all of them right
+    error = math.sqrt(share * (1 - share) / (num_images + 4))
+    return min((i for i in finite if sweep[i]["top1"] >= most - error), key=lambda i: sweep[i]["loss"])
+
+
+def widened(lrs: list, decays: list, chosen: Optional[dict]) -> tuple:
+    """Both ascending lists, with one more value beyond an edge that the chosen line is at, in the step that the list
+    has there. A list of one value stays. `chosen`: None where all heads diverged, which smaller learning rates mend."""
+    if len(lrs) > 1 and (chosen is None or chosen["lr"] == lrs[0]):
+        lrs = [float(f"{lrs[0] ** 2 / lrs[1]:.4g}"), *lrs]
+    elif len(lrs) > 1 and chosen["lr"] == lrs[-1]:
+        lrs = [*lrs, float(f"{lrs[-1] ** 2 / lrs[-2]:.4g}")]
+    if len(decays) > 1 and chosen is not None and chosen["weight_decay"] == decays[-1] and decays[-2] > 0:
+        decays = [*decays, float(f"{decays[-1] ** 2 / decays[-2]:.4g}")]
+    return lrs, decays
 
 
 def wilson_interval(correct: int, total: int, z: float = 1.959964) -> list:

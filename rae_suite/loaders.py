@@ -286,10 +286,19 @@ def build_loader(
     )
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 class WorkerLoader(torch.utils.data.DataLoader):
     """A DataLoader whose processes are started with SIGTERM blocked. `start_worker` would block it too late: some
     libraries (Arrow) start threads within a fork, and a thread that receives the signal ends the process. Raises
-    RunError where there is no shared memory to start a process with."""
+    RunError where there is no shared memory to start a process with. There are at most as many processes as cores: more
+    would wait for each other."""
+
+    def __init__(self, *args, num_workers: int = 0, **options):
+        super().__init__(*args, num_workers=min(num_workers, cores()), **options)
 
     def __iter__(self) -> Iterator:
         with _waiting_for_workers():  # of persistent workers, a second pass waits for all

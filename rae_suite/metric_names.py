@@ -73,6 +73,11 @@ METRICS = {
 }
 
 
+def metric_of(name: str) -> Metric:
+    """The row of a metric, whose name may be that in a set of eval.sets: faces/psnr."""
+    return METRICS[name.rpartition("/")[2]]
+
+
 @dataclass(frozen=True)
 class GenerationMetric:
     """One metric of stage 2.

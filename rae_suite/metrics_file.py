@@ -1,5 +1,7 @@
 """metrics.jsonl: what a run measured, one JSON object a line."""
 
+import csv
+import io
 import json
 import math
 from pathlib import Path
@@ -21,16 +23,19 @@ def is_metrics_line(line: Any) -> bool:
 
 
 class MetricsFile:
-    """`metrics.jsonl`, written by the main process only."""
+    """`metrics.jsonl`, written by the main process only; `as_table`: the same as metrics.csv beside it, too."""
 
-    def __init__(self, path: Path, enabled: bool):
-        self.path, self.enabled = path, enabled
+    def __init__(self, path: Path, enabled: bool, as_table: bool = False):
+        self.path, self.enabled, self.as_table = path, enabled, as_table
+        self.columns = []  # of the table, in the order in which they first occur
 
     def forget_after(self, step: int) -> None:
         """Drop lines of steps after `step`: the run goes on from there and writes them again."""
         if self.enabled and self.path.exists():
             kept = [line for line in self.read() if line["step"] <= step]
             write_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+            if self.as_table:
+                self._write_table(kept)
 
     def read(self) -> list:
         """All whole lines; a last line cut off by a crash is left out. Raises ConfigError, which says where, for a line
@@ -56,3 +61,21 @@ class MetricsFile:
             clean = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
             with writing(self.path), self.path.open("a") as file:
                 file.write(json.dumps(clean) + "\n")
+            if self.as_table:
+                self._add_to_table(clean)
+
+    def _add_to_table(self, line: dict) -> None:
+        """Append a row; the table is written again where the line has something that it has no column for."""
+        table = self.path.with_suffix(".csv")
+        if not line.keys() <= set(self.columns) or not table.exists():
+            self._write_table(self.read())
+            return
+        with writing(table), table.open("a", newline="", encoding="utf-8") as file:
+            csv.DictWriter(file, self.columns).writerow(line)
+
+    def _write_table(self, lines: list) -> None:
+        self.columns, text = list(dict.fromkeys(name for line in lines for name in line)), io.StringIO()
+        table = csv.DictWriter(text, self.columns)
+        table.writeheader()
+        table.writerows(lines)
+        write_text(self.path.with_suffix(".csv"), text.getvalue())

@@ -66,6 +66,9 @@ def surviving_output() -> Iterator[None]:
         SurvivingStream(open(number, "w", closefd=False) if stream is None else stream)
         for number, stream in enumerate(before, start=1)
     )
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # a path on the command line may be no UTF-8
     logging.basicConfig(format="%(message)s", handlers=[LinesAboveBars()])
     try:
         yield

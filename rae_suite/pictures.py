@@ -72,6 +72,11 @@ def _with_labels(grid: torch.Tensor, labels: list) -> torch.Tensor:
     return torch.from_numpy(np.array(picture))
 
 
+def named_rows(rows: dict) -> torch.Tensor:
+    """Rows of as many images, {name: (N, 3, H, W) in [0, 1]}, each under its name, as one uint8 picture (H', W', 3)."""
+    return torch.cat([_with_labels(_tiles(images, len(images)), [name]) for name, images in rows.items()])
+
+
 def image_grid(images: torch.Tensor, per_row: int) -> torch.Tensor:
     """Images (N, 3, H, W) in [0, 1] in rows of `per_row` as one uint8 picture (H', W', 3)."""
     return _tiles(images, per_row)
@@ -196,11 +201,12 @@ def panels_of(lines: list) -> dict:
     for kind in ("train", "eval"):
         for line in (line for line in lines if line["kind"] == kind and line.get("model", "ema") == "ema"):
             for name, value in line.items():
-                if name in NOT_DRAWN or value is None:
+                plain = name.rpartition("/")[2]  # of a metric in a set of eval.sets
+                if plain in NOT_DRAWN or value is None:
                     continue
                 title = PANELS.get(name, name.replace("_", " "))
                 if kind == "eval":
-                    metric = METRICS.get(name) or GENERATION_METRICS.get(name.partition("_time")[0])  # loss_time1
+                    metric = METRICS.get(plain) or GENERATION_METRICS.get(plain.partition("_time")[0])  # loss_time1
                     title = f"{name.replace('_', ' ') if metric is None else metric.panel}, EMA"
                 panels.setdefault(title, {}).setdefault(name, []).append((line["step"], value))
     return panels

@@ -8,7 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Optional
 
-from rae_suite.files import has_locks, writing
+from rae_suite.files import check_folder, has_locks, writing
 
 
 def git_revision() -> Optional[str]:
@@ -18,6 +18,18 @@ def git_revision() -> Optional[str]:
         return None
     done = subprocess.run([git, "-C", Path(__file__).parent, "rev-parse", "HEAD"], capture_output=True, text=True)
     return done.stdout.strip() or None
+
+
+def results_folder(asked: Optional[str], default: str, key: str) -> Path:
+    """The folder of a command's results, which is not made yet: the one that was `asked` for, else `default`, or
+    default-2, default-3 and so on, where earlier results are in the way. Raises ConfigError, about the setting `key`,
+    where nothing can be written."""
+    folder, number = Path(asked or default), 1
+    while asked is None and (folder / "results.json").exists():
+        number += 1
+        folder = Path(f"{default}-{number}")
+    check_folder(str(folder), key)
+    return folder
 
 
 def save_results(path: Path, results: dict) -> None:

@@ -36,7 +36,7 @@ from rae_suite.checkpoints import (
 )
 from rae_suite.cli import config_yaml, with_settings
 from rae_suite.errors import ConfigError, RunError, WriteError
-from rae_suite.files import locks_are_missing, remove, step_of, write_text, writing
+from rae_suite.files import check_folder, locks_are_missing, remove, step_of, write_text, writing
 from rae_suite.hub import push_command
 from rae_suite.launch import INTERRUPTED, say
 from rae_suite.metrics_file import MetricsFile
@@ -51,7 +51,8 @@ CHECKPOINT_FORMAT = 1  # to be raised when older versions could not continue fro
 # what state.json of older formats lacks
 OLDER_STATE = {"format": 0, "images": None}
 # what a start leaves in a new run folder before the run has anything to show: it may be that of another run then
-LEFT_BY_A_START = {"config.yaml", SHARDS, "wandb_run_id.txt", "wandb", "logs", "checkpoints", "hub.log", "hub"}
+LEFT_BY_A_START = {"config.yaml", SHARDS, "wandb_run_id.txt", "wandb", "mlflow_run_id.txt", "dvclive", "logs",
+                   "checkpoints", "hub.log", "hub"}  # fmt: skip
 
 
 @dataclass
@@ -141,9 +142,7 @@ def check_run_folder(config: Any) -> Path:
     else."""
     run_dir = Path(config.train.output_dir)
     saved = run_dir / "config.yaml"
-    place = next(path for path in (run_dir, *run_dir.absolute().parents) if path.exists())
-    if not place.is_dir() or not os.access(place, os.W_OK):
-        raise ConfigError(f"train.output_dir: {run_dir} cannot be made, {place} is no folder that can be written to")
+    check_folder(config.train.output_dir, "train.output_dir")
     if not is_nobodys(run_dir):
         check_same_config(config, saved)
         MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()  # or names the line that is damaged

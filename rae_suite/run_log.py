@@ -19,6 +19,7 @@ from rae_suite.loaders import UnreadableLog
 from rae_suite.metrics_file import MetricsFile
 from rae_suite.pictures import GridLayout, plot_curves, progress_strip
 from rae_suite.run_folder import RunState
+from rae_suite.trackers import show_picture
 
 
 class RunLog:
@@ -31,10 +32,11 @@ class RunLog:
         state: RunState,
         steps_per_epoch: int,
         unreadable: UnreadableLog,
+        report_to: tuple,
     ):
         self.accelerator, self.run_dir, self.state = accelerator, run_dir, state
         self.steps_per_epoch, self.unreadable = steps_per_epoch, unreadable
-        self.file = MetricsFile(run_dir / "metrics.jsonl", accelerator.is_main_process)
+        self.file = MetricsFile(run_dir / "metrics.jsonl", accelerator.is_main_process, "csv" in report_to)
 
     def write(self, kind: str, values: dict) -> None:
         """Write one line: `kind` "train", or "eval" of the `model` among the values."""
@@ -74,10 +76,8 @@ class RunLog:
         plot_curves(self.file.read(), self.run_dir / "curves.png")
         progress_strip(list_steps(path.parent, r"\.png"), self.run_dir / "progress.png", layout)
         for tracker in self.accelerator.trackers:
-            if hasattr(tracker, "log_images"):
-                options = {"dataformats": "NHWC"} if tracker.name == "tensorboard" else {}
-                with writing(self.run_dir / "logs"):
-                    tracker.log_images({name: grid[None]}, step=self.state.step, **options)
+            with writing(self.run_dir / "logs"):
+                show_picture(tracker, name, grid, self.state.step)
 
     def is_best(self, metric: str, value: float, higher_is_better: bool, num_samples: int) -> bool:
         """Whether `value`, of the averaged model, is the best so far among those that compare with it; it is then the

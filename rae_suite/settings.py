@@ -50,8 +50,11 @@ class ImagesConfig:
     """Column of the labels; none: found by its type."""
     max_unreadable: int = setting(10, AT_LEAST_0)
     """Distinct unreadable images that a process skips before the run stops."""
+    max_megapixels: float = setting(179.0, POSITIVE)
+    """Millions of pixels of the largest image that is read; a larger one counts as unreadable. It is held in memory, 3
+    bytes for each pixel."""
     num_workers: int = setting(4, AT_LEAST_0, FEW_TASKS)
-    """Data loading processes for each process; at most 16 for each of the machine's cores."""
+    """Data loading processes for each process; no more are started than there are cores."""
 
 
 @dataclass
@@ -201,7 +204,8 @@ class LoggingConfig:
     num_samples: int = setting(8, POSITIVE)
     """Images in a sample grid."""
     report_to: tuple[str, ...] = ("tensorboard",)
-    """Trackers, as accelerate names them: tensorboard, wandb, mlflow, ..."""
+    """Trackers, as accelerate names them (tensorboard, wandb, mlflow, trackio, comet_ml, aim, clearml, dvclive,
+    swanlab), and csv: a metrics.csv beside metrics.jsonl."""
     project: str = "rae"
     """Project name for trackers."""
     progress_bar: bool = True

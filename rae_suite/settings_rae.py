@@ -207,8 +207,11 @@ class EvalConfig:
     """Images that are written with their reconstructions, as PNG, at each evaluation."""
     raw: bool = False
     """Whether the weights without moving average are evaluated too."""
-    best_metric: Metric = "psnr"
-    """Metric of the EMA model that decides what is copied to `best/`."""
+    best_metric: str = "psnr"
+    """Metric of the EMA model that decides what is copied to `best/`; of a set, faces/psnr."""
+    sets: dict[str, PathText] = field(default_factory=dict)
+    """Further images that are evaluated beside those of `data`, {name: path}, a path as data.path without streaming:
+    data with splits is measured on data.eval_split, other data as a whole. Their metrics are faces/psnr and so on."""
 
 
 @dataclass
@@ -228,6 +231,11 @@ class Config:
     hub: HubConfig = field(default_factory=HubConfig)
 
 
+def measured_names(settings: EvalConfig) -> list:
+    """Names of all that is measured: the metrics, and those of each set."""
+    return [*settings.metrics, *(f"{name}/{metric}" for name in settings.sets for metric in settings.metrics)]
+
+
 def parse_config(argv: Optional[list] = None) -> Config:
     """The settings of train_rae.py from the command line. Bad input exits with code 2."""
     config = parse(
@@ -241,7 +249,11 @@ def parse_config(argv: Optional[list] = None) -> Config:
 def check_config(config: Config) -> None:
     """Raise ConfigError for values that no run can use and that can be seen without loading anything."""
     best, metrics = config.eval.best_metric, config.eval.metrics
-    require(best in metrics, "eval.best_metric", f"one of eval.metrics {list(metrics)}", best)
+    for name in config.eval.sets:
+        plain = name.replace("_", "").replace("-", "").isalnum()
+        require(plain, "eval.sets", "names of letters, digits, - and _", name)
+    known = measured_names(config.eval)
+    require(best in known, "eval.best_metric", f"one of eval.metrics {known}", best)
     for key, value, used, needed in (
         ("model.encoder_config", config.model.encoder_config, config.model.encoder_weights == "random",
          "model.encoder_weights is random"),

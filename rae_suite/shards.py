@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from rae_suite.errors import SECRET, URL_USER, DataError, one_line
 from rae_suite.files import locks_are_missing
-from rae_suite.folders import is_system_name
+from rae_suite.folders import SHARD_ENDINGS, is_system_name
 from rae_suite.settings import DataConfig
 from rae_suite.splits import SAVED_DATASET_FILES
 
@@ -32,7 +32,7 @@ def is_parquet(shard: str) -> bool:
 
 
 def is_shard(path: str) -> bool:
-    return shard_name(path).endswith((".parquet", ".tar", ".tar.gz", ".tgz"))
+    return shard_name(path).endswith(SHARD_ENDINGS)
 
 
 def is_saved(path: str) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 
 from rae_suite.errors import DataError, UnreadableImage
-from rae_suite.images import _open_image, to_rgb
+from rae_suite.images import DEFAULT_MEGAPIXELS, _open_image, to_rgb
 
 if TYPE_CHECKING:  # slow to import
     import datasets
@@ -28,16 +28,19 @@ HeldImage = tuple[str, Undecoded, Optional[int]]  # name, image, label
 class ImageSource:
     """A numbered list of images. Subclasses give `__len__`, `name`, `label`, `class_names`, `fingerprint` and `_open`.
 
-    `name(i)` is the file's path or 'split[i]'. `label(i)` is the class index, or None; it never decodes the image.
+    `name(i)` is the file's path, see `shown_name`, or 'split[i]'. `label(i)` is the class index, or None; it never
+    decodes the image.
     `list_digest()` is of the list alone: the same wherever the data lies, another when images are added or renamed.
     `class_names` is the list that label indexes, or None. `check_labels()` raises DataError where it cannot be known
     which labels are meant: those who need labels call it, the others find none. `fingerprint(indices)` changes when
     images are added, removed, renamed or replaced, of those with the given indices or of all: a key for what was
-    computed from them. `split` says in words which images of the data these are, as splits.py has found them.
+    computed from them. `split` says in words which images of the data these are, as splits.py has found them. An image
+    of more than `max_megapixels` is unreadable.
     """
 
     class_names: Optional[list] = None
     split: Optional[str] = None
+    max_megapixels: float = DEFAULT_MEGAPIXELS
 
     def check_labels(self) -> None:
         pass
@@ -46,6 +49,11 @@ class ImageSource:
         """Image i as RGB. Raises UnreadableImage, whatever the decoder says."""
         try:
             with _open_image(self._open(i)) as image:
+                if image.width * image.height > self.max_megapixels * 1e6:
+                    raise ValueError(
+                        f"{image.width * image.height / 1e6:.4g} megapixels, and data.max_megapixels is "
+                        f"{self.max_megapixels:g}"
+                    )
                 if max(image.size) > MAX_ASPECT_RATIO * min(image.size):
                     raise ValueError(f"{image.width} x {image.height} pixels, sides over 1 : {MAX_ASPECT_RATIO}")
                 return to_rgb(image)
@@ -75,7 +83,7 @@ class FileSource(ImageSource):
         self._bytes = paths
         self._ends = ends
         self._labels = None if labels is None else np.asarray(labels, dtype=np.int32)
-        self.class_names = class_names
+        self.class_names = None if class_names is None else [shown_name(name) for name in class_names]
 
     def __len__(self) -> int:
         return len(self._ends)
@@ -84,8 +92,12 @@ class FileSource(ImageSource):
         """Path of image i below root."""
         return self._bytes[self._ends[i - 1] if i else 0 : self._ends[i]]
 
-    def name(self, i: int) -> str:
+    def file(self, i: int) -> str:
+        """Path of image i, as the system's calls take it."""
         return os.path.join(self.root, os.fsdecode(self._path(i)))
+
+    def name(self, i: int) -> str:
+        return shown_name(self.file(i))
 
     def label(self, i: int) -> Optional[int]:
         return None if self._labels is None else int(self._labels[i])
@@ -96,7 +108,7 @@ class FileSource(ImageSource):
         for i in range(len(self)) if indices is None else indices:
             digest.update(self._path(i) + b"\0")
             try:
-                status = os.stat(self.name(i))
+                status = os.stat(self.file(i))
             except OSError:
                 continue  # the file is gone: reading it will name it as unreadable
             digest.update(struct.pack("<qq", status.st_size, status.st_mtime_ns))
@@ -106,7 +118,13 @@ class FileSource(ImageSource):
         return hashlib.sha256(self._bytes).hexdigest()
 
     def _open(self, i: int) -> str:
-        return self.name(i)
+        return self.file(i)
+
+
+def shown_name(name: str) -> str:
+    """The name of a file or folder as text that can be written anywhere: bytes that are not UTF-8 become \\xe9 and the
+    like."""
+    return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def join_paths(files: Iterable[str]) -> tuple[bytes, np.ndarray]:
@@ -220,9 +238,15 @@ def _open_value(value: Optional[Undecoded]) -> Union[str, BinaryIO]:
 class HeldSource(ImageSource):
     """Undecoded images in memory."""
 
-    def __init__(self, images: Sequence[HeldImage], class_names: Optional[list] = None):
+    def __init__(
+        self,
+        images: Sequence[HeldImage],
+        class_names: Optional[list] = None,
+        max_megapixels: float = DEFAULT_MEGAPIXELS,
+    ):
         self._images = images
         self.class_names = class_names
+        self.max_megapixels = max_megapixels
 
     def __len__(self) -> int:
         return len(self._images)

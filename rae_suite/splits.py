@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Optional, Union
 import numpy as np
 
 from rae_suite.errors import DataError, one_line
-from rae_suite.folders import class_folders, has_images, list_folder, list_images
+from rae_suite.folders import SHARD_ENDINGS, class_folders, has_images, list_folder, list_images
 from rae_suite.images import IMAGE_EXTENSIONS, check_codecs
 from rae_suite.randomness import HOLDOUT_STREAM
 from rae_suite.settings import ImagesConfig
@@ -64,12 +64,12 @@ def _open_split(cfg: ImagesConfig, splits: Splits, setting: str) -> ImageSource:
     name = getattr(cfg, setting)
     if name in splits:
         source = splits[name]()
-        source.split = name
+        source.split, source.max_megapixels = name, cfg.max_megapixels
         return source
     if WHOLE not in splits or name != getattr(ImagesConfig, setting):
         raise _missing_split(cfg, splits, setting, f", or no data.{setting}, which means all images")
     source = splits[WHOLE]()
-    source.split = all_in_words(len(source))
+    source.split, source.max_megapixels = all_in_words(len(source)), cfg.max_megapixels
     return source
 
 
@@ -107,7 +107,8 @@ def find_splits(cfg: ImagesConfig) -> Splits:
             return _dataset_splits(_load_from_disk(path), cfg)
         return _folder_splits(path, cfg)
     if os.path.exists(path):
-        raise DataError(f"data.path: {path} is a file, expected a folder or a Hub data set id")
+        expected = in_shards() if path.endswith(SHARD_ENDINGS) else "expected a folder or a Hub data set id"
+        raise DataError(f"data.path: {path} is a file, {expected}")
     if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
         raise DataError(f"data.path: {path} does not exist; expected an image folder or a saved data set")
     return _dataset_splits(_load_from_hub(path, cfg.config_name), cfg)
@@ -172,11 +173,28 @@ def split_folders(path: str, wanted: Collection[str] = ()) -> list[str]:
         return []
     folders = [name for name in folders if has_images(os.path.join(path, name))]
     if not folders:
-        raise DataError(f"data.path: {path} holds no image files; expected {', '.join(IMAGE_EXTENSIONS)}")
+        raise no_images(path)
     hits = [name for name in folders if name in SPLIT_NAMES or name in wanted]
     if len(hits) == 1 and len(folders) > 1 and list_folder(os.path.join(path, hits[0]))[0]:
         return []
     return folders if hits else []
+
+
+def no_images(path: str) -> DataError:
+    """The DataError for a folder without image files, which may hold shards."""
+    names = (os.path.join(folder, name) for folder, _, files in os.walk(path) for name in sorted(files))
+    shard = next((name for name in names if name.endswith(SHARD_ENDINGS)), None)
+    if shard is None:
+        return DataError(f"data.path: {path} holds no image files; expected {', '.join(IMAGE_EXTENSIONS)}")
+    return DataError(f"data.path: {path} holds no image files but {os.path.relpath(shard, path)}, {in_shards()}")
+
+
+def in_shards() -> str:
+    """What is expected where images are in shards."""
+    return (
+        "from which training reads images with data.streaming: true; expected that, or for other commands image files "
+        "or a folder of `datasets`' save_to_disk (load_dataset makes one of parquet files and tars)"
+    )
 
 
 def scan_folder(path: str, classes: Sequence[str] = (), class_names: Sequence[str] = ()) -> FileSource:
@@ -188,7 +206,7 @@ def scan_folder(path: str, classes: Sequence[str] = (), class_names: Sequence[st
     class_names = list(class_names or classes)
     paths, ends, counts = list_images(path, classes)
     if not paths:
-        raise DataError(f"data.path: {path} holds no image files; expected {', '.join(IMAGE_EXTENSIONS)}")
+        raise no_images(path)
     labels = np.repeat([class_names.index(name) for name in classes], counts) if classes else None
     source = FileSource(path, paths, ends, labels, class_names or None)
     check_codecs(source.name(i) for i in range(len(source)))

@@ -371,7 +371,7 @@ def load_stream_eval_images(cfg: DataConfig, num_samples: Optional[int]) -> Imag
             images += [image for _, image in itertools.islice(rows, wanted)]
         except UnreadableShard as error:
             raise DataError(f"{setting}: {shard_name(shard)} cannot be read: {error.reason}") from error
-    return HeldSource(images, source.class_names)
+    return HeldSource(images, source.class_names, cfg.max_megapixels)
 
 
 def _has_shards(folder: str) -> bool:

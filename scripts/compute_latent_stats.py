@@ -150,7 +150,7 @@ def find_source(config: LatentStatsConfig) -> Optional[FoundModel]:
     if config.model is None:
         return None
     found = find_model(config.model, "model", config.weights)
-    if config.output is None:
+    if config.output is None and found.side != "kl":  # no RAE at all, which is said where it is read
         expected = f"a new folder for {found.words}, which is no folder of this suite that statistics can go into"
         require(found.side == "rae" and Path(found.place).is_dir(), "output", expected, None)
     return found

@@ -390,6 +390,15 @@ def unreadable_name(source: FileSource, index: int) -> Optional[str]:
     return None
 
 
+def image_row(source: FileSource, index: int) -> dict:
+    """What `datasets` takes of an image: its path, and where that is not UTF-8, its bytes."""
+    file, name = source.file(index), source.name(index)
+    if file == name:
+        return {"bytes": None, "path": file}
+    with open(file, "rb") as content:
+        return {"bytes": content.read(), "path": name}
+
+
 def write_dataset(sources: dict[str, tuple[FileSource, list[int]]], folder: Path, num_workers: int) -> dict[str, int]:
     """Write a DatasetDict. save_to_disk puts the bytes of the files that the rows name into its tables."""
     import datasets
@@ -398,7 +407,7 @@ def write_dataset(sources: dict[str, tuple[FileSource, list[int]]], folder: Path
     for split, (source, indices) in sources.items():
         features = datasets.Features(image=datasets.Image(), label=datasets.ClassLabel(names=source.class_names))
         rows = {
-            "image": [{"bytes": None, "path": source.name(i)} for i in indices],
+            "image": [image_row(source, i) for i in indices],
             "label": [source.label(i) for i in indices],
         }
         splits[split] = datasets.Dataset.from_dict(rows, features=features, split=datasets.NamedSplit(split))

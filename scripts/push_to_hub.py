@@ -80,6 +80,7 @@ WEIGHT_FILES = re.compile(
 )
 CARD = "README.md"
 PICTURE = "reconstructions.png"
+EVAL_RESULTS = ".eval_results/reconstruction.yaml"
 
 
 @dataclass
@@ -327,6 +328,21 @@ def eval_results(figures: Figures) -> list:
     ]
 
 
+def results_file(figures: Figures) -> Optional[bytes]:
+    """The figures as the Hub's .eval_results/*.yaml has them, which are shown beside the card and on the data set's
+    page; None where the data is not on the Hub. See https://huggingface.co/docs/hub/eval-results."""
+    dataset = hub_id(figures.data)
+    if dataset is None:
+        return None
+    notes = f"{figures.num_samples} images; split: {figures.split}; {figures.how}"
+    return dump(
+        [
+            {"dataset": {"id": dataset, "task_id": f"reconstruction_{name}"}, "value": round(value, 4), "notes": notes}
+            for name, value in figures.values.items()
+        ]
+    ).encode()
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # The card
 # --------------------------------------------------------------------------------------------------------------------
@@ -434,6 +450,9 @@ def files_to_upload(settings: PushConfig, model: Path, folder: Path, temporary: 
     files: dict[str, Any] = {name: weights_from / name for name in (CONFIG_NAME, MODELING_FILE, *weights)}
     files[IMAGE_PROCESSOR_NAME] = image_processor_json(config.image_size).encode()
     files[CARD] = model_card(settings, config, figures, trained_on, run_settings).encode()
+    results = results_file(figures) if figures else None
+    if results is not None:
+        files[EVAL_RESULTS] = results
     check_links(weights_from, [path for path in files.values() if isinstance(path, Path)], "model")
     if figures and figures.picture.is_file():
         check_links(figures.picture.parent, [figures.picture], "results")

@@ -20,8 +20,9 @@ as each is written as soon as it is there.
 
 Images of another size than the model's S x S are cropped as in evaluation (--resize crop: shorter side to S, middle cut
 out), or kept whole and undistorted (--resize pad: longer side to S, the rest grey; the grey is cut off again, so that
-reconstructions have their image's shape). An image that cannot be read is skipped and named; more than
---data.max_unreadable of them in a process end the run with exit code 2.
+reconstructions have their image's shape), or given to the model as rectangles, one at a time (--resize keep: shorter
+side to S, longer side to the nearest number that the decoder's patches divide; not every encoder can). An image that
+cannot be read is skipped and named; more than --data.max_unreadable of them in a process end the run with exit code 2.
 
 A GPU is used when there is one, in the precision that `accelerate launch --mixed_precision` says, else float32.
 """
@@ -40,14 +41,14 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
 from safetensors.torch import save_file
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
 from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder
 from rae_suite.cli import AT_LEAST_0, POSITIVE, Limit, parse, require, setting
 from rae_suite.errors import ConfigError, DataError, RunError, UnreadableImage
-from rae_suite.files import check_output_file, make_folder, writing
-from rae_suite.images import center_crop
+from rae_suite.files import check_folder, check_output_file, make_folder, share, writing
+from rae_suite.images import DEFAULT_MEGAPIXELS, center_crop
 from rae_suite.launch import (
     data_errors_end_this_process,
     measuring_accelerator,
@@ -62,7 +63,7 @@ from rae_suite.model_loading import load_autoencoder
 from rae_suite.pictures import reconstruction_grid
 from rae_suite.published_rae import PublishedOptions, check_options_used
 from rae_suite.settings import FEW_TASKS
-from rae_suite.sources import FileSource, ImageSource, evenly_spread, join_paths
+from rae_suite.sources import FileSource, ImageSource, evenly_spread, join_paths, shown_name
 from rae_suite.splits import scan_folder
 from rae_suite.values import PathText
 
@@ -75,6 +76,8 @@ class LoadingConfig:
 
     max_unreadable: int = setting(10, AT_LEAST_0)
     """Unreadable images that a process skips before the run stops."""
+    max_megapixels: float = setting(DEFAULT_MEGAPIXELS, POSITIVE)
+    """Millions of pixels of the largest image that is read; a larger one counts as unreadable."""
     num_workers: int = setting(4, AT_LEAST_0, FEW_TASKS)
     """Data loading processes, and threads that write files, for each process."""
 
@@ -95,8 +98,9 @@ class ReconstructConfig:
     """What a decoder file of the published code, as a model, does not hold."""
     save_latents: bool = False
     """Whether the latents are written too, a file for each image."""
-    resize: Literal["crop", "pad"] = "crop"
-    """How an image becomes a square: its middle, or the whole of it with grey beside."""
+    resize: Literal["crop", "pad", "keep"] = "crop"
+    """What the model is given: an image's middle, the whole of it with grey beside, or the whole rectangle, where the
+    model takes some."""
     image_size: Optional[int] = setting(None, POSITIVE)
     """Side in pixels, for models that take any size; none: 256."""
     batch_size: int = setting(32, POSITIVE)
@@ -137,13 +141,13 @@ def find_inputs(places: tuple) -> tuple[ImageSource, list]:
             except DataError as error:  # splits.py names the setting of the other commands
                 raise ConfigError(str(error).replace("data.path:", "input:")) from error
             prefix = Path(place).resolve().name if several else ""
-            files = (source.name(i) for i in range(len(source)))
+            files = (source.file(i) for i in range(len(source)))
             found = {file: os.path.join(prefix, os.path.relpath(file, place)) for file in files}
         else:
             found = {place: os.path.basename(place)}
         for file, name in found.items():
             names.setdefault(os.path.abspath(file), os.path.splitext(name)[0])
-    return FileSource("", *join_paths(names)), distinct(list(names.values()))
+    return FileSource("", *join_paths(names)), distinct([shown_name(name) for name in names.values()])
 
 
 def distinct(names: list) -> list:
@@ -171,12 +175,20 @@ def pad(image: Image.Image, size: int) -> tuple[Image.Image, tuple]:
     return square, (left, top, left + width, top + height)
 
 
-class SquareImages(torch.utils.data.Dataset):
-    """Images as squares of `size`, indexed by int. Item: pixels uint8 (3, S, S) or None, index, unreadable names, and
-    the box (left, top, right, bottom) that the image fills."""
+def keep(image: Image.Image, size: int, step: int) -> tuple[Image.Image, tuple]:
+    """The whole image, its shorter side resized to `size` and the longer one to the nearest multiple of `step` (bicubic
+    and antialiased), and its box (0, 0, right, bottom)."""
+    sides = tuple(max(size, step * round(side * size / min(image.size) / step)) for side in image.size)
+    return image.resize(sides, Image.Resampling.BICUBIC), (0, 0, *sides)
 
-    def __init__(self, source: ImageSource, size: int, resize: str):
-        self.source, self.size, self.resize = source, size, resize
+
+class ResizedImages(torch.utils.data.Dataset):
+    """Images as the model takes them, indexed by int: squares of `size`, or with `resize` "keep" rectangles whose sides
+    `step` divides. Item: pixels uint8 (3, H, W) or None, index, unreadable names, and the box (left, top, right,
+    bottom) that the image fills."""
+
+    def __init__(self, source: ImageSource, size: int, resize: str, step: int):
+        self.source, self.size, self.resize, self.step = source, size, resize, step
 
     def __len__(self) -> int:
         return len(self.source)
@@ -188,6 +200,8 @@ class SquareImages(torch.utils.data.Dataset):
             return {"pixels": None, "index": index, "label": -1, "unreadable": [str(error)], "box": None}
         if self.resize == "pad":
             image, box = pad(image, self.size)
+        elif self.resize == "keep" and image.width != image.height:
+            image, box = keep(image, self.size, self.step)
         else:
             image, box = center_crop(image, self.size), (0, 0, self.size, self.size)
         return {"pixels": pil_to_tensor(image), "index": index, "label": -1, "unreadable": [], "box": box}
@@ -199,12 +213,12 @@ def collate_with_boxes(samples: list) -> dict:
     return {**collate(samples), "box": boxes}
 
 
-def build_loader(images: SquareImages, config: ReconstructConfig, accelerator: Accelerator) -> Any:
+def build_loader(images: ResizedImages, config: ReconstructConfig, accelerator: Accelerator) -> Any:
     """DataLoader of this process's share: every image is in exactly one batch of one process."""
     mine = range(accelerator.process_index, len(images), accelerator.num_processes)
     return WorkerLoader(
         torch.utils.data.Subset(images, mine),
-        config.batch_size,
+        1 if images.resize == "keep" else config.batch_size,  # rectangles differ
         collate_fn=collate_with_boxes,
         num_workers=min(config.data.num_workers, len(mine)),
         pin_memory=accelerator.device.type == "cuda",
@@ -216,6 +230,9 @@ def picture_size(config: ReconstructConfig, autoencoder: Autoencoder) -> int:
     """Side in pixels of what the autoencoder is given. Raises ConfigError when --image_size does not fit."""
     size = config.image_size or autoencoder.image_size or DEFAULT_IMAGE_SIZE
     autoencoder.check_size(size, "image_size")
+    if config.resize == "keep":
+        step = autoencoder.rectangle_step
+        require(step is not None, "resize", f"crop or pad for {autoencoder.name}, which takes squares alone", "keep")
     return size
 
 
@@ -225,7 +242,7 @@ def picture_size(config: ReconstructConfig, autoencoder: Autoencoder) -> int:
 
 
 def write_image(output: Path, name: str, box: tuple, image: torch.Tensor, recon: torch.Tensor, latent: Any) -> float:
-    """Write the files of one image; its PSNR in dB. Both sides are uint8 (3, S, S), `latent` is (C, h, w) or None."""
+    """Write the files of one image; its PSNR in dB. Both sides are uint8 (3, H, W), `latent` is (C, h, w) or None."""
     left, top, right, bottom = box
     image, recon = image[:, top:bottom, left:right], recon[:, top:bottom, left:right]
     file = output / "reconstructions" / f"{name}.png"
@@ -237,12 +254,13 @@ def write_image(output: Path, name: str, box: tuple, image: torch.Tensor, recon:
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"latent": latent.contiguous()}, file)
+            share(file)
     return image_metrics(image[None].float() / 255, recon[None].float() / 255, ["psnr"], None)["psnr"].item()
 
 
 @torch.no_grad()
 def reconstruct_all(
-    config: ReconstructConfig, autoencoder: Autoencoder, images: SquareImages, names: list, accelerator: Accelerator
+    config: ReconstructConfig, autoencoder: Autoencoder, images: ResizedImages, names: list, accelerator: Accelerator
 ) -> list:
     """Write the files of all images. (index, PSNR) of those that could be read, in order, the same on all processes."""
     output, unreadable, measured = Path(config.output), UnreadableLog(config.data.max_unreadable), []
@@ -270,7 +288,7 @@ def reconstruct_all(
     return measured
 
 
-def write_grid(config: ReconstructConfig, images: SquareImages, names: list, measured: list) -> None:
+def write_grid(config: ReconstructConfig, images: ResizedImages, names: list, measured: list) -> None:
     """grid.png from the inputs and the written files."""
     both = []
     for index, _ in evenly_spread(measured, config.grid_images):
@@ -279,18 +297,21 @@ def write_grid(config: ReconstructConfig, images: SquareImages, names: list, mea
         recon = torch.full_like(item["pixels"], GREY)
         with Image.open(Path(config.output) / "reconstructions" / f"{names[index]}.png") as file:
             recon[:, top:bottom, left:right] = pil_to_tensor(file)
-        both.append(torch.stack([item["pixels"], recon]).float() / 255)
+        sides = [item["pixels"], recon]
+        if config.resize == "keep":
+            sides = [pil_to_tensor(pad(to_pil_image(side), images.size)[0]) for side in sides]
+        both.append(torch.stack(sides).float() / 255)
     inputs, recons = torch.stack(both, dim=1)
     file = Path(config.output) / "grid.png"
     with writing(file):
         Image.fromarray(reconstruction_grid(inputs, recons).numpy()).save(file)
 
 
-def report(config: ReconstructConfig, loaded: str, images: SquareImages, names: list, measured: list) -> None:
+def report(config: ReconstructConfig, loaded: str, images: ResizedImages, names: list, measured: list) -> None:
     """Write images.csv and grid.png, print the table. `loaded`: the model in words."""
     output = Path(config.output)
     listed = output / "images.csv"
-    with writing(listed), listed.open("w", newline="", encoding="utf-8") as file:
+    with writing(listed), listed.open("w", newline="", encoding="utf-8", errors="backslashreplace") as file:
         table = csv.writer(file)
         table.writerow(["input", "name", "psnr"])
         table.writerows([images.source.name(i), names[i], f"{psnr:.4f}"] for i, psnr in measured)
@@ -324,10 +345,13 @@ def main() -> None:
     quiet_transformers()
     accelerator = measuring_accelerator()
     source, names = find_inputs(config.input)
-    make_folder(f"{config.output}/reconstructions", "output")
+    source.max_megapixels = config.data.max_megapixels
+    check_folder(config.output, "output")
     check_output_file(config.json, "json")
     autoencoder = load_autoencoder(config.model, "model", config.weights, config.published)
-    images = SquareImages(source, picture_size(config, autoencoder), config.resize)
+    size = picture_size(config, autoencoder)
+    images = ResizedImages(source, size, config.resize, autoencoder.rectangle_step or size)
+    make_folder(f"{config.output}/reconstructions", "output")
     autoencoder.to(accelerator.device)
     measured = reconstruct_all(config, autoencoder, images, names, accelerator)
     if accelerator.is_main_process:

@@ -594,23 +594,26 @@ def test_the_home_folder_is_expanded_wherever_a_path_is_taken(tmp_path, monkeypa
     names = {"path", "eval_path", "output_dir", "encoder", "latent_stats", "init_from", "vgg_path", "inception_path",
              "backbone", "fork_from"}  # fmt: skip
     found = {key: item for key, item in all_settings(Config).items() if "PathText" in str(item.type)}
-    assert {key.rpartition(".")[2] for key in found} == names | {"mixture"}
-    plain = {key: f"~/a/{key}" for key in found if key != "data.mixture"}
+    assert {key.rpartition(".")[2] for key in found} == names | {"mixture", "sets"}
+    plain = {key: f"~/a/{key}" for key in found if key not in ("data.mixture", "eval.sets")}
     tree = {}
     for key, value in plain.items():
         group, name = key.split(".")
         tree.setdefault(group, {})[name] = value
     tree["data"] |= {"streaming": True, "steps_per_epoch": 3, "mixture": {"~/x": 1, "~/y/{0..3}.tar": 2.0}}
     tree["perceptual"]["weights"], tree["eval"]["metrics"] = "pretrained", ["psnr", "rfid"]
+    tree["eval"]["sets"] = {"faces": "~/faces"}
     write(tmp_path / "mine.yaml", yaml.safe_dump(tree))
     flags = [part for key, value in plain.items() for part in (f"--{key}", value)]
     other = ["--data.streaming", "--data.steps_per_epoch", "3", "--perceptual.weights", "pretrained", "--eval.metrics",
-             "psnr", "rfid", "--data.mixture", "{~/x: 1, '~/y/{0..3}.tar': 2}"]  # fmt: skip
+             "psnr", "rfid", "--data.mixture", "{~/x: 1, '~/y/{0..3}.tar': 2}",
+             "--eval.sets", "{faces: ~/faces}"]  # fmt: skip
     for argv in (["--config", "~/mine.yaml"], [*flags, *other]):
         config = parse_config(argv)
         for key, value in plain.items():
             group, name = key.split(".")
             assert getattr(getattr(config, group), name) == value.replace("~", str(tmp_path)), key
+        assert config.eval.sets == {"faces": f"{tmp_path}/faces"}
         assert config.data.mixture == {f"{tmp_path}/x": 1.0, f"{tmp_path}/y/{{0..3}}.tar": 2.0}
 
 

@@ -35,7 +35,7 @@ def config(path, **changes):
     """A stand-in for the `data` group of the configuration."""
     settings = dict(
         path=str(path), config_name=None, train_split="train", eval_split="validation", holdout_fraction=0.0,
-        image_column=None, label_column=None, resize_size=None, max_unreadable=10, num_workers=0,
+        image_column=None, label_column=None, resize_size=None, max_unreadable=10, max_megapixels=179, num_workers=0,
     )  # fmt: skip
     return types.SimpleNamespace(**{**settings, **changes})
 

@@ -101,7 +101,7 @@ def test_every_flag_of_a_command_exists():
 
 def prose(page: Path) -> str:
     """The text of a page without its blocks, and without the table of names in other code."""
-    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.M | re.S)
+    text = re.sub(r"^```.*?^```|^[^\n]*there is no such setting[^\n]*$", "", page.read_text(), flags=re.M | re.S)
     tables = re.findall(r"(?:^\|.*\n)+", text, re.M)
     for table in tables:
         if "Hydra" in table.splitlines()[0]:
@@ -110,7 +110,8 @@ def prose(page: Path) -> str:
 
 
 def test_settings_that_the_text_names_exist():
-    """`group.name` in the text, where a training or measuring script has that group. Names of files are none."""
+    """`group.name` in the text, where a training or measuring script has that group. Names of files are none, nor are
+    those of messages about settings that there are not."""
     known = set().union(*map(setting_names, SCHEMAS.values()))
     groups = {name.partition(".")[0] for name in known if "." in name}
     endings = ("py", "yaml", "md", "json", "jsonl", "npz", "png", "txt", "pth", "pt", "log", "safetensors")

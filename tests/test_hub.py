@@ -230,7 +230,7 @@ def test_folders_that_are_no_model(server, model, push, tmp_path):
         "has no config.json": lambda folder: (folder / "config.json").unlink(),
         "has no modeling_rae.py": lambda folder: (folder / "modeling_rae.py").unlink(),
         "is no model config": lambda folder: (folder / "config.json").write_text("[]"),
-        "has model_type vit,": lambda folder: change_config(folder, model_type="vit"),
+        "is a vit, expected an RAE": lambda folder: change_config(folder, model_type="vit"),
         "encoder_input_size (33)": lambda folder: change_config(folder, encoder_input_size=33),
         "model.safetensors) cannot be read": lambda folder: (folder / "model.safetensors").unlink(),
         "cannot be read: ": lambda folder: os.truncate(folder / "model.safetensors", 5000),
@@ -245,7 +245,7 @@ def test_folders_that_are_no_model(server, model, push, tmp_path):
         damage(folder)
         message = error_line(push(folder))
         assert message.startswith("error: model: ") and words in message, (words, message)
-    assert "has no config.json" in error_line(push(tmp_path / "nowhere"))
+    assert "does not exist, expected an RAE" in error_line(push(tmp_path / "nowhere"))
     assert server.requests == []
 
 
@@ -756,3 +756,19 @@ def test_sigterm_ends_the_final_upload(server, model, tmp_path, monkeypatch):
         assert process.returncode == -signal.SIGTERM
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_eval_results_beside_the_card(push, run_dir, model):
+    """As the Hub's own reader takes them; nothing where the data is not on the Hub."""
+    from huggingface_hub import parse_eval_result_entries
+
+    written_card(push, run_dir / "final")
+    text = (run_dir / "final-upload/.eval_results/reconstruction.yaml").read_text()
+    entries = parse_eval_result_entries(yaml.safe_load(text))
+    values = {entry.task_id: entry.value for entry in entries}
+    assert values == {"reconstruction_psnr": 25.0, "reconstruction_rfid": 2.0}
+    assert {entry.dataset_id for entry in entries} == {"user/photos"}
+    assert entries[0].notes == "8 images; split: validation; at step 9 of training"
+    (run_dir / "config.yaml").write_text((run_dir / "config.yaml").read_text().replace("user/photos", "/data/photos"))
+    written_card(push, run_dir / "final")
+    assert not (run_dir / "final-upload/.eval_results").exists()

@@ -411,7 +411,7 @@ def test_bad_models(run, model, tmp_path, capsys):
     assert "model: 'nothing/here' is no local folder" in refused(run, capsys, 2, model="nothing/here")
     assert "has no config.json" in refused(run, capsys, 2, model=tmp_path)
     AutoencoderKL(block_out_channels=(32,), latent_channels=2).save_pretrained(tmp_path / "kl")
-    assert "is diffusers' AutoencoderKL" in refused(run, capsys, 2, model=tmp_path / "kl")
+    assert "is a AutoencoderKL, expected an RAE" in refused(run, capsys, 2, model=tmp_path / "kl")
     (model / "model.safetensors").unlink()
     assert refused(run, capsys, 2, model=model).startswith("error: model: ")
 

@@ -29,12 +29,14 @@ from rae_suite.linear_heads import (
     HeadTrainingConfig,
     LinearHead,
     batches,
+    choose,
     compare_heads,
     evaluate_head,
     fit,
     hold_out,
     train_heads,
     training_set,
+    widened,
     wilson_interval,
 )
 from rae_suite.loaders import eval_loader
@@ -717,6 +719,52 @@ def test_all_heads_diverge(tmp_path):
     for lrs in ((1e30,), (1e30, 1e31)):
         with pytest.raises(RuntimeError, match="train.lrs: .* diverged"):
             fit(data, HeadTrainingConfig(lrs=lrs, weight_decays=(1.0,), min_steps=5))
+
+
+def test_the_choice_is_no_accident_of_few_images():
+    """Of lines that differ by less than a standard error, the one with the lowest loss."""
+    lines = [(0.70, 69.0), (0.68, 0.9), (0.66, 0.8), (0.30, 0.1), (None, None), (0.70, math.nan)]
+    sweep = [{"top1": top1, "loss": loss} for top1, loss in lines]
+    assert choose(sweep, 32) == 2  # a standard error is 8%
+    assert choose(sweep, 100_000) == 0
+    assert choose(sweep[4:], 32) is None
+
+
+def test_a_sweep_goes_on_beyond_its_edges():
+    grid = [0.01, 0.03, 0.1], [1e-5, 1e-4]
+    for lr, decay, expected in (
+        (0.03, 1e-5, grid),
+        (0.01, 1e-5, ([0.003333, *grid[0]], grid[1])),
+        (0.1, 1e-5, ([*grid[0], 0.3333], grid[1])),
+        (0.03, 1e-4, (grid[0], [*grid[1], 0.001])),
+    ):
+        assert widened(*grid, {"lr": lr, "weight_decay": decay}) == expected
+    assert widened(*grid, None) == ([0.003333, *grid[0]], grid[1])
+    assert widened([0.1], [1e-5], {"lr": 0.1, "weight_decay": 1e-5}) == ([0.1], [1e-5])
+
+
+def test_wide_features_of_few_images(tmp_path):
+    """Within a point of the best of scikit-learn's C, from a grid that is far off."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(4, (600,), generator=generator)
+    centres = torch.randn(4, 300, generator=generator)
+    values = 0.35 * centres[labels] + torch.randn(600, 300, generator=generator)
+    writer = FeatureWriter(tmp_path / "wide", 300)
+    writer.add(values[:80].half(), torch.arange(80))
+    writer.close([], {})
+    data = training_set(Features(tmp_path / "wide"), labels[:80], 4, CPU)
+    weights, sweep, best = fit(data, HeadTrainingConfig(lrs=(10.0, 30.0, 100.0), min_steps=60, epochs=1))
+    scaled = F.pad((values - data.mean) / data.std, (0, 1), value=1.0)
+
+    def accuracy(predicted):
+        return (torch.as_tensor(predicted)[80:] == labels[80:]).float().mean().item()
+
+    theirs = max(
+        accuracy(LogisticRegression(C=c, max_iter=200).fit(scaled[:80, :-1], labels[:80]).predict(scaled[:, :-1]))
+        for c in (1e-4, 1e-3, 1e-2, 1e-1)
+    )
+    assert accuracy((scaled @ weights).argmax(1)) > theirs - 0.01 and theirs > 0.5
+    assert len(sweep) > 6 and sweep[best]["lr"] < 30
 
 
 def test_head_loads_without_anything_else(tmp_path):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -276,21 +277,62 @@ def test_new_decoder_starts_as_mae():
 
 
 def test_token_grid_of_another_size_is_resized_bilinearly(encoders):
-    """A larger or smaller grid is resized after the first Linear, which commutes with it; with statistics, which are
-    per position, another grid is an error that has both."""
+    """A larger or smaller grid is resized after the first Linear, which commutes with it, where that is asked for; with
+    statistics, which are per position, it is an error that has both."""
     model = make_rae(encoders, encoder_input_size=16)  # 4 x 4 tokens
+    with pytest.raises(ValueError, match=r"grid \(8, 8\) differs from the model's, \(4, 4\); other_grid='keep'"):
+        model.decode(torch.randn(2, WIDTH, 8, 8))
+    resized = partial(model.decode, other_grid="resize")
     large = torch.randn(2, WIDTH, 8, 8)
-    torch.testing.assert_close(
-        model.decode(large).sample, model.decode(F.avg_pool2d(large, 2)).sample, rtol=1e-4, atol=1e-4
-    )
+    torch.testing.assert_close(resized(large).sample, model.decode(F.avg_pool2d(large, 2)).sample, rtol=1e-4, atol=1e-4)
     small = torch.randn(2, WIDTH, 2, 2)
     weights = torch.tensor([[1.0, 0.0], [0.75, 0.25], [0.25, 0.75], [0.0, 1.0]])
     expected = model.decode(weights @ small @ weights.t()).sample
-    torch.testing.assert_close(model.decode(small).sample, expected, rtol=1e-4, atol=1e-4)
-    assert model.decode(torch.randn(1, WIDTH, 2, 5)).sample.shape == (1, 3, 8, 8)
+    torch.testing.assert_close(resized(small).sample, expected, rtol=1e-4, atol=1e-4)
+    assert resized(torch.randn(1, WIDTH, 2, 5)).sample.shape == (1, 3, 8, 8)
     with_stats = make_rae(encoders, stats=True)
     with pytest.raises(ValueError, match=r"\(2, 2\).*\(3, 3\)"):
-        with_stats.decode(small)
+        with_stats.decode(small, other_grid="resize")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("stats", [False, True])
+def test_rectangles(encoders, kind, stats, monkeypatch):
+    """Each patch becomes a token and a patch again; a square is computed as ever."""
+    model = make_rae(encoders, kind, stats=stats)
+    patch, grid = model.config.decoder_patch_size, model.config.latent_size
+    tall = torch.rand(2, 3, (grid + 2) * patch, grid * patch)
+    latent = model.encode(tall).latent
+    assert latent.shape == (2, WIDTH, grid + 2, grid)
+    sample = model.decode(latent, other_grid="keep").sample
+    assert sample.shape == tall.shape and torch.equal(model(tall).sample, sample)
+    with pytest.raises(ValueError, match=r"differs from the model's"):
+        model.decode(latent)
+    with pytest.raises(ValueError, match=f"sides that {patch} divides, got {grid * patch} x {grid * patch + 1} pixels"):
+        model.encode(torch.rand(1, 3, grid * patch, grid * patch + 1))
+    square = model.encode(tall[:, :, : grid * patch]).latent
+    assert torch.equal(model.decode(square, other_grid="keep").sample, model.decode(square).sample)
+    monkeypatch.setattr(RAEModel, "takes_rectangles", False)
+    with pytest.raises(ValueError, match=r"must be \(B, 3, S, S\) for this encoder, got"):
+        model.encode(tall)
+
+
+def test_a_rectangle_is_decoded_at_its_places(encoders):
+    """What a token stands for stays at its place: an image that is wide is not a square one stretched."""
+    model = make_rae(encoders)
+    model.decoder.decoder_layers = torch.nn.ModuleList()  # whose attention mixes all places
+    patch, grid = model.config.decoder_patch_size, model.config.latent_size
+    latent = torch.randn(1, WIDTH, grid, 2 * grid)
+    other = latent.clone()
+    other[..., 1, -1] += 10
+    change = (model.decode(latent, other_grid="keep").sample - model.decode(other, other_grid="keep").sample).abs()
+    places = F.max_pool2d(change.amax(1, keepdim=True), patch)[0, 0]  # (h, w)
+    assert places.argmax() == 1 * 2 * grid + 2 * grid - 1
+    table = model.decoder._positions((grid, 2 * grid))
+    along = table[0, 1:].unflatten(0, (grid, 2 * grid))
+    torch.testing.assert_close(along.unflatten(1, (grid, 2)).mean(2)[:, 1:-1],
+                               model.decoder.decoder_pos_embed[0, 1:].unflatten(0, (grid, grid))[:, 1:-1],
+                               atol=0.2, rtol=0)  # fmt: skip
 
 
 def test_wrong_inputs_are_refused_with_their_shapes(rae):
@@ -299,7 +341,7 @@ def test_wrong_inputs_are_refused_with_their_shapes(rae):
         rae.decode(torch.zeros(2, 5, 3, 3))
     with pytest.raises(ValueError, match=rf"{WIDTH}.*\(2, 9, {WIDTH}\)"):
         rae.decode(torch.zeros(2, 9, WIDTH))
-    for shape in [(3, 12, 12), (2, 1, 12, 12), (2, 3, 12, 16)]:
+    for shape in [(3, 12, 12), (2, 1, 12, 12)]:
         with pytest.raises(ValueError, match=str(shape).replace("(", r"\(").replace(")", r"\)")):
             rae.encode(torch.zeros(shape))
     for inputs in ({}, {"pixel_values": images(), "latent": latents(rae)}):

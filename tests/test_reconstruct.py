@@ -292,3 +292,31 @@ def test_bad_input(run, model, photos, tmp_path, capsys):
     ):
         assert message in refused(run, capsys, *inputs, **{"output": output, **settings}), message
     assert names(photos) == {"top.png", "day 1/beach.png", "day 1/night/beach.png", "day 2/broken.png", "broken_2.png"}
+
+
+def test_rectangles_are_kept_whole(tmp_path):
+    """Against cropping: a wide image keeps what a crop cuts off, and a square is computed as ever."""
+    model, folder = tmp_path / "model", tmp_path / "images"
+    tiny_rae().save_pretrained(model)
+    folder.mkdir()
+    wide = np.zeros((32, 64, 3), np.uint8)
+    wide[:, :16, 0] = wide[:, 48:, 1] = 255  # what a crop does not see
+    Image.fromarray(wide).save(folder / "wide.png")
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 40, 3), dtype=np.uint8)).save(folder / "square.png")
+    Image.new("RGB", (40, 90), "blue").save(folder / "tall.png")
+    results = {}
+    for resize in ("crop", "keep"):
+        out = tmp_path / resize
+        run_command("scripts/reconstruct.py", "--model", model, "--input", folder, "--output", out, "--resize", resize,
+                    "--save_latents", "--data.num_workers", 0)  # fmt: skip
+        results[resize] = {
+            name: np.asarray(Image.open(out / f"reconstructions/{name}.png")) for name in ("wide", "square", "tall")
+        }
+        assert (out / "grid.png").is_file()
+    assert {name: image.shape for name, image in results["keep"].items()} == {
+        "wide": (32, 64, 3), "square": (32, 32, 3), "tall": (72, 32, 3)}  # fmt: skip
+    assert np.array_equal(results["crop"]["square"], results["keep"]["square"])
+    latent = load_file(tmp_path / "keep/latents/wide.safetensors")["latent"]
+    assert latent.shape == (16, 4, 8)
+    ends = [latent[:, :, side].mean(1) for side in (0, -1)]  # of the red and the green end
+    assert not torch.allclose(*ends, atol=1e-3)
