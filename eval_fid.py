@@ -7,8 +7,9 @@
 
 Samples are an .npz file of images arr_0 (N, H, W, 3), a folder of PNG, or the folder of sample_dit.py, whose
 results.json says how they were drawn. Published figures compare 50,000 samples with ADM's reference: a DiT-DH-XL of
-800 epochs on DINOv2-B has FID 1.51, IS 242.9, precision 0.79, recall 0.63 without guidance. To check an installation:
-ADM's own samples admnet_guided_upsampled_imagenet256 have FID 3.94, sFID 6.14, IS 215.84, precision 0.83, recall 0.53.
+800 epochs on DINOv2-B has FID 1.51, IS 242.9, precision 0.79, recall 0.63 without guidance (RAE paper, as public notes
+quote it). To check an installation: ADM's own samples admnet_guided_upsampled_imagenet256 have FID 3.94, sFID 6.14, IS
+215.84, precision 0.83, recall 0.53 (README of ADM's evaluator).
 
 All numbers are of the Inception network of 2015 that clean-fid fetches for `legacy_tensorflow`; no TensorFlow is
 needed. --features encoder gives the distance (FDD), precision and recall on a frozen encoder's mean patch tokens,

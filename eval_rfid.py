@@ -8,9 +8,9 @@ Models are RAE folders or Hub ids; run folders (their final/, else their newest 
 raw for the weights that are not averaged), also while the training goes on; diffusers' AutoencoderRAE, AutoencoderKL;
 and decoder files of the published code, with --published.encoder and what else these do not hold. Several are measured
 on the same images in one run. The published figures are rFIDs of the 50,000 ImageNet validation images, centre-cropped
-to 256 px, in the mode `legacy_tensorflow` (the default): 0.57 for dinov2_b. What makes two rFIDs comparable is kept
-fixed: the reference are the same images through the same crop, the Inception network is that of 2015, both sides are
-8-bit, every image counts once, and mode, number of images and rounding stand in the results.
+to 256 px, in the mode `legacy_tensorflow` (the default): 0.57 for DINOv2-B (RAE paper). What makes two rFIDs
+comparable is kept fixed: the reference are the same images through the same crop, the Inception network is that of
+2015, both sides are 8-bit, every image counts once, and mode, number of images and rounding stand in the results.
 
 In --output_dir: results.json, comparison.png (images, reconstructions and four times their difference, from the worst
 PSNR to the best), and with --save_images and --save_npz the reconstructions themselves. Of several models or noises

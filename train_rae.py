@@ -5,7 +5,8 @@
 Any setting of rae_suite/settings_rae.py can be given as a flag; `--help` lists them. The same command continues a run
 that was stopped. The method is that of arXiv 2510.11690. `--config configs/digits_tiny.yaml`, which is also read where
 there is no --config, trains on handwritten digits (`python scripts/prepare_data.py digits --output data/digits`) in
-about three minutes on two CPU cores and ends at 30 dB PSNR on held-out digits; configs/ has the published settings.
+about three minutes on two CPU cores and ends at 30 dB PSNR on held-out digits; configs/dinov2_b.yaml has the settings
+as published.
 """
 
 # ruff: noqa: E402

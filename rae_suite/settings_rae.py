@@ -106,7 +106,7 @@ class ModelConfig:
     """File with `mean` and `var` of the latents (.pt or .safetensors), of shapes that broadcast to (C, h, w); without a
     mean, nothing is subtracted. None: latents as they are."""
     train_position_embedding: bool = False
-    """Whether the decoder's position table learns."""
+    """Whether the decoder's position table learns: in the published loop it does, though the paper calls it fixed."""
     gradient_checkpointing: bool = False
     """Recompute the decoder's activations in the backward pass: less memory, about a third more compute."""
     attn_implementation: str = "sdpa"

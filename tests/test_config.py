@@ -69,6 +69,25 @@ def test_presets_parse_and_resolve_to_themselves(preset, tmp_path):
     assert f"--config configs/{preset.name}" in preset.read_text()
 
 
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_presets_name_the_sources_of_their_figures(preset):
+    """A header says whose the settings are, what was never trained, and where each figure comes from: the RAE paper has
+    none of PSNR. The preset that claims to be as published trains the position table, as the published loop does."""
+    text = preset.read_text()
+    header = " ".join(line.lstrip("# ") for line in text.split("\nmodel:")[0].splitlines())
+    if preset == settings_rae.DEFAULT_CONFIG:
+        return
+    as_published = "Settings: as published" in header
+    assert as_published == (preset.stem == "dinov2_b") and as_published != ("Settings: ours." in header)
+    assert "never trained to its end with this code" in header
+    for figure in re.findall(r"(?:rFID|PSNR)[^.]*? \d+\.\d+[^.]*\.[^.]*", header):
+        assert re.search(r"arXiv|README|issue", figure), figure
+    assert "PSNR" not in header or "2605.18324" in header or "2608.08676" in header
+    config = parse_config(["--config", str(preset)])
+    assert config.model.train_position_embedding == as_published
+    assert not as_published or config.model.noise_tau == 0.8
+
+
 def test_there_is_a_preset_to_test():
     """The default is one of the presets."""
     assert settings_rae.DEFAULT_CONFIG in PRESETS

@@ -1,11 +1,13 @@
 """The arrows of the layout: commands and scripts use rae_suite/, which uses modeling_*.py, and never the other way."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import yaml
 from conftest import ROOT
 
 COMMANDS = {"train_rae", "train_dit", "eval_rfid", "eval_fid", "linear_probe", "sample_dit"}
@@ -79,6 +81,45 @@ def test_the_readme_ends_with_the_tree():
     named = {line.split()[0] for line in tree.splitlines() if line.strip() and line.split()[0].endswith(".py")}
     files = {path.name for paths in FILES.values() for path in paths if path.name != "__init__.py"}
     assert files - named == set() and named - files == set()
+
+
+def project_version() -> str:
+    return re.search(r'^version = "(.+)"$', (ROOT / "pyproject.toml").read_text(), re.M)[1]
+
+
+def test_make_help_lists_every_target_and_the_version():
+    """Its text is that of the Makefile's targets, so none is forgotten; a target that is a file needs none."""
+    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    first, *lines = done.stdout.splitlines()
+    assert first == f"RAE suite {project_version()}"
+    targets = re.findall(r"^([\w./-]+):(?!=)", (ROOT / "Makefile").read_text(), re.M)
+    commands = [name for name in targets if not name.startswith(".") and "/" not in name]
+    assert [line.split()[:2] for line in lines] == [["make", name] for name in commands] and len(commands) > 10
+    assert all(len(line.split()) > 3 for line in lines)
+
+
+def test_the_version_stands_in_one_place():
+    """Only pyproject.toml says it; the change log has a part of that name, or is on its way to it."""
+    assert re.search(rf"^## (Unreleased|{re.escape(project_version())})", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    pattern = re.compile(r"^\W*(__)?version(__)?\W*[=:]\s*[\"']?\d+\.\d+", re.M)
+    files = [path for paths in FILES.values() for path in paths]
+    files += [ROOT / name for name in ("pyproject.toml", "CITATION.cff", "Makefile", "README.md")]
+    assert [path.name for path in files if pattern.search(path.read_text())] == ["pyproject.toml"]
+
+
+def test_what_github_reads():
+    """The workflow runs .ci/run, which can be executed; every form of an issue asks for something."""
+    folder = ROOT / ".github"
+    [job] = yaml.safe_load((folder / "workflows" / "ci.yml").read_text())["jobs"].values()
+    assert ".ci/run" in [step.get("run") for step in job["steps"]] and (ROOT / ".ci" / "run").stat().st_mode & 0o100
+    forms = sorted((folder / "ISSUE_TEMPLATE").glob("[!c]*.yml"))
+    assert len(forms) == 3
+    for form in (yaml.safe_load(path.read_text()) for path in forms):
+        assert {"name", "description", "body"} <= form.keys()
+        assert any(part.get("validations", {}).get("required") for part in form["body"])
+    [repository] = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"]
+    assert [hook["id"] for hook in repository["hooks"]] == ["ruff-check", "ruff-format"]
+    assert yaml.safe_load((ROOT / "CITATION.cff").read_text())["cff-version"] == "1.2.0"
 
 
 def test_each_shared_file_can_be_imported_first():
