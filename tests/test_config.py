@@ -31,6 +31,11 @@ NAMES_OF_METRICS = ", ".join(map(repr, METRICS))
 DIGITS = str(ROOT / "configs" / "digits_tiny.yaml")
 # presets of train_rae.py: the header's launch command says whose it is
 PRESETS = [path for path in sorted((ROOT / "configs").glob("*.yaml")) if "train_rae.py" in path.read_text()]
+DIT_PRESETS = [
+    path
+    for path in sorted((ROOT / "configs").glob("*.yaml"))
+    if "train_dit.py" in path.read_text() and path.stem != "ditdh_digits"
+]
 
 
 def write(path, text):
@@ -82,10 +87,19 @@ def test_presets_name_the_sources_of_their_figures(preset):
     assert "never trained to its end with this code" in header
     for figure in re.findall(r"(?:rFID|PSNR)[^.]*? \d+\.\d+[^.]*\.[^.]*", header):
         assert re.search(r"arXiv|README|issue", figure), figure
-    assert "PSNR" not in header or "2605.18324" in header or "2608.08676" in header
+    assert "PSNR" not in header or re.search(r"2605\.18324|2608\.08676|issue 13", header)
     config = parse_config(["--config", str(preset)])
     assert config.model.train_position_embedding == as_published
     assert not as_published or config.model.noise_tau == 0.8
+
+
+@pytest.mark.parametrize("preset", DIT_PRESETS, ids=lambda path: path.stem)
+def test_presets_of_stage_2_name_the_sources_of_their_figures(preset):
+    """A header says that the preset was never trained to its end, and where each figure comes from."""
+    header = " ".join(line.lstrip("# ") for line in preset.read_text().split("\nmodel:")[0].splitlines())
+    assert "never trained to its end with this code" in header
+    aim = header.split("Aim: ")[1].split("This preset")[0]
+    assert re.search(r"FID \d|FID of \d", aim) and re.search(r"paper|README|thread|ditdh_xl_512\.yaml", aim)
 
 
 def test_there_is_a_preset_to_test():
