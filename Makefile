@@ -46,7 +46,7 @@ soak: setup ## a tiny run of 30 minutes whose memory, open files and disk must s
 real-size: setup ## two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)
 	$(BIN)/python benchmarks/real_size.py
 
-real-size-dit: setup ## two steps of a full-size DiT-DH-S on DINOv2-B's latents (6 GB memory, 10 GB disk)
+real-size-dit: setup ## two steps of the full-size DiT-DH-XL on DINOv2-B's latents, random weights (21 GB memory, 3 minutes on a CPU)
 	$(BIN)/python benchmarks/real_size_dit.py
 
 dit-step: setup ## a step of stage 2 beside the published one's, lever by lever (7 GB memory)

@@ -19,7 +19,7 @@
         one: the checkpoint's averaged copy of it may differ by rounding, and is refused when it differs by more.
 
     python scripts/convert_checkpoint.py --to rae --input my_autoencoder_rae --output my_rae
-    python scripts/convert_checkpoint.py --to diffusers --input runs/dinov2_b/final --output my_diffusers
+    python scripts/convert_checkpoint.py --to diffusers --input runs/dinov2_b_vitb/final --output my_diffusers
         What AutoencoderRAE cannot hold (a latent grid other than 16 x 16, a learnt position table, latents from several
         blocks, ...) is named and stops the conversion; --force converts the rest.
 
