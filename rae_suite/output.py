@@ -4,7 +4,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from tqdm import tqdm
@@ -68,7 +68,9 @@ def surviving_output() -> Iterator[None]:
     )
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")  # a path on the command line may be no UTF-8
+            stream.flush()  # reconfigure would do so too, and raise where the reader is gone
+            with suppress(OSError):  # a pipe that has taken a file's place cannot tell its position
+                stream.reconfigure(errors="backslashreplace")  # a path on the command line may be no UTF-8
     logging.basicConfig(format="%(message)s", handlers=[LinesAboveBars()])
     try:
         yield

@@ -57,10 +57,14 @@ SettingsLoader.add_implicit_resolver(FLOAT, EXPONENT, list("-+.0123456789"))
 
 
 class SettingsDumper(yaml.SafeDumper):
-    """Quotes text that SettingsLoader would take for a number."""
+    """Quotes text that SettingsLoader would take for a number, and the word none, which is_nothing would take for
+    nothing."""
 
 
 SettingsDumper.add_implicit_resolver(FLOAT, EXPONENT, list("-+.0123456789"))
+SettingsDumper.add_representer(
+    str, lambda dumper, text: dumper.represent_scalar(TEXT, text, style="'" if text.lower() == "none" else None)
+)
 
 
 def compose(text: str) -> Optional[yaml.Node]:

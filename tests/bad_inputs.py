@@ -387,9 +387,6 @@ def bombs() -> dict:
         + struct.pack("<I", 10)
         + bytes(4)
         + b"\xff\x3f\0" * 2,
-        "text_bomb.png": png(
-            WIDTH, HEIGHT, 8, 2, png_rows(picture()), chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(80_000_000), 9))
-        ),
     }
 
 

@@ -505,7 +505,8 @@ def test_card_with_results_of_eval_rfid(push, run_dir, images, monkeypatch, tmp_
     assert card.data.eval_results[0].dataset_type == images.name
     assert "split: validation; ADM centre crop to 32 pixels, 8 bit by round." in card.text
     picture = final.with_name("final-upload") / "reconstructions.png"
-    assert picture.read_bytes() == (results / "comparison-3.png").read_bytes()
+    comparison = results / Path(rows[3]["comparison"]).name
+    assert picture.read_bytes() == comparison.read_bytes()
 
     file, found = tmp_path / "changed.json", json.loads((results / "results.json").read_text())
     file.write_text(json.dumps({**found, "split": "all 60 images (no splits)"}))
@@ -519,10 +520,10 @@ def test_card_with_results_of_eval_rfid(push, run_dir, images, monkeypatch, tmp_
     other = run_dir / "hub" / "step-00000006"
     message = error_line(push(other, "--results", results / "results.json", "--dry_run"))
     assert "error: results: " in message and str(final) in message
-    (results / "comparison-3.png").rename(tmp_path / "elsewhere.png")
-    (results / "comparison-3.png").symlink_to(tmp_path / "elsewhere.png")
+    comparison.rename(tmp_path / "elsewhere.png")
+    comparison.symlink_to(tmp_path / "elsewhere.png")
     message = error_line(push(final, "--results", results / "results.json", "--dry_run"))
-    assert f"results: {results}/comparison-3.png is a link to {tmp_path}/elsewhere.png" in message
+    assert f"results: {comparison} is a link to {tmp_path}/elsewhere.png" in message
     for text in ("{}", "[1]", "{", '{"rows": [{"model": 3}]}'):
         (tmp_path / "bad.json").write_text(text)
         message = error_line(push(final, "--results", tmp_path / "bad.json", "--dry_run"))

@@ -64,7 +64,7 @@ def fail(run):
 def config(path, **changes):
     settings = dict(
         path=str(path), config_name=None, train_split="train", eval_split="validation", holdout_fraction=0.0,
-        image_column=None, label_column=None,
+        image_column=None, label_column=None, max_megapixels=1000,
     )  # fmt: skip
     return types.SimpleNamespace(**{**settings, **changes})
 
