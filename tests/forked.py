@@ -30,11 +30,13 @@ def forks() -> Any:
 
 
 def become_command(argv: list, output: Path, errors: Optional[Path] = None) -> None:
-    """In a forked process: what it prints goes to files, Ctrl-C interrupts it, and its workers start as usual."""
+    """In a forked process: what it prints goes to files, Ctrl-C interrupts it, SIGHUP ends it (also where the tests run
+    under nohup), and its workers start as usual."""
     multiprocessing.set_start_method("fork", force=True)
     for stream, file in ((1, output), (2, errors or output)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     sys.argv = argv
 
 

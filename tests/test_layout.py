@@ -89,7 +89,9 @@ def project_version() -> str:
 
 def test_make_help_lists_every_target_and_the_version():
     """Its text is that of the Makefile's targets, so none is forgotten; a target that is a file needs none."""
-    done = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
     first, *lines = done.stdout.splitlines()
     assert first == f"RAE suite {project_version()}"
     targets = re.findall(r"^([\w./-]+):(?!=)", (ROOT / "Makefile").read_text(), re.M)

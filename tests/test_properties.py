@@ -226,8 +226,8 @@ def values_of(key: str, kind: typing.Any) -> st.SearchStrategy:
         return st.lists(values_of(key, parts[0]), max_size=4, unique=True).map(lambda v: tuple(sorted(v)))
     if origin is tuple:
         return st.tuples(*(values_of(key, part) for part in parts))
-    if origin is dict and parts[1] is float:
-        return st.dictionaries(words, values_of(key, float), max_size=3)
+    if origin is dict and parts[1] is not typing.Any:
+        return st.dictionaries(words, values_of(key, parts[1]), max_size=3)
     if origin is dict:
         nested = st.recursive(plain_values, lambda v: st.lists(v, max_size=3) | st.dictionaries(words, v, max_size=3))
         return st.dictionaries(words, nested, max_size=3)
