@@ -30,7 +30,7 @@ demo-dit: setup data/digits ## train a diffusion transformer on the demo's laten
 		--num_inference_steps 25 --output_dir samples/ditdh_digits
 	$(BIN)/python scripts/judge_digits.py --samples samples/ditdh_digits --at_least 0.95
 
-test: setup ## run all tests (about 8 minutes on 2 cores)
+test: setup ## run all tests (about 12 minutes on 2 cores)
 	$(BIN)/python -m pytest
 
 docs-check: setup ## run the commands of README.md and docs/ on tiny data (10 minutes)
@@ -46,7 +46,7 @@ soak: setup ## a tiny run of 30 minutes whose memory, open files and disk must s
 real-size: setup ## two steps of the full-size dinov2_b preset (10 GB memory, 20 GB disk, 4 minutes on a CPU)
 	$(BIN)/python benchmarks/real_size.py
 
-real-size-dit: setup ## two steps of the full-size DiT-DH-XL on DINOv2-B's latents, random weights (21 GB memory, 3 minutes on a CPU)
+real-size-dit: setup ## two steps of the full-size DiT-DH-XL on DINOv2-B's latents, random weights (20 GB memory, 1 minute on a CPU)
 	$(BIN)/python benchmarks/real_size_dit.py
 
 dit-step: setup ## a step of stage 2 beside the published one's, lever by lever (7 GB memory)

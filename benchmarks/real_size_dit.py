@@ -1,6 +1,6 @@
 """Stage 2 at full size: optimisation steps of a DiT-DH on the latents of DINOv2-B.
 
-    python benchmarks/real_size_dit.py             (make real-size-dit; CPU: DiT-DH-XL, float32, 2 images, 21 GB memory)
+    python benchmarks/real_size_dit.py             (make real-size-dit; CPU: DiT-DH-XL, float32, 2 images, 20 GB memory)
     python benchmarks/real_size_dit.py --size S                                                         (6 GB memory)
     python benchmarks/real_size_dit.py --batch_size 128 --mixed_precision bf16 --compile --steps 10       (one GPU)
 
