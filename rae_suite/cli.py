@@ -15,6 +15,7 @@ from typing import Any, Optional, get_origin
 import yaml
 
 from rae_suite.errors import ConfigError, fail, scrub
+from rae_suite.output import surviving_output
 from rae_suite.values import compose, convert, dump, in_words, inner_type, metavar, node_of, plain_data, shorten, shown
 
 
@@ -36,7 +37,8 @@ def parse(
     """
     argv = sys.argv[1:] if argv is None else argv
     if not {"-h", "--help"}.isdisjoint(argv):
-        print(help_text(schema, prog, description, default_config))
+        with surviving_output():  # `| head` is no error
+            print(help_text(schema, prog, description, default_config))
         sys.exit(0)
     settings, values, origins = all_settings(schema), {}, {}
     try:

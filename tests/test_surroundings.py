@@ -109,6 +109,13 @@ def test_training_into_head(images, tmp_path):
     assert done.returncode == 0 and done.stdout.count("\n") == 2 and (tmp_path / "run/final").exists(), done
 
 
+def test_help_into_head():
+    """Whoever reads the first lines of the help sees those and no traceback."""
+    pipe = f"set -o pipefail; {sys.executable} train_dit.py --help | head -1"
+    done = subprocess.run(["bash", "-c", pipe], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.startswith("usage: train_dit.py"), done
+
+
 def test_streams_that_were_never_there():
     """`command >&- 2>&-`: what is opened next does not take their places."""
     code = (
