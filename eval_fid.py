@@ -145,9 +145,9 @@ def chosen_metrics(config: EvalFIDConfig, place: Optional[ReferencePlace]) -> tu
     """(metrics to measure, {metric that the reference lacks something for: what}). Raises ConfigError for a metric that
     was asked for by name and cannot be measured."""
     names = config.metrics or [n for n, metric in DRAWN_METRICS.items() if metric.features in config.features]
+    if place is not None and config.metrics:
+        place.check_has(names)
     lacking = {name: place.lacks(name) for name in names if place is not None and place.lacks(name)}
-    for name, reason in lacking.items() if config.metrics else ():
-        raise ConfigError(f"reference: {config.reference} does not do for {name}: {reason}")
     measured = [name for name in names if name not in lacking]
     if not measured:
         raise ConfigError(f"reference: {config.reference} does for no metric of features {', '.join(config.features)}")

@@ -23,27 +23,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_dit  # noqa: E402
+from benchmarks.sampling import build_rae  # noqa: E402
 from modeling_dit import PUBLISHED_HEAD, SIZES  # noqa: E402
-from modeling_rae import RAEConfig, RAEModel  # noqa: E402
 from rae_suite.labels import Classes  # noqa: E402
 from rae_suite.launch import build_accelerator  # noqa: E402
 from rae_suite.settings_dit import parse_config  # noqa: E402
 
 CLASSES, IMAGE_SIZE, STEPS_PER_EPOCH = 1000, 256, 1251  # of ImageNet-1k
 PARAMETERS = {"XL": 838_675_796}  # published, with 1,000 classes and the null label
-
-
-def random_rae() -> RAEModel:
-    """DINOv2-B, random, with a decoder that is never used."""
-    encoder = {"model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": 12}
-    config = RAEConfig(
-        encoder_config={**encoder, "num_attention_heads": 12, "image_size": 518, "patch_size": 14},
-        decoder_hidden_size=16,
-        decoder_num_hidden_layers=1,
-        decoder_num_attention_heads=1,
-        decoder_intermediate_size=16,
-    )
-    return RAEModel(config).eval().requires_grad_(False)
 
 
 def main() -> None:
@@ -66,7 +53,7 @@ def main() -> None:
     config = parse_config([str(part) for key, value in settings.items() for part in (f"--{key}", value)])
     accelerator = build_accelerator(config.train, ())
     torch.manual_seed(0)
-    run = train_dit.build_run(config, accelerator, random_rae(), Classes(CLASSES, None), STEPS_PER_EPOCH)
+    run = train_dit.build_run(config, accelerator, build_rae(12, 16, 1, 1), Classes(CLASSES, None), STEPS_PER_EPOCH)
     parameters = sum(p.numel() for p in run.dit.parameters())
     print(f"DiT-DH-{args.size}: {parameters:,} parameters")
     assert parameters == PARAMETERS.get(args.size, parameters)

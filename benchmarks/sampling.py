@@ -49,15 +49,15 @@ def build(size: str, head: bool) -> RAEDiTModel:
     return model
 
 
-def build_rae() -> RAEModel:
-    """A ViT-B decoder of DINOv2-B's latents; its encoder, which is not used, has one block."""
-    encoder = {"model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": 1}
+def build_rae(encoder_blocks: int, decoder_width: int, decoder_blocks: int, decoder_heads: int) -> RAEModel:
+    """An RAE of DINOv2-B's latents, random, with so many blocks of its encoder and a decoder of that size."""
+    encoder = {"model_type": "dinov2_with_registers", "hidden_size": 768, "num_hidden_layers": encoder_blocks}
     config = RAEConfig(
-        encoder_config={**encoder, "num_attention_heads": 12, "image_size": 224, "patch_size": 14},
-        decoder_hidden_size=768,
-        decoder_num_hidden_layers=12,
-        decoder_num_attention_heads=12,
-        decoder_intermediate_size=3072,
+        encoder_config={**encoder, "num_attention_heads": 12, "image_size": 518, "patch_size": 14},
+        decoder_hidden_size=decoder_width,
+        decoder_num_hidden_layers=decoder_blocks,
+        decoder_num_attention_heads=decoder_heads,
+        decoder_intermediate_size=4 * decoder_width,
     )
     return RAEModel(config).eval().requires_grad_(False)
 
@@ -157,7 +157,10 @@ def main(argv: Optional[list] = None) -> None:
     accelerator = Accelerator(mixed_precision=args.mixed_precision)
     share_cores(accelerator)
     torch.manual_seed(0)
-    networks = [network.to(accelerator.device) for network in (build(args.size, True), build("S", False), build_rae())]
+    networks = [
+        network.to(accelerator.device)
+        for network in (build(args.size, True), build("S", False), build_rae(1, 768, 12, 12))
+    ]
     print(f"DiT-DH-{args.size}, {args.batch_size} images, {args.points} points, {args.mixed_precision}")
     print(f"{'guidance':<34}{'here':>11}{'published':>11}{'times':>8}{'images/s':>12}{'passes':>8}{'guide':>7}")
     rows = measure(*networks, args, accelerator)

@@ -9,7 +9,6 @@ import torch
 from accelerate import Accelerator
 
 from rae_suite.autoencoders import Autoencoder
-from rae_suite.errors import ConfigError
 from rae_suite.flow import interpolate, velocity_loss, velocity_target
 from rae_suite.generation_metrics import (
     GenerationReference,
@@ -126,9 +125,7 @@ def open_comparison(
     metrics, place = [name for name in settings.metrics if name in DRAWN_METRICS], None
     if settings.reference is not None:
         place = open_reference(settings.reference, "eval.reference", num_workers)
-        for name in metrics:
-            if reason := place.lacks(name):
-                raise ConfigError(f"eval.reference: {settings.reference} does not do for {name}: {reason}")
+        place.check_has(metrics)
         if place.images is not None and any(DRAWN_METRICS[name].features == "encoder" for name in metrics):
             check_encoder_takes(rae, place.images)
     check_count(count[0], metrics, count[1], count[1])
@@ -160,8 +157,7 @@ def measure_set(comparison: Comparison, images: ImageSet, accelerator: Accelerat
     comparison.reference = comparison.reference or comparison.read()
     sets = [ImageStatistics(comparison.metrics, space, images.count, accelerator.device) for space in comparison.spaces]
     measure_images(images, sets, accelerator, batch_size, "measured")
-    return {name: value for part in sets for name, value in
-            generation_metrics(part, comparison.reference, accelerator).items()}  # fmt: skip
+    return values_of(sets, comparison, accelerator)
 
 
 @torch.no_grad()
@@ -184,8 +180,14 @@ def measure_drawn(
         images = draw(labels[[min(place, count - 1) for place in places]], [min(place, count - 1) for place in places])
         for part in sets if mine else ():
             part.update(images[: len(mine)], torch.tensor(mine))
-    values = {}
     for part in sets:
         part.merge_processes(accelerator)
+    return {**values_of(sets, comparison, accelerator), "num_generated": count}
+
+
+def values_of(sets: list, comparison: Comparison, accelerator: Accelerator) -> dict:
+    """The comparison's metrics of merged statistics, by name."""
+    values = {}
+    for part in sets:
         values |= generation_metrics(part, comparison.reference, accelerator)
-    return {**values, "num_generated": count}
+    return values

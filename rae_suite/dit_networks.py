@@ -24,6 +24,7 @@ from rae_suite.labels import Classes
 from rae_suite.latent_stats import LatentReader
 from rae_suite.launch import say
 from rae_suite.model_loading import load_rae
+from rae_suite.published_dit import read_published_start
 from rae_suite.rae_networks import compiled, give_latent_stats, read_latent_stats, save_rae
 from rae_suite.run_models import is_checkpoint, is_run_folder
 from rae_suite.settings_dit import DiTModelConfig, FlowConfig, LatentsConfig
@@ -100,12 +101,16 @@ def build_dit(model: DiTModelConfig, settings: dict, classes: Classes, seed: int
 
 
 def fill_from(dit: RAEDiTModel, source: str, classes: Classes) -> None:
-    """Take the weights of another model; its label table only where it is of the same classes. Raises ConfigError for a
-    model of another architecture."""
-    start, _, found = load_pipeline_parts(source, "model.init_from")
+    """Take the weights of another model, or of a file of the published code; its label table only where it is of the
+    same classes. Raises ConfigError for a model of another architecture."""
+    if Path(source).is_file():
+        start, class_names = read_published_start(Path(source), dit, "model.init_from"), None
+    else:
+        start, _, found = load_pipeline_parts(source, "model.init_from")
+        class_names = found.class_names
     state, own = start.state_dict(), dit.state_dict()
     (table,) = LABEL_TABLES & own.keys()
-    names = None if found.class_names is None else tuple(found.class_names.values())
+    names = None if class_names is None else tuple(class_names.values())
     others = bool(names and classes.names and names != classes.names)
     if table in state and (others or state[table].shape != own[table].shape):
         state[table] = own[table]

@@ -242,11 +242,12 @@ def write_text(path: Path, text: str) -> None:
         beside.write_text(text)
 
 
-def write_image_npz(path: Path, images: Iterable, count: int, size: int) -> None:
-    """Put an .npz of `count` images, uint8 (size, size, 3) each, in its place as arr_0. One image is in memory at a
-    time; a crash leaves the file before. Raises WriteError."""
-    with replacing(path) as beside, zipfile.ZipFile(beside, "w") as archive:
-        with archive.open("arr_0.npy", "w", force_zip64=True) as file:
+def write_image_npz(path: Path, images: Iterable, count: int, size: int, others: Optional[dict] = None) -> None:
+    """Put an .npz of `count` images, uint8 (size, size, 3) each, in its place as arr_0, with `others`, arrays by name.
+    One image is in memory at a time; a crash leaves the file before. Raises WriteError."""
+    with replacing(path) as beside:
+        np.savez(beside, **(others or {}))
+        with zipfile.ZipFile(beside, "a") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as file:
             header = {"descr": "|u1", "fortran_order": False, "shape": (count, size, size, 3)}
             np.lib.format.write_array_header_1_0(file, header)
             for image in images:

@@ -63,6 +63,12 @@ class ReferencePlace:
                 return f"it has `{others[0]}` and no `{STATISTICS[name][0]}`, which its images must not replace"
         return None
 
+    def check_has(self, names: Sequence) -> None:
+        """Raise ConfigError for a metric that cannot be measured with this reference."""
+        for name in names:
+            if reason := self.lacks(name):
+                raise ConfigError(f"{self.key}: {self.path} does not do for {name}: {reason}")
+
 
 def open_reference(path: str, key: str, num_workers: int = 0) -> ReferencePlace:
     """Look at a reference: an .npz file or a folder of images of one size. Raises ConfigError, about the setting `key`,

@@ -20,7 +20,7 @@ import torch
 from accelerate import Accelerator
 
 from rae_suite.errors import ConfigError, DataError, UnreadableImage, renamed_settings
-from rae_suite.files import NPZ_ERRORS, read_npz, writing
+from rae_suite.files import NPZ_ERRORS, read_npz, write_image_npz, writing
 from rae_suite.images import to_tensor
 from rae_suite.loaders import UnreadableLog, build_loader, collate, eval_loader
 from rae_suite.settings import ImagesConfig
@@ -141,17 +141,8 @@ class SharedArray:
         self.rows.flush()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
-            beside = self.file.with_name(f".{self.file.stem}.partial.npz")
             rows = np.searchsorted(self.chosen, index.numpy())
-            with writing(self.file):
-                np.savez(beside, **arrays)
-                with zipfile.ZipFile(beside, "a") as archive:
-                    with archive.open("arr_0.npy", "w", force_zip64=True) as stream:
-                        header = {"descr": "|u1", "fortran_order": False, "shape": (len(rows), *self.rows.shape[1:])}
-                        np.lib.format.write_array_header_1_0(stream, header)
-                        for row in rows:  # one by one: all of them may be more than the memory
-                            stream.write(self.rows[row].tobytes())
-                beside.replace(self.file)
+            write_image_npz(self.file, (self.rows[row] for row in rows), len(rows), self.rows.shape[1], arrays)
             self.rows_file.unlink()
 
 

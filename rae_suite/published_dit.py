@@ -98,6 +98,18 @@ def read_published_dit(
     return DiTSource(model, kind, notes)
 
 
+def read_published_start(path: Path, dit: RAEDiTModel, key: str) -> RAEDiTModel:
+    """The averaged weights in a published file or training checkpoint, as what `dit`, whose numbers of heads no file
+    holds, is to start from."""
+    try:
+        side = side_of_dit(read_saved(path, key)) or "published"
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{error}; expected {KINDS['published']}") from error
+    names = ("num_attention_heads", "head_num_layers", "head_num_attention_heads")
+    options = PublishedDiTOptions(**{name: getattr(dit.config, name) for name in names})
+    return read_published_dit(path, side, "ema", options, key, "model.").model
+
+
 def config_of_tensors(
     tensors: dict, what: str, options: PublishedDiTOptions, key: str, prefix: str
 ) -> tuple[dict, list]:

@@ -262,6 +262,13 @@ def good_images() -> list:
         ),
         ("animated.png", "animated PNG", animation("PNG"), photo, 0),
         ("text.png", "PNG with text", png(WIDTH, HEIGHT, 8, 2, png_rows(photo), chunk(b"tEXt", b"Title\0x")), photo, 0),
+        (
+            "text_bomb.png",
+            "PNG with a text that unpacks to 80 MB, which the picture does not depend on",
+            png(WIDTH, HEIGHT, 8, 2, png_rows(photo), chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(80_000_000), 9))),
+            photo,
+            0,
+        ),
         ("trailing.png", "PNG with other bytes after its end", encode("PNG") + b"tail" * 99, photo, 0),
         ("lossy.webp", "WebP", encode("WEBP", quality=95), photo, LOSSY),
         ("lossless.webp", "lossless WebP", encode("WEBP", lossless=True), photo, 0),

@@ -26,6 +26,7 @@ os.environ["HF_HOME"] = tempfile.mkdtemp(prefix="rae-tests-")  # what tests cach
 atexit.register(shutil.rmtree, os.environ["HF_HOME"], ignore_errors=True)
 
 from accelerate.state import AcceleratorState  # noqa: E402
+from inception_standin import save_standin  # noqa: E402
 
 from modeling_dit import RAEDiTModel  # noqa: E402
 from modeling_rae import RAEConfig, RAEModel  # noqa: E402
@@ -194,6 +195,14 @@ def tiny_rae(**settings) -> RAEModel:
         **{"encoder_config": encoder, "encoder_input_size": 32, "noise_tau": 0.5, **settings},
     )
     return RAEModel(config)
+
+
+@pytest.fixture(scope="session")
+def inception(tmp_path_factory) -> Path:
+    """File of a network with the parts of the real Inception's."""
+    path = tmp_path_factory.mktemp("inception") / "standin.pt"
+    save_standin(path)
+    return path
 
 
 def tiny_dit(seed: int = 0, **settings) -> RAEDiTModel:

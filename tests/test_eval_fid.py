@@ -12,7 +12,7 @@ import torch
 from accelerate import Accelerator
 from cleanfid.fid import frechet_distance
 from conftest import flags, run_command, tiny_rae
-from inception_standin import Inception, save_standin
+from inception_standin import Inception
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -45,13 +45,6 @@ def make_pictures(count: int, seed: int, strength: float = 60) -> np.ndarray:
     smooth = F.interpolate(torch.rand(count, 3, 3, 3, generator=generator), SIZE, mode="bilinear") * 200
     noisy = smooth + strength * torch.rand(count, 3, SIZE, SIZE, generator=generator)
     return noisy.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()
-
-
-@pytest.fixture(scope="module")
-def inception(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("inception") / "standin.pt"
-    save_standin(path)
-    return path
 
 
 @pytest.fixture(scope="module")

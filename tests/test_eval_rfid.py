@@ -12,7 +12,6 @@ from accelerate import Accelerator
 from cleanfid.fid import compare_folders, frechet_distance
 from cleanfid.inception_torchscript import InceptionV3W
 from conftest import TINY, flags, read_metrics, run_command, tiny_rae
-from inception_standin import save_standin
 from PIL import Image
 from torch import nn
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
@@ -32,13 +31,6 @@ from rae_suite.settings_rae import parse_config
 from rae_suite.splits import load_eval_images
 
 SIZE = 32  # pixels
-
-
-@pytest.fixture(scope="module")
-def inception(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("inception") / "standin.pt"
-    save_standin(path)
-    return path
 
 
 @pytest.fixture(scope="module")

@@ -184,7 +184,9 @@ def test_digits(digits_run, digits):
     ]
     right = sum(line["top1"] * line["num_samples"] for line in results["per_class"])
     assert right == pytest.approx(results["top1"] * 180)
-    assert len(results["sweep"]) >= 4  # beyond the asked-for rates where the best one is at their edge
+    sweep = results["sweep"]  # four as asked for, and one more rate, because the best one was at their edge
+    assert len(sweep) == 6 and [line["lr"] for line in sweep[:4]] == [0.3, 0.3, 1.0, 1.0]
+    assert results["chosen"] == choose(sweep, 143)  # a tenth of 1,437
     assert results["lr"] == results["sweep"][results["chosen"]]["lr"]
     assert results["num_train_samples"] == 1437 and results["precision"] == "no" and results["features"] == "mean"
     assert results["config"]["train"]["seed"] == 0 and results["versions"]["torch"] == torch.__version__.split("+")[0]

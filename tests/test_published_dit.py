@@ -226,6 +226,7 @@ def test_bad_input(rae, tmp_path):
         ("good", "published", "dit", ["--encoder", "x"], "--encoder: expected nothing"),
         ("good", "published", "dit", ["--weights", "ema"], "--weights: expected nothing with --from published"),
         ("good", "published", "rae", ["--encoder", "x"], "is a stage-2 model, expected"),
+        ("decoder", "published", "rae", ["--encoder", "x", "--rae", rae], "--rae: expected nothing unless --to dit"),
         ("good", "diffusers", "dit", [], "--from: expected published or training with a stage-2 model"),
         ("good", "dit", "rae", [], "--to: expected published with a stage-2 model"),
         ("good", "dit", "dit", [], "--to: expected another side"),

@@ -23,7 +23,6 @@ from conftest import (
     tiny_rae,
 )
 from harness import Training, differences
-from inception_standin import save_standin
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_streams import write_parquet
@@ -311,13 +310,20 @@ def test_images_without_labels_are_one_class(rae, images, tmp_path):
 
 
 def test_start_from_a_model_with_other_classes(whole, rae, images, tmp_path):
-    """`model.init_from` takes a run, its checkpoint or its final/; a label table of other classes is new."""
+    """`model.init_from` takes a run, its checkpoint, its final/ or a published file; a label table of other classes is
+    new."""
     run_dir, _ = whole
     start, _, _ = load_pipeline_parts(str(run_dir / "final"), "model")
     settings = {**PLAIN, "train.max_steps": 1, "optimizer.lr": 1e-20}
     table = "y_embedder.embedding_table.weight"
     names = {"same": [f"class_{i}" for i in range(4)], "other": [f"class_{i}" for i in range(5)]}
-    for name, source in (("same", run_dir), ("other", checkpoints(run_dir)[-1])):
+    torch.save({"ema": dict(start.state_dict()), "model": {}}, tmp_path / "ep-0000001.pt")
+    names["published"] = names["same"]
+    for name, source in (
+        ("same", run_dir),
+        ("other", checkpoints(run_dir)[-1]),
+        ("published", tmp_path / "ep-0000001.pt"),
+    ):
         changed = {"model.init_from": source, "model.class_names": json.dumps(names[name])}
         train(rae, images, tmp_path / name, settings, **changed)
         state = checkpoint_state(tmp_path / name)["model"]
@@ -325,7 +331,7 @@ def test_start_from_a_model_with_other_classes(whole, rae, images, tmp_path):
             if key != table:
                 torch.testing.assert_close(state[key], tensor, msg=key)
         assert len(state[table]) == len(names[name]) + 1
-        assert torch.allclose(state[table][:4], start.state_dict()[table][:4], atol=1e-6) == (name == "same")
+        assert torch.allclose(state[table][:4], start.state_dict()[table][:4], atol=1e-6) == (name != "other")
     done = train(rae, images, tmp_path / "wide", check=False, **{"model.init_from": run_dir, "model.hidden_size": 24})
     assert f"model.init_from: {run_dir} is of another architecture" in error_line(done.stderr)
 
@@ -375,10 +381,9 @@ def test_another_autoencoder_is_not_the_same_run(whole, rae, images, tmp_path):
 # -------------------------------------------------------------------------------------------------------- what is drawn
 
 
-def test_figures_in_training_are_those_afterwards(rae, images, tmp_path):
+def test_figures_in_training_are_those_afterwards(rae, images, inception, tmp_path):
     """The metrics of drawn images that a run writes are those that eval_fid.py has of the same images, drawn by
     sample_dit.py from final/; with a reference file, and with the held-out images."""
-    save_standin(tmp_path / "inception.pt")
     reference = np.stack([np.array(Image.open(file)) for file in sorted((images / "train").rglob("*.png"))])
     np.savez(tmp_path / "reference.npz", arr_0=reference[:, :32, :32])
     run_dir, names = tmp_path / "run", ["fid", "sfid", "is", "precision", "recall"]
@@ -387,7 +392,7 @@ def test_figures_in_training_are_those_afterwards(rae, images, tmp_path):
         "train.max_steps": 2,
         "eval.num_generated": 12,
         "eval.metrics": f"[loss, fdd, {', '.join(names)}]",
-        "eval.inception_path": tmp_path / "inception.pt",
+        "eval.inception_path": inception,
         "eval.reference": tmp_path / "reference.npz",
         "ema.decay": 0.5,
     }
@@ -395,13 +400,13 @@ def test_figures_in_training_are_those_afterwards(rae, images, tmp_path):
     found = read_metrics(run_dir)[-1]
     drawn = {"num_samples": 12, "batch_size": 4, "quantize": "round", "num_inference_steps": 3}
     at_once = {"eval.metrics": f"[{', '.join(names)}]", "eval.reference": tmp_path / "reference.npz"}
-    at_once |= {"eval.inception_path": tmp_path / "inception.pt"}
+    at_once |= {"eval.inception_path": inception}
     model = {"model": run_dir / "final", "output_dir": tmp_path / "drawn"}
     done = run_command("sample_dit.py", *flags({**model, **drawn, **at_once}))
     sampled = json.loads((tmp_path / "drawn/results.json").read_text())["metrics"]
     assert "Inception Score" in done.stdout and set(sampled) == set(names)
     for kind, metrics in (("inception", names), ("encoder", ["fdd"])):
-        more = {"inception": {"inception_path": tmp_path / "inception.pt"}, "encoder": {"encoder": run_dir / "rae"}}
+        more = {"inception": {"inception_path": inception}, "encoder": {"encoder": run_dir / "rae"}}
         output = tmp_path / kind
         run_command("eval_fid.py", *flags({"samples": tmp_path / "drawn", "reference": tmp_path / "reference.npz",
                     "features": f"[{kind}]", "output_dir": output, "num_workers": 0, **more[kind]}))  # fmt: skip
