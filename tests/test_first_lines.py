@@ -24,7 +24,9 @@ def rae(tmp_path_factory):
 
 
 def refused(*line, **variables) -> str:
-    """The one line of a command that does not start."""
+    """The one line of a command that does not start; a training script's run folder is one that is not there."""
+    if line[0].startswith("train_") and "--train.output_dir" not in line:
+        line = (*line, "--train.output_dir", "runs/not_there")
     done = run_command(*line, check=False, **variables)
     assert done.returncode == 2, done
     return error_line(done.stderr)

@@ -233,7 +233,7 @@ def test_passes(models, settings, guided, passes):
 def test_benchmark(models, tmp_path, new_accelerator, monkeypatch, capsys):
     """Each kind of guidance beside the published sampler: the same images, half the passes without guidance."""
     monkeypatch.setattr(benchmark, "build", lambda size, head: models["transformer" if head else "guide"])
-    monkeypatch.setattr(benchmark, "build_rae", lambda: models["rae"])
+    monkeypatch.setattr(benchmark, "build_rae", lambda *size: models["rae"])
     seen = []
     hook = models["transformer"].register_forward_pre_hook(lambda module, arguments: seen.append(len(arguments[0])))
     benchmark.main(["--points", "4", "--repeats", "1", "--json", str(tmp_path / "x.json")])
