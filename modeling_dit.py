@@ -126,10 +126,16 @@ def config_from_published(published: dict) -> dict:
 
 
 def config_to_published(config: dict) -> dict:
-    """The published config, with its class under `kind`, of a model with this config (an RAEDiTModel's `.config`).
-    Raises ValueError for what the two classes cannot express: a plain DiT without position table, RAEv2's model."""
-    if config["num_time_tokens"] is not None or config["prediction"] != "velocity":
-        raise ValueError("num_time_tokens, prediction: expected none and velocity, as in DiTwDDTHead and LightningDiT")
+    """The published config, with its class under `kind`, of a model with this config (an RAEDiTModel's `.config`): of
+    RAE's code, or of RAEv2's, whose class of a model with a base head is DiTwDDTHeadIG. Raises ValueError for what
+    these classes cannot express: a plain DiT without position table, another prediction than theirs."""
+    has_tokens = config["num_time_tokens"] is not None
+    predicted = "data" if has_tokens else "velocity"
+    if config["prediction"] != predicted:
+        whose = "RAEv2's model" if has_tokens else "DiTwDDTHead and LightningDiT"
+        raise ValueError(f"prediction: expected {predicted}, as of {whose}, got {config['prediction']}")
+    if has_tokens:
+        return _config_to_raev2(config)
     has_head = config["head_hidden_size"] is not None
     published = {theirs: config[ours] for ours, theirs in PUBLISHED_NAMES.items()}
     for ours, theirs in PUBLISHED_PAIRS.items():
@@ -139,6 +145,18 @@ def config_to_published(config: dict) -> dict:
     elif not config["use_pos_embed"]:
         raise ValueError("use_pos_embed: expected true, as in every published LightningDiT, got false")
     return {"kind": "DiTwDDTHead" if has_head else "LightningDiT", **published, "wo_shift": False}
+
+
+def _config_to_raev2(config: dict) -> dict:
+    """`config_to_published` for a model with conditions as tokens; their numbers are of `cond_arch`."""
+    shared = ("sample_size", "in_channels", "mlp_ratio", "num_classes")
+    published = {PUBLISHED_NAMES[ours]: config[ours] for ours in shared}
+    published |= {theirs: [config[ours], config[f"head_{ours}"]] for ours, theirs in PUBLISHED_PAIRS.items()}
+    published["patch_size"] = [1, 1]
+    published["cond_arch"] = {"num_t_tokens": config["num_time_tokens"], "num_c_tokens": config["num_class_tokens"]}
+    if config["base_num_layers"] is None:
+        return {"kind": "DiTwDDTHead", **published}
+    return {"kind": "DiTwDDTHeadIG", **published, "base_model_depth": config["base_num_layers"]}
 
 
 def _check_config(config: dict) -> None:

@@ -1,5 +1,5 @@
-"""The published code's stage-2 files, DiT-DH (its class DiTwDDTHead) and plain DiT (LightningDiT): reading, writing,
-and the proof that a written model is the one that was read.
+"""The published code's stage-2 files, DiT-DH (its class DiTwDDTHead), plain DiT (LightningDiT) and RAEv2's model
+(DiTwDDTHeadIG): reading, writing, and the proof that a written model is the one that was read.
 
 A published file is a dictionary of tensors; a training checkpoint has one under `ema` and one under `model`. Neither
 has a config: the sizes follow from the tensors' shapes, the numbers of attention heads from the rotary tables.
@@ -14,9 +14,9 @@ from typing import Any, Optional
 import torch
 import yaml
 
-from modeling_dit import PUBLISHED_HEAD, SIZES, RAEDiTModel, config_to_published
+from modeling_dit import PUBLISHED_HEAD, RAEV2, SIZES, RAEDiTModel, config_to_published
 from modeling_rae import RAEModel
-from rae_suite.dit_folders import CODE, INDEX, load_pipeline_parts, model_from_state, save_pipeline
+from rae_suite.dit_folders import CODE, INDEX, LABEL_TABLES, load_pipeline_parts, model_from_state, save_pipeline
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import read_saved
 from rae_suite.published_rae import training_weights
@@ -29,19 +29,26 @@ KINDS = {
 }
 PUBLISHED_RATIO = 4.0  # of every published MLP
 DROPOUT = 0.1  # of every published training run; no file holds it
-TABLE = "y_embedder.embedding_table.weight"
+RAEV2_SAMPLING = {
+    "num_inference_steps": 100,
+    "end": "zero",
+    "guidance_scale": 1.78,
+    "guidance_interval": (0.1, 1.0),
+}  # of its code's sampling config
 
 
 @dataclass
 class PublishedDiTOptions:
     """What a stage-2 file does not always show. Heads follow from rotary tables and, without those, from the published
-    sizes; the blocks of a head that is as wide as the backbone from nothing; a label table has a row for the null label
-    unless it has exactly `num_classes` rows."""
+    sizes; the blocks of a head that is as wide as the backbone from nothing; the blocks before RAEv2's base head are
+    the published eight unless `base_num_layers` says otherwise; a label table has a row for the null label unless it
+    has exactly `num_classes` rows."""
 
     num_classes: Optional[int] = None
     num_attention_heads: Optional[int] = None
     head_num_layers: Optional[int] = None
     head_num_attention_heads: Optional[int] = None
+    base_num_layers: Optional[int] = None
 
 
 @dataclass
@@ -105,7 +112,7 @@ def read_published_start(path: Path, dit: RAEDiTModel, key: str) -> RAEDiTModel:
         side = side_of_dit(read_saved(path, key)) or "published"
     except (OSError, ValueError) as error:
         raise ConfigError(f"{error}; expected {KINDS['published']}") from error
-    names = ("num_attention_heads", "head_num_layers", "head_num_attention_heads")
+    names = ("num_attention_heads", "head_num_layers", "head_num_attention_heads", "base_num_layers")
     options = PublishedDiTOptions(**{name: getattr(dit.config, name) for name in names})
     return read_published_dit(path, side, "ema", options, key, "model.").model
 
@@ -141,20 +148,22 @@ def config_of_tensors(
 def _sizes(shapes: dict, options: PublishedDiTOptions, key: str, prefix: str, what: str) -> dict:
     """What the shapes show. Raises KeyError for a tensor that is missing and ValueError for one of another rank."""
     has_head = "s_embedder.proj.weight" in shapes
+    tokens = _token_sizes(shapes, options, prefix, what)
     last_width, channels, patch, _ = shapes["x_embedder.proj.weight"]
     width = shapes["s_embedder.proj.weight"][0] if has_head else last_width
     widths = [shapes[f"blocks.{i}.attn.proj.weight"][0] for i in range(_count_blocks(shapes))]
     layers, head_layers = len(widths), None
     if has_head:
         layers, head_layers = _split_blocks(widths, width, last_width, options, prefix, what)
-    ropes = ("enc_feat_rope", "dec_feat_rope") if has_head else ("feat_rope",)
+    infix = "" if tokens else "feat_"
+    ropes = (f"enc_{infix}rope", f"dec_{infix}rope") if has_head else ("feat_rope",)
     head_dims = [shapes[f"{rope}.freqs_cos"][1] if f"{rope}.freqs_cos" in shapes else None for rope in ropes]
-    rows, _ = shapes[TABLE]
+    rows, _ = next(shapes[name] for name in LABEL_TABLES if name in shapes)
     classes = options.num_classes or rows - 1
     if classes not in (rows, rows - 1):
         raise ConfigError(f"{prefix}num_classes: the label table of {what} has {rows} rows, got {classes} classes")
     config = {
-        "sample_size": patch * _grid(shapes, ropes[0]),
+        "sample_size": patch * _grid(shapes, ropes[-1]),
         "in_channels": channels,
         "patch_size": patch,
         "hidden_size": width,
@@ -164,10 +173,11 @@ def _sizes(shapes: dict, options: PublishedDiTOptions, key: str, prefix: str, wh
         "num_classes": classes,
         "class_dropout_prob": DROPOUT if rows > classes else 0.0,
         "use_qk_norm": "blocks.0.attn.q_norm.weight" in shapes,
-        "use_swiglu": "blocks.0.mlp.w12.weight" in shapes,
+        "use_swiglu": "blocks.0.mlp.w3.weight" in shapes,
         "use_rms_norm": "blocks.0.norm1.weight" in shapes,
         "use_rope": head_dims[0] is not None,
         "use_pos_embed": "pos_embed" in shapes,
+        **tokens,
     }
     if has_head:
         config["head_hidden_size"], config["head_num_layers"] = last_width, head_layers
@@ -175,6 +185,22 @@ def _sizes(shapes: dict, options: PublishedDiTOptions, key: str, prefix: str, wh
             "head_num_attention_heads", last_width, head_layers, head_dims[1], options, prefix, what
         )
     return config
+
+
+def _token_sizes(shapes: dict, options: PublishedDiTOptions, prefix: str, what: str) -> dict:
+    """What a model with conditions as tokens, RAEv2's, has beside a DiT-DH's sizes; nothing for other models."""
+    if "t_embedder.learnable_tokens" not in shapes:
+        return {}
+    sizes = {
+        "num_time_tokens": shapes["t_embedder.learnable_tokens"][0],
+        "num_class_tokens": shapes["ctx_embedder.learnable_tokens"][0],
+        "prediction": "data",
+    }
+    if "base_final_layer.linear.weight" in shapes:
+        sizes["base_num_layers"] = options.base_num_layers or RAEV2["base_num_layers"]
+    elif options.base_num_layers is not None:
+        raise ConfigError(f"{prefix}base_num_layers: {what} has no base head, got {options.base_num_layers}")
+    return sizes
 
 
 def _count_blocks(shapes: dict) -> int:
@@ -235,8 +261,8 @@ def _mlp_ratio(shapes: dict, blocks: dict) -> float:
     """A ratio that gives the hidden widths of these blocks, {number: width}: the published one where it does."""
     low, high = 0.0, math.inf
     for number, width in blocks.items():
-        if f"blocks.{number}.mlp.w12.weight" in shapes:  # hidden = int(2/3 * int(width * ratio))
-            hidden = shapes[f"blocks.{number}.mlp.w12.weight"][0] // 2
+        if f"blocks.{number}.mlp.w3.weight" in shapes:  # hidden = int(2/3 * int(width * ratio))
+            hidden = shapes[f"blocks.{number}.mlp.w3.weight"][1]
             least, above = math.ceil(1.5 * hidden), math.ceil(1.5 * (hidden + 1))
         else:
             least = shapes[f"blocks.{number}.mlp.fc1.weight"][0]  # int(width * ratio)
@@ -259,7 +285,7 @@ def read_own_dit(path: Path, weights: str, key: str) -> tuple[DiTSource, Optiona
 def write_own_dit(source: DiTSource, rae: Optional[RAEModel], folder: Path) -> None:
     """A pipeline folder with the RAE, or without one a transformer's folder, which sample_dit.py takes with --rae."""
     if rae is not None:
-        save_pipeline(folder, source.model, rae, sampling={})
+        save_pipeline(folder, source.model, rae, sampling=RAEV2_SAMPLING if source.model.has_base_head else {})
         return
     source.model.save_pretrained(folder)
     (folder / CODE).write_bytes(Path(__file__).parent.parent.joinpath(CODE).read_bytes())

@@ -34,7 +34,7 @@
     python sample_dit.py --model ditdh_xl --num_samples 16
         A published diffusion transformer (stage 2) and the RAE on whose latents it was trained, with the published
         statistics (--stats stat.pt, if the RAE was converted without them), as a pipeline. Its sizes follow from its
-        tensors. Without --rae, as for a guide, a transformer's folder.
+        tensors. Without --rae, as for a guide, a transformer's folder. RAEv2's checkpoint.pt is read in the same way.
 
     python scripts/convert_checkpoint.py --to published --input runs/ditdh_xl/final --output published
         Writes stage2_model.pt, stage2_params.yaml (the published class and its parameters) and stat.pt, for a run its
@@ -51,6 +51,7 @@ input ends with one line and exit code 2. A CPU is enough: two minutes and 7 GB 
 
 import argparse
 import copy
+import dataclasses
 import json
 import os
 import sys
@@ -107,6 +108,7 @@ from rae_suite.published_rae import (
 from rae_suite.rae_networks import give_latent_stats, image_processor_json, read_latent_stats
 
 DIT_FILES = ("model_index.json", "config.json")  # one of which a stage-2 model's folder has
+DIT_OPTIONS = tuple(field.name for field in dataclasses.fields(PublishedDiTOptions))
 STAGE_2 = "dit"  # the side of this suite's stage-2 models: either it or another decides that a conversion is of stage 2
 TOLERANCE = 1e-4  # largest difference of a conversion that counts as right
 
@@ -192,7 +194,7 @@ def parse_arguments(argv: Optional[list]) -> argparse.Namespace:
     stage_2 = parser.add_argument_group("published stage-2 models (--to dit)")
     stage_2.add_argument("--rae", help="folder or Hub id of the RAE that goes with the model")
     stage_2.add_argument("--num_classes", type=int, help="rows of the label table (default: one fewer, the null label)")
-    for name in ("num_attention_heads", "head_num_layers", "head_num_attention_heads"):
+    for name in DIT_OPTIONS[1:]:
         stage_2.add_argument(f"--{name}", type=int, help="where the tensors do not show it")
     return parser.parse_args(argv)
 
@@ -471,7 +473,7 @@ def check_dit_arguments(args: argparse.Namespace) -> None:
         flag = "--to" if args.source == STAGE_2 else "--from"
         if other not in sides:
             raise ConfigError(f"{flag}: expected {' or '.join(sides)} with a stage-2 model, got {other}")
-    for name in ("rae", "num_classes", "num_attention_heads", "head_num_layers", "head_num_attention_heads"):
+    for name in ("rae", *DIT_OPTIONS):
         value = getattr(args, name)
         if value is not None and args.target != STAGE_2:
             raise ConfigError(f"--{name}: expected nothing unless --to {STAGE_2}, got {value}")
@@ -513,8 +515,7 @@ def read_dit(args: argparse.Namespace) -> tuple:
         return read_own_dit(args.input, args.weights or "ema", "--input")
     if args.source == "published" and args.weights is not None:
         raise ConfigError(f"--weights: expected nothing with --from published, which has one set, got {args.weights}")
-    names = ("num_classes", "num_attention_heads", "head_num_layers", "head_num_attention_heads")
-    options = PublishedDiTOptions(**{name: getattr(args, name) for name in names})
+    options = PublishedDiTOptions(**{name: getattr(args, name) for name in DIT_OPTIONS})
     source = read_published_dit(args.input, args.source, args.weights or "ema", options, "--input", "--")
     if args.rae is None:
         return source, None
@@ -571,6 +572,7 @@ def dit_rows(report: dict) -> list:
         ("to", report["to"]),
         ("backbone", part("")),
         ("head", "none" if config["head_hidden_size"] is None else part("head_")),
+        ("base head", "none" if (base := config["base_num_layers"]) is None else f"after {base} blocks"),
         ("parameters", f"{report['parameters']:,}"),
         ("latents", "{in_channels} x {sample_size} x {sample_size}".format(**config)),
         ("classes", str(config["num_classes"])),

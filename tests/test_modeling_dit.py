@@ -316,6 +316,8 @@ def test_what_published_classes_cannot_express():
         config_from_published({k: v for k, v in PUBLISHED.items() if k != "depth"})
     with pytest.raises(ValueError, match="use_pos_embed"):
         config_to_published(build(BASE, use_pos_embed=False).config)
+    with pytest.raises(ValueError, match="prediction: expected velocity, as of DiTwDDTHead and LightningDiT, got data"):
+        config_to_published(build(BASE, prediction="data").config)
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from conftest import checkpoint_state, error_line, flags, read_metrics, run_command, same, tiny_dit, tiny_rae
+import yaml
+from conftest import ROOT, checkpoint_state, error_line, flags, read_metrics, run_command, same, tiny_dit, tiny_rae
 from diffusers import FlowMatchEulerDiscreteScheduler
 from safetensors.torch import load_file
 from test_train_dit import PLAIN, TINY, rae, train  # noqa: F401
@@ -22,8 +23,10 @@ from modeling_dit import (
 )
 from rae_suite.cli import read_yaml
 from rae_suite.dit_folders import load_pipeline_parts, model_from_state, save_pipeline
+from rae_suite.errors import ConfigError
 from rae_suite.flow import interpolate, prediction_loss, velocity_target
 from rae_suite.generation import count_passes, draw_latents
+from rae_suite.published_dit import PublishedDiTOptions, config_of_tensors
 from rae_suite.settings_dit import SamplingConfig, parse_config
 
 TOKENS = dict(
@@ -295,6 +298,53 @@ def test_gradient_checkpointing_and_compilation():
         block.register_forward_pre_hook(lambda module, arguments: calls.append(1))
     model.enable_gradient_checkpointing()
     assert same(gradients(model), expected) and len(calls) == 2 * len(model.blocks)
+
+
+# The published checkpoint ---------------------------------------------------------------------------------------------
+
+
+def convert(target, path, output, *arguments, check=True):
+    line = ("--to", target, "--input", path, "--output", output, *arguments)
+    return run_command("scripts/convert_checkpoint.py", *line, check=check)
+
+
+def test_the_published_checkpoint_draws_with_one_command(parts, tmp_path):
+    """Its averaged weights and sizes from the tensors, as a pipeline that draws as the published sampling config does;
+    and back, under the same names."""
+    model, rae_folder = fill(tiny_dit(**{**TOKENS, "num_class_tokens": 3})), tmp_path / "rae"
+    parts["rae"].save_pretrained(rae_folder)
+    raw = {f"module.{name}": tensor + 1 for name, tensor in model.state_dict().items()}
+    torch.save({"step": 9, "epoch": 1, "model": raw, "ema": model.state_dict(), "optimizer": {}}, tmp_path / "c.pt")
+    line = ("dit", tmp_path / "c.pt", tmp_path / "dit", "--rae", rae_folder, "--base_num_layers")
+    done = convert(*line, 2)
+    assert "averaged weights" in done.stdout and "after 2 blocks" in done.stdout
+    found, _, settings = load_pipeline_parts(str(tmp_path / "dit"), "--model")
+    names = (*CONFIG, *TOKENS)
+    assert {name: found.config[name] for name in names} == {name: model.config[name] for name in names}
+    assert same(dict(found.state_dict()), dict(model.state_dict()))
+    preset = read_yaml(ROOT / "configs/raev2_dinov3_l_k7.yaml")["sampling"]
+    assert {name: settings.sampling[name] for name in preset} == {**preset, "guidance_interval": (0.1, 1.0)}
+    convert("published", tmp_path / "dit", tmp_path / "back")
+    written = torch.load(tmp_path / "back/stage2_model.pt", weights_only=True)
+    assert same(written, dict(model.state_dict()))
+    params = yaml.safe_load((tmp_path / "back/stage2_params.yaml").read_text())
+    assert params["class"] == "DiTwDDTHeadIG" and params["params"]["base_model_depth"] == 2
+    assert params["params"]["cond_arch"] == {"num_t_tokens": 4, "num_c_tokens": 3}
+    refused = convert("dit", tmp_path / "c.pt", tmp_path / "other", check=False)  # eight blocks, as published
+    assert "base_num_layers: expected nothing without" in error_line(refused.stderr)
+
+
+def test_the_published_sizes_follow_from_the_tensors():
+    """Without a base head, and whatever the base head's place is asked to be, too."""
+    with torch.device("meta"):
+        states = {kind: RAEDiTModel(**{**RAEV2, **changes}).state_dict()
+                  for kind, changes in {"whole": {}, "without": {"base_num_layers": None}}.items()}  # fmt: skip
+    config, notes = config_of_tensors(states["whole"], "the file", PublishedDiTOptions(), "--input", "--")
+    assert {name: config[name] for name in RAEV2} == RAEV2 and "1001 rows: 1000 classes" in notes[0]
+    config, _ = config_of_tensors(states["without"], "the file", PublishedDiTOptions(), "--input", "--")
+    assert "base_num_layers" not in config
+    with pytest.raises(ConfigError, match="--base_num_layers: the file has no base head, got 3"):
+        config_of_tensors(states["without"], "the file", PublishedDiTOptions(base_num_layers=3), "--input", "--")
 
 
 # Sampling -------------------------------------------------------------------------------------------------------------
