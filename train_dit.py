@@ -5,7 +5,7 @@
 Any setting of rae_suite/settings_dit.py can be given as a flag; `--help` lists them. The same command continues a run
 that was stopped. The method is that of arXiv 2510.11690, section on diffusion. `--config configs/ditdh_digits.yaml`
 trains on handwritten digits, on the autoencoder of train_rae.py's demo, in about four minutes on two CPU cores;
-configs/ has the published settings.
+configs/ has presets.
 """
 
 # ruff: noqa: E402
