@@ -251,7 +251,7 @@ def main() -> None:
     data = open_data(config, samples) if config.reference_data.path else None
     names, lacking = chosen_metrics(config, place)
     if samples is not None:
-        check_count(samples.count, names, samples.name, "samples")
+        check_count(samples.count, names, f"{samples.name} holds", "samples")
         output_dir = output_folder(config, sampled_in)
     encoder = load_encoder(config, [samples, data, place and place.images])
     spaces = build_spaces(names, config.inception_path, "inception_path", encoder, accelerator)

@@ -33,18 +33,19 @@ from modeling_rae import RAEModel
 from rae_suite.autoencoders import RAE
 from rae_suite.class_labels import balanced_labels
 from rae_suite.cli import with_settings
-from rae_suite.digests import weights_digest
-from rae_suite.dit_card import card_of_run
+from rae_suite.dit_card import card_of_run, sampling_words
 from rae_suite.dit_evaluation import Comparison, held_out_loss, measure_drawn, run_comparison
 from rae_suite.dit_folders import is_whole_pipeline, load_guide, save_pipeline
 from rae_suite.dit_networks import (
     build_dit,
-    check_settings,
     compile_networks,
     compute_latent_stats,
+    frozen_digests,
     keep_rae,
     model_settings,
     open_rae,
+    plan_dit,
+    read_start_weights,
     time_shift,
 )
 from rae_suite.ema import EMA
@@ -61,7 +62,9 @@ from rae_suite.flow import (
 )
 from rae_suite.generation import draw_images
 from rae_suite.hub import Publisher, check_hub
+from rae_suite.images import training_resize_size
 from rae_suite.labels import Classes, find_classes
+from rae_suite.latent_stats import encoder_autocast
 from rae_suite.launch import (
     build_accelerator,
     compute_deterministically,
@@ -73,7 +76,7 @@ from rae_suite.launch import (
     say,
 )
 from rae_suite.loaders import UnreadableLog, eval_loader
-from rae_suite.metric_names import GENERATION_METRICS
+from rae_suite.metric_names import DRAWN_METRICS, GENERATION_METRICS
 from rae_suite.optimizers import build_optimizer, check_optimizer, optimizer_lines
 from rae_suite.pictures import HEADING, GridLayout, class_grid
 from rae_suite.randomness import batch_place
@@ -95,7 +98,7 @@ from rae_suite.start_notes import batch_line, start_notes
 from rae_suite.steps import Steps, step_batches
 from rae_suite.stored_latents import latent_reader, open_latents
 from rae_suite.trackers import check_trackers, start_trackers
-from rae_suite.training_data import TrainingData, open_data, open_loader, write_shards
+from rae_suite.training_data import TrainingData, evaluated_on, open_data, open_loader, write_shards
 from rae_suite.updates import (
     StepRecord,
     apply_update,
@@ -145,16 +148,19 @@ class Run:
         return {"model": self.dit, "ema": self.ema, "optimizer": self.optimizer}
 
 
-def build_run(config: Config, accelerator: Accelerator, rae: RAEModel, classes: Classes, steps_per_epoch: int) -> Run:
-    """Build the transformer and its optimizer and prepare them for the devices at hand."""
+def build_run(
+    config: Config,
+    accelerator: Accelerator,
+    rae: RAEModel,
+    classes: Classes,
+    steps_per_epoch: int,
+    start: dict,
+    guide: Optional[RAEDiTModel],
+) -> Run:
+    """Build the transformer, with the weights `start` in it, and its optimizer, and prepare them for the devices at
+    hand."""
     rae = rae.to(accelerator.device).eval()
-    frozen = {"model.rae": weights_digest(rae, ("decoder.", "latent_"))}
-    if rae.config.use_latent_stats:
-        frozen["latents.stats"] = weights_digest(rae, ("decoder.", "encoder."))
-    shift, settings = time_shift(config.flow, rae), model_settings(config.model, rae, classes)
-    dit = build_dit(config.model, settings, classes, config.train.seed)
-    guide = load_guide(config.sampling.guide, None, dit, rae, "sampling.guide")
-    guide = None if guide is None else guide.to(accelerator.device)
+    dit = build_dit(config.model, model_settings(config.model, rae, classes), start, config.train.seed)
     sharded = is_sharded(accelerator)
     model = shard(dit, accelerator) if sharded else accelerator.prepare(dit)
     dit = accelerator.unwrap_model(model)
@@ -169,10 +175,10 @@ def build_run(config: Config, accelerator: Accelerator, rae: RAEModel, classes: 
         optimizer=optimizer,
         ema=EMA(dit, config.ema.decay, config.ema.warmup),
         classes=classes,
-        shift=shift,
-        guide=guide,
+        shift=time_shift(config.flow, rae),
+        guide=None if guide is None else guide.to(accelerator.device),
         steps_per_epoch=steps_per_epoch,
-        frozen=frozen,
+        frozen=frozen_digests(rae),
     )
 
 
@@ -184,8 +190,7 @@ def build_run(config: Config, accelerator: Accelerator, rae: RAEModel, classes: 
 @torch.no_grad()
 def encode(run: Run, pixels: torch.Tensor) -> torch.Tensor:
     """Pixels (B, 3, S, S) in [0, 1] to normalised latents (B, C, h, w), float32, outside of the run's own autocast."""
-    bf16 = run.config.latents.encoder_precision == "bf16"
-    with torch.autocast(pixels.device.type, torch.bfloat16, enabled=bf16):
+    with encoder_autocast(run.config.latents.encoder_precision, pixels.device):
         return run.rae.encode(pixels, add_noise=False).latent.float()
 
 
@@ -263,14 +268,14 @@ class Evaluation:
     comparison: Comparison
 
 
-def build_evaluation(run: Run, images: ImageSource, comparison: Comparison) -> Evaluation:
+def build_evaluation(run: Run, images: ImageSource, classes: Classes, comparison: Comparison) -> Evaluation:
     config, accelerator, size = run.config, run.accelerator, run.rae.config.image_size
     batch, workers, num_samples = config.eval.batch_size, config.data.num_workers, config.eval.num_samples
     processes = accelerator.process_index, accelerator.num_processes
     loader = eval_loader(images, size, batch, workers, *processes, num_samples)
     return Evaluation(
         loader,
-        find_classes(images, config.model.num_classes, config.model.class_names, "data.eval_split"),
+        classes,
         balanced_labels(config.eval.num_generated, range(run.classes.num), config.train.seed),
         comparison,
     )
@@ -293,9 +298,12 @@ def evaluate(run: Run, evaluation: Evaluation, log: RunLog) -> None:
         measure(run, evaluation, log, "raw")
     values = measure(run, evaluation, log, "ema")
     shown = ", ".join(f"{name} {values[name]:.4f}" for name in run.config.eval.metrics)
-    say(run.accelerator, f"step {log.state.step}: {shown} (EMA, {values['num_samples']} images)")
-    best = run.config.eval.best_metric
-    if log.is_best(best, values[best], GENERATION_METRICS[best].higher_is_better, values["num_samples"]):
+    held_out, drawn = f"{values['num_samples']} images", f"{values.get('num_generated')} drawn images"
+    measured = [held_out, *([drawn] if evaluation.comparison.metrics else [])]
+    say(run.accelerator, f"step {log.state.step}: {shown} (EMA, {', '.join(measured)})")
+    best, sampling = run.config.eval.best_metric, asdict(run.config.sampling)
+    of = f"{drawn}, {sampling_words(sampling, run.dit.has_base_head)}" if best in DRAWN_METRICS else held_out
+    if log.is_best(best, values[best], GENERATION_METRICS[best].higher_is_better, of):
         export(run, log, log.run_dir / "best")
 
 
@@ -304,17 +312,9 @@ def measure(run: Run, evaluation: Evaluation, log: RunLog, weights: str) -> dict
     config, accelerator, values = run.config, run.accelerator, {}
     times = partial(training_times, distribution=config.flow.time_distribution, shift=run.shift)
     with run.ema.applied() if weights == "ema" else nullcontext():
-        values = held_out_loss(
-            run.dit,
-            partial(encode, run),
-            evaluation.loader,
-            evaluation.classes,
-            times,
-            config.train.seed,
-            accelerator,
-            log.unreadable.add,
-            run.sharded,
-        )
+        held_out, seed, unreadable = (evaluation.loader, evaluation.classes), config.train.seed, log.unreadable.add
+        encoder = partial(encode, run)
+        values = held_out_loss(run.dit, encoder, *held_out, times, seed, accelerator, unreadable, run.sharded)
         if evaluation.comparison.metrics:
             size, drawn = config.eval.batch_size, partial(draw, run)
             values |= measure_drawn(evaluation.comparison, drawn, evaluation.labels, size, accelerator)
@@ -349,18 +349,9 @@ def export(run: Run, log: RunLog, folder: Path) -> None:
             if main:
                 sampling = {**asdict(config.sampling), "shift": run.shift}
                 card, picture = card_of_run(config, folder, log.run_dir, log.state.step, run.dit.config, run.rae.config)
-                save_pipeline(
-                    beside,
-                    run.dit,
-                    run.rae,
-                    state=state,
-                    guide=run.guide,
-                    class_names=run.classes.names,
-                    sampling=sampling,
-                    card=card,
-                    picture=picture,
-                    rae_id=config.model.rae,
-                )
+                about = {"class_names": run.classes.names, "sampling": sampling, "rae_id": config.model.rae}
+                about |= {"card": card, "picture": picture}
+                save_pipeline(beside, run.dit, run.rae, state=state, guide=run.guide, **about)
 
     write_folder(folder, write, main, run.accelerator.wait_for_everyone)
 
@@ -425,8 +416,10 @@ def main() -> None:
     data.latents = open_latents(config, rae, data.images)
     classes = find_classes(data.images, config.model.num_classes, config.model.class_names, "data.train_split")
     config = with_settings(config, {"model.num_classes": classes.num, "model.class_names": classes.names})
-    check_settings(model_settings(config.model, rae, classes))
-    check_hub(config.hub, config.model.rae)
+    eval_classes = find_classes(data.eval_images, classes.num, classes.names, "data.eval_split")
+    training_resize_size(rae.config.image_size, config.data.resize_size)
+    planned = plan_dit(model_settings(config.model, rae, classes))
+    check_hub(config.hub, rae.config.encoder_id)
     with error_names_setting("train.output_dir"):
         run_dir = check_run_folder(config)
     total_steps, final = data.total_steps(config.train), run_dir / "final"
@@ -434,6 +427,8 @@ def main() -> None:
         return
 
     check_trackers(config.logging.report_to, accelerator)
+    guide = load_guide(config.sampling.guide, None, planned, rae, "sampling.guide")
+    start = read_start_weights(config.model.init_from, planned, classes, run_dir)
     named_rae = RAE(config.model.rae, rae)
     comparison = run_comparison(config.eval, config.data, data.eval_images, named_rae, accelerator)
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
@@ -442,9 +437,11 @@ def main() -> None:
 
     # networks, and the state of an earlier part of this run
     if config.latents.stats == "compute":
-        compute_latent_stats(rae.to(accelerator.device), latent_reader(config, data, accelerator), run_dir)
-    schedule = stretched(config.lr_schedule, total_steps)
-    run = build_run(replace(config, lr_schedule=schedule), accelerator, rae, classes, data.steps_per_epoch)
+        reader = latent_reader(config, data.images, data.latents, accelerator)
+        compute_latent_stats(rae.to(accelerator.device), reader, run_dir, config.train.fork_from)
+    config_now = replace(config, lr_schedule=stretched(config.lr_schedule, total_steps))
+    run = build_run(config_now, accelerator, rae, classes, data.steps_per_epoch, start, guide)
+    del start
     run.frozen["data.latents"] = data.latents and data.latents.digest
     state, continued = continue_run(accelerator, config, run_dir, data, run.parts(), run.frozen)
     keep_rae(rae, run_dir, accelerator)
@@ -453,7 +450,7 @@ def main() -> None:
     loader = open_loader(data, config.data, config.train, accelerator, size, state.step, total_steps, lanes)
     unreadable = UnreadableLog(config.data.max_unreadable)
     log = RunLog(accelerator, run_dir, state, data.steps_per_epoch, unreadable, config.logging.report_to)
-    evaluation = build_evaluation(run, data.eval_images, comparison)
+    evaluation = build_evaluation(run, data.eval_images, eval_classes, comparison)
     log.forget_after(state.step if continued else -1)
     start_trackers(config, accelerator, run_dir, state.step)
     say(accelerator, describe(run, data, micro_batch, total_steps))
@@ -467,7 +464,7 @@ def main() -> None:
         if finished and not is_whole_pipeline(final):
             export(run, log, final)
     if finished and accelerator.is_main_process:
-        say(accelerator, log.summary(config.eval.metrics, "held-out images"))
+        say(accelerator, log.summary(config.eval.metrics, evaluated_on(config.data)))
     accelerator.end_training()
     if finished and publisher is not None:
         publisher.finish(final)  # the other processes are not kept waiting

@@ -91,7 +91,7 @@ from rae_suite.start_notes import batch_line, start_notes
 from rae_suite.start_weights import NEW_WEIGHTS, StartWeights, read_start_weights
 from rae_suite.steps import Steps, step_batches
 from rae_suite.trackers import check_trackers, start_trackers
-from rae_suite.training_data import TrainingData, open_data, open_loader, write_shards
+from rae_suite.training_data import TrainingData, evaluated_on, open_data, open_loader, write_shards
 from rae_suite.updates import (
     StepRecord,
     Update,
@@ -422,7 +422,7 @@ def evaluate(run: Run, evaluation: Evaluation, log: RunLog) -> None:
     say(run.accelerator, f"step {log.state.step}: {shown} (EMA, {values['num_samples']} images)")
     best = run.config.eval.best_metric
     count = values["/".join([*best.split("/")[:-1], "num_samples"])]
-    if log.is_best(best, values[best], metric_of(best).higher_is_better, count):
+    if log.is_best(best, values[best], metric_of(best).higher_is_better, f"{count} images"):
         export(run, log.run_dir / "best")
 
 
@@ -536,12 +536,13 @@ def main() -> None:
     distances = inception_metrics(inception, config.eval.inception_path, "eval.inception_path", accelerator)
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
 
+    lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
+    check_shared_folder(run_dir, lock)
+
     # networks, and the state of an earlier part of this run
     stretched_config = with_stretched_schedules(config, data.steps_per_epoch, total_steps)
     run = build_run(stretched_config, accelerator, rae_config, data.steps_per_epoch, start)
     del start
-    lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
-    check_shared_folder(run_dir, lock)
     state, continued = continue_run(accelerator, config, run_dir, data, run.parts(), run.frozen)
     write_shards(run_dir, data, accelerator.is_main_process)
     size, lanes = config.model.image_size, (state.stream or {}).get("lanes")
@@ -562,8 +563,7 @@ def main() -> None:
         if finished and not is_whole_model(final, CODE):
             export(run, final)
     if finished and accelerator.is_main_process:
-        images = "training images" if config.data.eval_split == config.data.train_split else "held-out images"
-        say(accelerator, log.summary(measured_names(config.eval), images))
+        say(accelerator, log.summary(measured_names(config.eval), evaluated_on(config.data)))
     accelerator.end_training()
     if finished and publisher is not None:
         publisher.finish(final)  # the other processes are not kept waiting

@@ -298,7 +298,7 @@ def measure(config: Config, repeats: int, levers: bool) -> dict:
     accelerator = build_accelerator(config.train, config.logging.report_to)
     device, size = accelerator.device, config.train.global_batch_size
     torch.manual_seed(0)
-    run = train_dit.build_run(config, accelerator, build_rae(), Classes(CLASSES, None), steps_per_epoch=1)
+    run = train_dit.build_run(config, accelerator, build_rae(), Classes(CLASSES, None), 1, {}, None)
     for part in (run.dit.final_layer.linear, *(block.adaLN_modulation[1] for block in run.dit.blocks)):
         nn.init.normal_(part.weight, std=0.02)  # or most gradients would be 0
     generator = torch.Generator().manual_seed(0)

@@ -53,7 +53,9 @@ def main() -> None:
     config = parse_config([str(part) for key, value in settings.items() for part in (f"--{key}", value)])
     accelerator = build_accelerator(config.train, ())
     torch.manual_seed(0)
-    run = train_dit.build_run(config, accelerator, build_rae(12, 16, 1, 1), Classes(CLASSES, None), STEPS_PER_EPOCH)
+    run = train_dit.build_run(
+        config, accelerator, build_rae(12, 16, 1, 1), Classes(CLASSES, None), STEPS_PER_EPOCH, {}, None
+    )
     parameters = sum(p.numel() for p in run.dit.parameters())
     print(f"DiT-DH-{args.size}: {parameters:,} parameters")
     assert parameters == PARAMETERS.get(args.size, parameters)

@@ -1,4 +1,4 @@
-"""Images per second of training's latents: read from shards, read from one file an image, and encoded on line.
+"""Images per second of training's latents: read from shards, read from one file an image, and encoded on the fly.
 
     python benchmarks/stored_latents.py                                   (make stored-latents; 5 minutes, 3 GB of disk)
     python benchmarks/stored_latents.py --folder /scratch --num_images 20000                     (a disk of your own)
@@ -162,10 +162,10 @@ def main() -> None:
         print(f"{args.num_images} images, {2 * 768 * 16 * 16 * 2 * args.num_images / 1e9:.2f} GB, batches of "
               f"{args.batch_size}, {args.workers} workers, torch {version('torch')}, {device.type}")  # fmt: skip
         rates = stored(Path(folder), info, images, args, device)
-        rates["encoded on line"] = on_line(Path(folder), args, device)
+        rates["encoded on the fly"] = on_line(Path(folder), args, device)
     print(f"{'':<28}{'images/s':>10}{'times':>8}")
     for name, rate in rates.items():
-        print(f"{name:<28}{rate:>10.0f}{rate / rates['encoded on line']:>8.1f}")
+        print(f"{name:<28}{rate:>10.0f}{rate / rates['encoded on the fly']:>8.1f}")
     if args.json:
         Path(args.json).write_text(json.dumps({**vars(args), "images_per_second": rates}, indent=1))
 

@@ -64,10 +64,11 @@ def _write_state(folder: Path, name: str, state: Any) -> None:
         (folder / f"{name}.json").write_text(json.dumps(state))
 
 
-def read_checkpoint(path: Path) -> dict:
-    """The states that save_checkpoint was given. Raises OSError or ValueError for files that cannot be read."""
+def read_checkpoint(path: Path, pattern: str = "*") -> dict:
+    """The states that save_checkpoint was given, of the files whose names match `pattern`. Raises OSError or ValueError
+    for files that cannot be read."""
     states = {}
-    for file in sorted(path.iterdir()):
+    for file in sorted(path.glob(pattern)):
         if file.suffix == ".json" and file.stem != "manifest":
             states[file.stem] = json.loads(file.read_text())
         elif file.suffix in (".pt", ".safetensors"):

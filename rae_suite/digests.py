@@ -8,6 +8,10 @@ from torch import nn
 
 from rae_suite.sharding import gather_to_cpu
 
+# settings of an RAE, beside the encoder's weights, that decide what its latents are before normalisation
+DECIDES_LATENTS = ("encoder_input_size", "encoder_layers", "encoder_add_spatial_mean", "encoder_keep_final_affine",
+                   "image_mean", "image_std")  # fmt: skip
+
 
 def weights_digest(network: nn.Module, without: tuple = ()) -> str:
     """SHA-256 of the weights, but those whose names begin with one of `without`: a key for what they computed."""
@@ -17,6 +21,18 @@ def weights_digest(network: nn.Module, without: tuple = ()) -> str:
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(gather_to_cpu(weight, keep=True).reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
+
+
+def encoder_settings_digest(rae: nn.Module) -> str:
+    """SHA-256 of an RAE's settings that, beside the encoder's weights, decide what its latents are."""
+    settings = json.dumps([getattr(rae.config, name) for name in DECIDES_LATENTS])
+    return hashlib.sha256(settings.encode()).hexdigest()
+
+
+def encoder_digest(rae: nn.Module) -> str:
+    """SHA-256 of all that an RAE's latents depend on before they are normalised."""
+    settings = json.dumps([getattr(rae.config, name) for name in DECIDES_LATENTS])
+    return hashlib.sha256((settings + weights_digest(rae, ("decoder.", "latent_"))).encode()).hexdigest()
 
 
 def latents_digest(model: nn.Module) -> str:

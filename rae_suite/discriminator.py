@@ -242,8 +242,6 @@ class DinoDiscriminator(nn.Module):
     ):
         super().__init__()
         width = vit.config.hidden_size
-        if kernel_size % 2 == 0:
-            raise ValueError(f"gan.kernel_size must be odd, got {kernel_size}")
         tokens = vit.embeddings.patch_embeddings.num_patches
         if 0 < tokens < kernel_size // 2:
             raise ValueError(f"gan.kernel_size: expected at most {2 * tokens + 1}, the backbone has {tokens} tokens")

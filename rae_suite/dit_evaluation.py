@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from rae_suite.autoencoders import Autoencoder
+from rae_suite.errors import DataError
 from rae_suite.flow import interpolate, velocity_loss, velocity_target
 from rae_suite.generation_metrics import (
     GenerationReference,
@@ -19,7 +20,13 @@ from rae_suite.generation_metrics import (
     measure_images,
     warn_of_few,
 )
-from rae_suite.generation_reference import check_count, open_reference, read_reference, reference_of_data
+from rae_suite.generation_reference import (
+    check_count,
+    given_statistics,
+    open_reference,
+    read_reference,
+    reference_of_data,
+)
 from rae_suite.image_sets import CroppedImages, ImageSet
 from rae_suite.labels import Classes
 from rae_suite.launch import to_device
@@ -31,7 +38,9 @@ from rae_suite.settings import ImagesConfig
 from rae_suite.settings_dit import DiTEvalConfig, DrawnEvalConfig
 from rae_suite.sources import ImageSource, SubsetSource
 
-FIXED_TIMES = 4  # at which the loss on held-out images is measured: the middles of as many parts of the distribution
+NUM_FIXED_TIMES = (
+    4  # at which the loss on held-out images is measured: the middles of as many parts of the distribution
+)
 
 
 @torch.no_grad()
@@ -46,7 +55,7 @@ def held_out_loss(
     on_unreadable: Callable,
     sharded: bool,
 ) -> dict:
-    """Mean loss over all images at FIXED_TIMES times, with noise that is a function of the seed, the image and the
+    """Mean loss over all images at NUM_FIXED_TIMES times, with noise that is a function of the seed, the image and the
     time: a curve of it shows the model alone, where the training loss shows the draws as well. Every process calls
     this.
 
@@ -60,12 +69,14 @@ def held_out_loss(
 
     Returns:
         `loss`; `loss_time1`, ... at each time, from data to noise; `num_samples`.
+
+    Raises:
+        DataError: no image can be read.
     """
-    names = [f"loss_time{k + 1}" for k in range(FIXED_TIMES)]
-    rows, unreadable = [], 0
+    names = [f"loss_time{k + 1}" for k in range(NUM_FIXED_TIMES)]
+    rows = []
     for batch in loader:
         on_unreadable(batch["unreadable"])
-        unreadable += len(batch["unreadable"])
         empty = len(batch["pixels"]) == 0
         if empty and not sharded:
             continue
@@ -76,15 +87,17 @@ def held_out_loss(
         row = {"index": index}
         for k, name in enumerate(names):
             noise = torch.stack([image_noise(latents[0], seed, i, k) for i in index.tolist()])
-            t = times(torch.full((len(latents),), (k + 0.5) / FIXED_TIMES, device=latents.device))
+            t = times(torch.full((len(latents),), (k + 0.5) / NUM_FIXED_TIMES, device=latents.device))
             with accelerator.autocast():
                 predicted = model(interpolate(latents, noise, t), t, labels).sample
             row[name] = velocity_loss(predicted, velocity_target(latents, noise, t, model.config.prediction))
         if not empty:
             rows.append(row)
-    table, _ = gather_rows(rows, ["index", *names], unreadable)
+    table, _ = gather_rows(rows, ["index", *names])
+    if len(table["index"]) == 0:
+        raise DataError("data.eval_split: none of the evaluation images can be read")
     means = {name: table[name].mean().item() for name in names}
-    return {"num_samples": len(table["index"]), "loss": sum(means.values()) / FIXED_TIMES, **means}
+    return {"num_samples": len(table["index"]), "loss": sum(means.values()) / NUM_FIXED_TIMES, **means}
 
 
 def image_noise(like: torch.Tensor, seed: int, index: int, k: int) -> torch.Tensor:
@@ -128,14 +141,15 @@ def open_comparison(
         place.check_has(metrics)
         if place.images is not None and any(DRAWN_METRICS[name].features == "encoder" for name in metrics):
             check_encoder_takes(rae, place.images)
-    check_count(count[0], metrics, count[1], count[1])
-    if held_out is not None:
-        check_count(held_out.count, metrics, held_out.name, "data.eval_split")
+    check_count(count[0], metrics, "the samples are", count[1])
+    if held_out is not None and place is None:
+        check_count(held_out.count, metrics, "the evaluation has", "data.eval_split")
     spaces = build_spaces(metrics, settings.inception_path, "eval.inception_path", rae, accelerator)
     if accelerator.is_main_process:
         warn_of_few(metrics, spaces, count[0])
     common = (metrics, spaces, accelerator, batch_size)
     if place is not None:
+        given_statistics(place, metrics, spaces)  # of other networks or damaged: not to be found after hours of drawing
         return Comparison(metrics, spaces, partial(read_reference, place, *common))
     if held_out is not None:
         return Comparison(metrics, spaces, partial(reference_of_data, held_out, *common, "data.eval_split"))

@@ -85,26 +85,34 @@ def open_reference(path: str, key: str, num_workers: int = 0) -> ReferencePlace:
     return ReferencePlace(path, key, images, names)
 
 
+def given_statistics(place: ReferencePlace, names: Sequence, spaces: Sequence) -> tuple[dict, str]:
+    """({distance's name: Reference} of those of the metrics `names` that stand in the file, what the file was made
+    from). Raises ConfigError for statistics of other features or networks."""
+    distances = [metric for space in spaces for name, metric in space.distances.items() if name in names]
+    given = [metric for metric in distances if place.in_file(metric.name)]
+    if not place.names:
+        return {}, "unknown"
+    kinds = [space.kind for space in spaces]
+    wanted = ("count", "made_from", *kinds, *(part for metric in given for part in STATISTICS[metric.name]))
+    _, arrays = read_npz(Path(place.path), place.key, wanted, EXPECTED)
+    for space in spaces:
+        check_network(arrays, space, place)
+    statistics = {
+        metric.name: given_reference(arrays, STATISTICS[metric.name], metric, place.path, place.key) for metric in given
+    }
+    return statistics, str(arrays.get("made_from", "unknown"))
+
+
 def read_reference(
     place: ReferencePlace, names: Sequence, spaces: Sequence, accelerator: Accelerator, batch_size: int
 ) -> GenerationReference:
     """What the metrics `names`, none of which the place lacks, need of it, on the features `spaces`. Every process
     calls this. Raises ConfigError for statistics of other features or networks, and for too few images."""
-    distances = [metric for space in spaces for name, metric in space.distances.items() if name in names]
-    given = [metric for metric in distances if place.in_file(metric.name)]
-    statistics, features, made_from = {}, {}, "unknown"
-    if place.names:
-        kinds = [space.kind for space in spaces]
-        wanted = ("count", "made_from", *kinds, *(part for metric in given for part in STATISTICS[metric.name]))
-        _, arrays = read_npz(Path(place.path), place.key, wanted, EXPECTED)
-        made_from = str(arrays.get("made_from", "unknown"))
-        for space in spaces:
-            check_network(arrays, space, place)
-        for metric in given:
-            statistics[metric.name] = given_reference(arrays, STATISTICS[metric.name], metric, place.path, place.key)
+    statistics, made_from = given_statistics(place, names, spaces)
+    features = {}
     computed = [name for name in names if DRAWN_METRICS[name].needs and name not in statistics]
     if computed:
-        check_count(place.images.count, computed, place.path, place.key)
+        check_count(place.images.count, computed, f"{place.path} holds", place.key)
         sets = [ImageStatistics(computed, space, place.images.count, accelerator.device) for space in spaces]
         measure_images(place.images, sets, accelerator, batch_size, "reference")
         of_images, features = references_of(sets)
@@ -131,7 +139,7 @@ def reference_of_data(
     """
     chosen = evenly_spread(range(images.count), NUM_IMAGES)
     wanted = [name for name in names if DRAWN_METRICS[name].needs]
-    check_count(images.count, wanted, images.name, key)
+    check_count(images.count, wanted, f"{images.name} holds", key)
     sets = [ImageStatistics(wanted, space, images.count, accelerator.device, kept=chosen) for space in spaces]
     array = None if save_to is None else SharedArray(save_to, chosen, images.height, accelerator)
     picked = torch.tensor(chosen)
@@ -142,7 +150,7 @@ def reference_of_data(
             array.add(index[shown], pixels[shown])
 
     measure_images(images, sets, accelerator, batch_size, "reference", keep)
-    check_count(sets[0].count, wanted, images.name, key)  # without unreadable ones
+    check_count(sets[0].count, wanted, f"{images.name} holds", key)  # without unreadable ones
     statistics, features = references_of(sets)
     if array is not None:
         arrays = {"count": np.int64(sets[0].count), "made_from": np.str_(images.name)}
@@ -171,12 +179,13 @@ def check_network(arrays: dict, space: FeatureSpace, place: ReferencePlace) -> N
         )
 
 
-def check_count(count: int, names: Sequence, path: str, key: str) -> None:
-    """Raise ConfigError, about the setting `key`, for fewer images than the metrics `names` are defined on."""
+def check_count(count: int, names: Sequence, what: str, key: str) -> None:
+    """Raise ConfigError, about the setting `key`, for fewer images than the metrics `names` are defined on. `what`: how
+    the sentence "... n images" begins."""
     needs = {"images": NEIGHBOURS + 1, "statistics": 2}
     needed = max([needs.get(DRAWN_METRICS[name].needs, 1) for name in names], default=1)
     if count < needed:
-        raise ConfigError(f"{key}: {path} holds {count} images, expected at least {needed} for {', '.join(names)}")
+        raise ConfigError(f"{key}: {what} {count} images, expected at least {needed} for {', '.join(names)}")
 
 
 def facts_of(path: str, made_from: str, images: Optional[ImageSet], statistics: dict, sources: dict) -> dict:

@@ -1,9 +1,14 @@
 """Exact mean and variance of an autoencoder's latents over images."""
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Optional
+
 import torch
 from accelerate import Accelerator
 
 from modeling_rae import RAEModel
+from rae_suite.digests import encoder_digest
 from rae_suite.errors import DataError, RunError
 from rae_suite.launch import data_errors_end_this_process, progress_bar, to_device
 from rae_suite.loaders import UnreadableLog, eval_loader
@@ -12,17 +17,38 @@ from rae_suite.settings import ImagesConfig
 from rae_suite.sources import ImageSource
 
 
+def encoder_autocast(precision: str, device: torch.device) -> torch.autocast:
+    """The context in which a frozen encoder runs in a `precision` of its own, "float32" or "bf16", whatever autocast is
+    on around it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+
+
 class LatentReader:
     """Goes through the images, centre-cropped, on all processes. With `flip` each image counts with its mirror image:
-    the published statistics flip at random, both ways is the exact value of that."""
+    the published statistics flip at random, both ways is the exact value of that. `autocast` makes the context of the
+    encoder's `precision`; None: the accelerator's."""
 
-    def __init__(self, images: ImageSource, data: ImagesConfig, batch_size: int, flip: bool, accelerator: Accelerator):
+    def __init__(
+        self,
+        images: ImageSource,
+        data: ImagesConfig,
+        batch_size: int,
+        flip: bool,
+        accelerator: Accelerator,
+        autocast: Optional[Callable[[], AbstractContextManager]] = None,
+        precision: Optional[str] = None,
+    ):
         self.images, self.data, self.accelerator = images, data, accelerator
         self.batch_size, self.flip = batch_size, flip
+        self.autocast, self.precision = autocast or accelerator.autocast, precision
         self.unreadable = UnreadableLog(data.max_unreadable)
 
+    def digest(self, model: RAEModel) -> str:
+        """What the statistics depend on: encoder and its precision, images, mirror images."""
+        return f"{encoder_digest(model)} {self.precision} {self.images.list_digest()} {self.flip}"
+
     @torch.no_grad()
-    def moments(self, model: RAEModel, normalize: bool, num_samples: int | None) -> tuple[Moments, int]:
+    def moments(self, model: RAEModel, normalize: bool, num_samples: Optional[int]) -> tuple[Moments, int]:
         """Moments of the model's latents (C, h, w), normalised or not, and the number of images that they are from. The
         same on all processes, which all call this."""
         accelerator = self.accelerator
@@ -44,13 +70,13 @@ class LatentReader:
                     continue
                 pixels = to_device(batch["pixels"], accelerator.device).float() / 255
                 for view in (pixels, pixels.flip(3)) if self.flip else (pixels,):
-                    with accelerator.autocast():
+                    with self.autocast():
                         latent = model.encode(view, normalize=normalize).latent
                     moments.update(latent)
         moments.merge_processes(accelerator)
         return moments, moments.count // (2 if self.flip else 1)
 
-    def stats(self, model: RAEModel, num_samples: int | None = None) -> tuple[dict, int]:
+    def stats(self, model: RAEModel, num_samples: Optional[int] = None) -> tuple[dict, int]:
         """`mean` and `var` of the latents without normalisation, float32 (C, h, w) on the CPU, and the number of
         images. Raises DataError for fewer than two images and RunError for values that are not finite."""
         moments, num_images = self.moments(model, False, num_samples)

@@ -4,9 +4,12 @@
     metrics.jsonl     one JSON object a line
     checkpoints/      step-*: complete state, the newest `train.keep_last`
     best, final       from_pretrained folders with the averaged weights
+    samples/, pairs/  pictures of each evaluation; curves.png and progress.png show all of them
+    shards.json       of a streamed run: the shards that it began with
+    rae, latent_stats.safetensors   of stage 2: the autoencoder and its statistics, with which the run trains
 
-Whatever is a folder is written beside its place and renamed: a half-written one is never taken for a whole one. It is
-on the disk before what it replaces goes.
+Folders are written beside their place, synced to disk and renamed, so a half-written folder is never taken for a whole
+one. The old folder is deleted after that.
 """
 
 import fcntl
@@ -52,7 +55,9 @@ CHECKPOINT_FORMAT = 1  # to be raised when older versions could not continue fro
 OLDER_STATE = {"format": 0, "images": None}
 # what a start leaves in a new run folder before the run has anything to show: it may be that of another run then
 LEFT_BY_A_START = {"config.yaml", SHARDS, "wandb_run_id.txt", "wandb", "mlflow_run_id.txt", "dvclive", "logs",
-                   "checkpoints", "hub.log", "hub"}  # fmt: skip
+                   "checkpoints", "hub.log", "hub", "rae", "latent_stats.safetensors"}  # fmt: skip
+# digests in RunState.frozen that older checkpoints lack
+OLDER_FROZEN = {"model.rae (settings of its encoder)"}
 
 
 @dataclass
@@ -117,12 +122,14 @@ def resolve_config(config: Any, accelerator: Accelerator) -> Any:
     if config.data.streaming and config.data.stream_lanes is None:
         fork = config.train.fork_from
         run_dir = Path(config.train.output_dir) if fork is None else Path(fork).parent.parent
-        began = None if is_nobodys(run_dir) else read_run_settings(run_dir / "config.yaml").get("data.stream_lanes")
+        began = (
+            None if belongs_to_no_run(run_dir) else read_run_settings(run_dir / "config.yaml").get("data.stream_lanes")
+        )
         values["data.stream_lanes"] = began or accelerator.num_processes * max(1, config.data.num_workers)
     return with_settings(config, values)
 
 
-def is_nobodys(run_dir: Path) -> bool:
+def belongs_to_no_run(run_dir: Path) -> bool:
     """Whether a folder is no run's: there is none, it has no config.yaml, or it has that of a run and nothing but what
     a start leaves that ended before the run had evaluated anything."""
     saved = run_dir / "config.yaml"
@@ -143,7 +150,7 @@ def check_run_folder(config: Any) -> Path:
     run_dir = Path(config.train.output_dir)
     saved = run_dir / "config.yaml"
     check_folder(config.train.output_dir, "train.output_dir")
-    if not is_nobodys(run_dir):
+    if not belongs_to_no_run(run_dir):
         check_same_config(config, saved)
         MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()  # or names the line that is damaged
     elif not saved.exists() and run_dir.exists() and any(not path.name.startswith(".") for path in run_dir.iterdir()):
@@ -246,13 +253,13 @@ def load_state(state: RunState, saved: dict) -> None:
         setattr(state, item.name, value)
 
 
-def load_checkpoint(path: Path, state: RunState, parts: dict, frozen: dict) -> None:
-    """Load the complete state into `state` and `parts`. Raises RunError, which names the checkpoint, when it cannot be
-    read, and ConfigError when it was trained with other `frozen` networks, {setting: digest}."""
+def load_checkpoint(path: Path, state: RunState, parts: dict, check: Callable[[RunState], None]) -> None:
+    """Load the complete state into `state` and `parts`. `check` is given the state before the parts are read, and
+    raises ConfigError for one of another run. Raises RunError, which names the checkpoint, when it cannot be read."""
     try:
+        load_state(state, read_checkpoint(path, "state.json")["state"])
+        check(state)
         saved = read_checkpoint(path)
-        load_state(state, saved["state"])
-        check_same_frozen(state, frozen, path)
         for name, part in parts.items():
             load_part(part, saved[name], name)
     except ConfigError:
@@ -262,14 +269,17 @@ def load_checkpoint(path: Path, state: RunState, parts: dict, frozen: dict) -> N
     state.format = CHECKPOINT_FORMAT
 
 
-def check_same_frozen(state: RunState, frozen: dict, path: Path) -> None:
-    """Raise ConfigError, which names them all, for frozen networks that are not those of the checkpoint `path`."""
-    changed = [setting for setting, digest in frozen.items() if state.frozen.get(setting) != digest]
+def check_same_frozen(state: RunState, frozen: dict, path: Path, way_out: str = "another train.output_dir or ") -> None:
+    """Raise ConfigError, which names them all, for frozen networks, {setting: digest}, that are not those of the
+    checkpoint `path`. `way_out`: what there is to choose beside the same networks."""
+    known = frozen.keys() - (OLDER_FROZEN - state.frozen.keys())
+    changed = [setting for setting in frozen if setting in known and state.frozen.get(setting) != frozen[setting]]
     if changed:
         what = "latents" if changed == ["data.latents"] else "weights"
+        what = "settings" if set(changed) <= OLDER_FROZEN else what
         raise ConfigError(
-            f"{', '.join(changed)}: the {what} are not those that {path} was trained with; choose another "
-            f"train.output_dir or the same {what}"
+            f"{', '.join(changed)}: the {what} are not those that {path} was trained with; choose {way_out}the same "
+            f"{what}"
         )
 
 
@@ -278,16 +288,19 @@ def continue_run(
 ) -> tuple[RunState, bool]:
     """The run's state and whether it continues: loaded, with its `parts`, from the newest whole checkpoint if there is
     one, else from the one that train.fork_from names. Raises RunError when all are damaged, and ConfigError when the
-    run began with other images or `frozen` networks (see load_checkpoint)."""
+    run began with other images or `frozen` networks, {setting: digest}."""
     state = RunState(frozen=frozen, num_images=data.num_images, images=data.list_digest)
     state.stream = None if data.batches is not None else {"shards": data.shards, "lanes": None}
     checkpoint = find_checkpoint(accelerator, run_dir, with_scaler(accelerator, parts))
     if checkpoint is None:
         return (state if config.train.fork_from is None else fork_run(accelerator, config, data, parts, frozen)), False
-    parts = with_scaler(accelerator, parts)
-    load_checkpoint(checkpoint, state, parts, frozen)
+
+    def check(saved: RunState) -> None:
+        check_same_frozen(saved, frozen, checkpoint)
+        check_same_images(saved, data, run_dir)
+
+    load_checkpoint(checkpoint, state, with_scaler(accelerator, parts), check)
     say(accelerator, f"continuing from {checkpoint}")
-    check_same_images(state, data, run_dir)
     state.images = data.list_digest
     return state, True
 
@@ -302,8 +315,9 @@ def fork_run(accelerator: Accelerator, config: Any, data: TrainingData, parts: d
         raise ConfigError(f"train.fork_from: {path} is damaged or of a run with other networks ({damage})")
     if (path / "scaler.json").exists():
         parts = with_scaler(accelerator, parts)
-    try:  # a fork may read latents where the other run encoded images
-        load_checkpoint(path, state, parts, {key: frozen[key] for key in frozen.keys() - {"data.latents"}})
+    same = {key: frozen[key] for key in frozen.keys() - {"data.latents"}}  # which may be read where images were encoded
+    try:
+        load_checkpoint(path, state, parts, lambda saved: check_same_frozen(saved, same, path, way_out=""))
         state.frozen = frozen
     except RunError as error:
         raise ConfigError(f"train.fork_from: {error}") from error

@@ -79,11 +79,11 @@ class RunLog:
             with writing(self.run_dir / "logs"):
                 show_picture(tracker, name, grid, self.state.step)
 
-    def is_best(self, metric: str, value: float, higher_is_better: bool, num_samples: int) -> bool:
-        """Whether `value`, of the averaged model, is the best so far among those that compare with it; it is then the
-        one to beat."""
+    def is_best(self, metric: str, value: float, higher_is_better: bool, images: str) -> bool:
+        """Whether `value`, of the averaged model, is the best so far among those that compare with it, which are of the
+        same `images`, in words; it is then the one to beat."""
         state, sign = self.state, 1 if higher_is_better else -1
-        best_of = f"{metric} of {num_samples} images"
+        best_of = f"{metric} of {images}"
         if state.best_of != best_of:  # a continued run may be evaluated otherwise
             state.best, state.best_of = None, best_of
         if not math.isfinite(value) or state.best is not None and sign * value <= sign * state.best:
@@ -96,7 +96,7 @@ class RunLog:
         evals = [line for line in self.file.read() if line["kind"] == "eval" and line["model"] == "ema"]
         rows = [f"{f'EMA model, {images}':<28}{'before':>10}{'after':>10}"]
         first, last = (evals[0], evals[-1]) if evals else ({}, {})  # the file may have been deleted
-        if first.get("num_samples") != last.get("num_samples"):
+        if any(first.get(count) != last.get(count) for count in ("num_samples", "num_generated")):
             first = {}  # not comparable
         for name in metrics:
             values = (line.get(name) for line in (first, last))

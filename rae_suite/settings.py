@@ -61,8 +61,6 @@ class ImagesConfig:
 class DataConfig(ImagesConfig):
     """Where the images come from, and how they are cropped for training. See rae_suite/splits.py."""
 
-    path: PathText = "data/digits"
-    """Folder of images, of class folders or of split folders, a `datasets` folder, or a Hub data set id."""
     resize_size: Optional[int] = setting(None, POSITIVE)
     """Shorter side in pixels before the random crop; none: 384 for 256 px images, else 1.5 times the image size."""
     crop: Literal["random", "center"] = "random"
@@ -92,12 +90,12 @@ class DataConfig(ImagesConfig):
     shard_retries: int = setting(3, AT_LEAST_0)
     """Repetitions of opening or reading a shard that failed, after 1, 4, 16, then 60 seconds."""
     max_unreadable_shards: int = setting(10, AT_LEAST_0)
-    """Distinct shards of a stream, or rests of them, that a process skips before the run stops."""
+    """Distinct shards of a stream, or their unread remainders, that a process skips before the run stops."""
 
 
 @dataclass
 class TrainConfig:
-    """The run."""
+    """Length, batch, precision, checkpoints and seed of a run."""
 
     output_dir: PathText = "runs/rae"
     """The run's folder. A run that finds its own checkpoints there goes on from the newest."""
@@ -118,16 +116,17 @@ class TrainConfig:
     """Threads of each process on a CPU, at most 16 for each of the machine's cores; none: the cores shared out among
     its processes. (accelerate launch leaves one thread.)"""
     compile: bool = False
-    """Whether torch.compile makes faster code of encoder, decoder, discriminator and LPIPS, each when a step first uses
-    it (minutes); evaluation stays as it is."""
+    """Whether torch.compile makes faster code of a step's networks, each when a step first uses it (minutes);
+    evaluation stays as it is."""
     tf32: bool = False
     """Whether a GPU may round the factors of float32 products and convolutions to TF32: faster, about 3 digits."""
     clip_grad_norm: Optional[float] = setting(None, POSITIVE)
-    """Largest L2 norm of the decoder's gradient; none: not clipped."""
+    """Largest L2 norm of the trained model's gradient (in stage 1 the decoder's); none: not clipped."""
     max_nonfinite_steps: int = setting(0, AT_LEAST_0)
     """Steps, in a row, that are skipped because a loss or a gradient is not finite, before the run stops; all that were
-    skipped are counted in metrics.jsonl. A skipped update changes no weight, moment or average. The two networks are
-    judged one after the other: the decoder keeps an update that was good when the discriminator's is skipped."""
+    skipped are counted in metrics.jsonl. A skipped update changes no weight, moment or average. In stage 1 decoder
+    and discriminator are judged one after the other: the decoder keeps an update that was good when the discriminator's
+    is skipped."""
     deterministic: bool = False
     """Whether a GPU computes the same bits each time, with the same hardware, versions and number of processes. It
     costs speed: cuDNN and attention take slower algorithms, new memory is filled. A CPU does so without it."""
@@ -202,7 +201,7 @@ class LoggingConfig:
     samples_every_steps: Optional[int] = setting(None, POSITIVE)
     """Steps between sample grids; none: at each evaluation."""
     num_samples: int = setting(8, POSITIVE)
-    """Images in a sample grid."""
+    """Images in a sample grid; in stage 2 classes, of each of which it shows several."""
     report_to: tuple[str, ...] = ("tensorboard",)
     """Trackers, as accelerate names them (tensorboard, wandb, mlflow, trackio, comet_ml, aim, clearml, dvclive,
     swanlab), and csv: a metrics.csv beside metrics.jsonl."""
@@ -228,9 +227,9 @@ class HubConfig:
     """Steps between uploads while training goes on; none: at the end only. One is left out while the one before is
     still on its way."""
     include_encoder: bool = True
-    """Whether the encoder's weights go up too; without them, they are fetched from model.encoder on loading."""
+    """Whether the encoder's weights go up too; without them, they are fetched from the encoder's Hub id on loading."""
     license: str = "apache-2.0"
-    """License of the decoder, as the Hub names it."""
+    """License of the model, as the Hub names it."""
     retries: int = setting(5, AT_LEAST_0)
     """Repetitions of an upload that failed, after 1, 4, 16, then 60 seconds."""
 
@@ -275,6 +274,7 @@ RESUMABLE_KEYS = (
     "logging.",
     "lr_schedule.stretch",
     "model.gradient_checkpointing",
+    "sampling.",
     "train.compile",
     "train.cpu_threads",
     "train.deterministic",
@@ -289,12 +289,14 @@ RESUMABLE_KEYS = (
 )
 
 
-# Where data and networks lie. They may move: what they hold is compared, see run_folder.py.
+# Where data and networks lie. They may move: what they hold is compared, see run_folder.py, but that of data.eval_path,
+# which decides no step.
 PLACE_KEYS = (
     "data.eval_path",
     "data.latents",
     "data.path",
     "gan.backbone",
+    "latents.stats",
     "model.encoder",
     "model.encoder_revision",
     "model.latent_stats",

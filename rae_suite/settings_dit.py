@@ -24,7 +24,7 @@ from rae_suite.settings import (
 )
 from rae_suite.values import PathText
 
-GenerationMetric = Literal[tuple(GENERATION_METRICS)]
+GenerationMetricName = Literal[tuple(GENERATION_METRICS)]
 TIMES = Limit(
     lambda interval: 0 <= interval[0] <= interval[1] <= 1, "two times in [0, 1], the least and the greatest, 1 is noise"
 )
@@ -165,7 +165,7 @@ class FlowConfig:
 
 @dataclass
 class DiTTrainConfig(TrainConfig):
-    """The run."""
+    """Length, batch, precision, checkpoints and seed of a run."""
 
     output_dir: PathText = "runs/dit"
     """The run's folder. A run that finds its own checkpoints there goes on from the newest."""
@@ -231,7 +231,7 @@ class DiTEvalConfig:
     """Steps between evaluations; wins over `every_epochs`."""
     every_epochs: float = setting(4.0, POSITIVE)
     """Epochs between evaluations."""
-    metrics: tuple[GenerationMetric, ...] = ("loss", "fdd")
+    metrics: tuple[GenerationMetricName, ...] = ("loss", "fdd")
     """loss: on held-out images at four fixed times and with fixed noise; of drawn images, as eval_fid.py measures them:
     fid, sfid, is, precision, recall on Inception features, fdd, precision_encoder, recall_encoder on the frozen
     encoder's."""
@@ -248,7 +248,7 @@ class DiTEvalConfig:
     """Images of one evaluation batch in each process."""
     raw: bool = False
     """Whether the weights without moving average are evaluated too."""
-    best_metric: GenerationMetric = "loss"
+    best_metric: GenerationMetricName = "loss"
     """Metric of the EMA model that decides what is copied to `best/`."""
 
 
@@ -292,6 +292,18 @@ def parse_config(argv: Optional[list] = None) -> Config:
     return parse(Config, "train_dit.py", "Train a diffusion transformer on RAE latents.", argv, check=check_config)
 
 
+def check_used_flow_and_eval(config: Config) -> None:
+    """Raise ConfigError for settings that others make useless."""
+    flow, evaluation, drawn = config.flow, config.eval, [m for m in config.eval.metrics if m in DRAWN_METRICS]
+    unshifted = flow.shift is None or flow.shift_base == FlowConfig().shift_base
+    require(unshifted, "flow.shift_base", "nothing with flow.shift", flow.shift_base)
+    check_used("eval.reference", evaluation.reference, bool(drawn), "eval.metrics has one of drawn images")
+    inception = any(DRAWN_METRICS[name].features == "inception" for name in drawn)
+    check_used(
+        "eval.inception_path", evaluation.inception_path, inception, "eval.metrics has one of Inception features"
+    )
+
+
 def check_config(config: Config) -> None:
     """Raise ConfigError for values that no run can use and that can be seen without loading anything."""
     best, metrics = config.eval.best_metric, config.eval.metrics
@@ -313,6 +325,12 @@ def check_config(config: Config) -> None:
         "a share above 0, because sampling.guidance_scale is another than 1",
         config.model.class_dropout_prob,
     )
+    check_used_flow_and_eval(config)
+    crop, resize_size = config.data.crop, config.data.resize_size
+    require(crop == "random" or resize_size is None, "data.resize_size", "nothing with data.crop center", resize_size)
+    if config.data.streaming:
+        expected = "a file of mean and var (scripts/compute_latent_stats.py) with data.streaming"
+        require(config.latents.stats != "compute", "latents.stats", expected, "compute")
     if config.data.latents is not None:
         require(not config.data.streaming, "data.latents", "nothing with data.streaming", config.data.latents)
         require(config.data.crop == "center", "data.crop", "center with data.latents", config.data.crop)

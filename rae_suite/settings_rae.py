@@ -42,7 +42,7 @@ from rae_suite.values import PathText
 
 DEFAULT_CONFIG = Path(__file__).parent.parent / "configs" / "digits_tiny.yaml"  # when no --config is given
 
-Metric = Literal[tuple(METRICS)]
+MetricName = Literal[tuple(METRICS)]
 
 
 BLOCKS = Limit(
@@ -164,7 +164,7 @@ class GANConfig:
     """Fields of transformers' ViTConfig, for random weights only; activation and epsilon are always DINO's."""
     key_depths: tuple[int, ...] = (2, 5, 8, 11)
     """Blocks (0-based) whose features are judged, beside the last one's."""
-    kernel_size: int = setting(9, POSITIVE)
+    kernel_size: int = setting(9, Limit(lambda size: size > 0 and size % 2 == 1, "an odd number"))
     """Width of the heads' residual convolution."""
     norm: Literal["per_sample", "group"] = "per_sample"
     """Normalisation in the heads."""
@@ -193,7 +193,7 @@ class EvalConfig:
     """Steps between evaluations; wins over `every_epochs`."""
     every_epochs: float = setting(1.0, POSITIVE)
     """Epochs between evaluations."""
-    metrics: tuple[Metric, ...] = ("psnr", "ssim", "lpips")
+    metrics: tuple[MetricName, ...] = ("psnr", "ssim", "lpips")
     """What is measured, on images rounded to 8 bit. rfid compares with published figures, rfid_clean resizes for
     Inception with antialiasing, rfdd is the Frechet distance on the frozen encoder's features, ms_ssim needs images of
     176 pixels or more."""

@@ -61,16 +61,20 @@ def sharded_as(target: torch.Tensor, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def load_tensors_into(own: dict, saved: dict, name: str) -> None:
-    """Copy saved whole tensors into those of a state dict, in place. Raises ValueError, about `name`, on other keys or
-    shapes."""
+    """Copy saved whole tensors into those of a state dict, in place. Raises ValueError as check_same_shapes."""
+    check_same_shapes(own, saved, name)
+    with torch.no_grad():
+        for key, tensor in own.items():
+            tensor.copy_(sharded_as(tensor, saved[key]))
+
+
+def check_same_shapes(own: dict, saved: dict, name: str) -> None:
+    """Raise ValueError, about `name`, unless two state dicts have the same keys and shapes."""
     own_shapes = {key: tuple(tensor.shape) for key, tensor in own.items()}
     shapes = {key: tuple(tensor.shape) for key, tensor in saved.items()}
     if own_shapes != shapes:
         key = next(k for k in sorted(own_shapes | shapes) if own_shapes.get(k) != shapes.get(k))
         raise ValueError(f"{name}: {key} has shape {shapes.get(key)}, the model's is {own_shapes.get(key)}")
-    with torch.no_grad():
-        for key, tensor in own.items():
-            tensor.copy_(sharded_as(tensor, saved[key]))
 
 
 def load_optimizer_state(optimizer: torch.optim.Optimizer, saved: dict) -> None:

@@ -28,8 +28,8 @@ def start_notes(config: Any, ema: EMA, steps_per_epoch: int, total_steps: int, s
         )
     if config.logging.every_steps > total_steps:
         notes.append(
-            f"logging.every_steps {config.logging.every_steps} is longer than the run of {total_steps} steps: no "
-            "losses will be written"
+            f"logging.every_steps {config.logging.every_steps} is longer than the run of {total_steps} steps: "
+            "losses of the first and the last step alone will be written"
         )
     warmup, end = decay_steps(config.lr_schedule, steps_per_epoch)
     if config.lr_schedule.warmup_from_zero and warmup >= total_steps:

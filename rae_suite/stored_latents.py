@@ -9,22 +9,21 @@
 Image i is row i % shard_images of shard i // shard_images. An image that could not be read has a row of zeros.
 """
 
-import hashlib
 import json
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import safe_open
 
-from rae_suite.digests import weights_digest
+from rae_suite.digests import encoder_digest
 from rae_suite.errors import ConfigError, DataError
 from rae_suite.images import TrainingView
-from rae_suite.latent_stats import LatentReader
+from rae_suite.latent_stats import LatentReader, encoder_autocast
 from rae_suite.loaders import TrainBatches, build_loader, label_of, too_many_in_a_row
 from rae_suite.moments import Moments
 from rae_suite.randomness import CROP_STREAM
@@ -37,15 +36,6 @@ DTYPES = {"float32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float1
 # of latents.json, what a folder must have in common with the command that continues it
 SAME = ("format", "encoder", "encoder_precision", "dtype", "flip", "image_size", "shape", "num_images", "images",
         "shard_images")  # fmt: skip
-# settings of an RAE, beside the encoder's weights, that decide what its latents are before normalisation
-DECIDES_LATENTS = ("encoder_input_size", "encoder_layers", "encoder_add_spatial_mean", "encoder_keep_final_affine",
-                   "image_mean", "image_std")  # fmt: skip
-
-
-def encoder_digest(rae: torch.nn.Module) -> str:
-    """SHA-256 of all that an RAE's latents depend on before they are normalised."""
-    settings = json.dumps([getattr(rae.config, name) for name in DECIDES_LATENTS])
-    return hashlib.sha256((settings + weights_digest(rae, ("decoder.", "latent_"))).encode()).hexdigest()
 
 
 def latent_shape(rae: torch.nn.Module) -> list:
@@ -108,9 +98,9 @@ def read_moments(folder: Path, num_shards: int, shape: list, views: int) -> Mome
 
 
 def open_latents(config: Config, rae: torch.nn.Module, images: ImageSource) -> Optional[StoredLatents]:
-    """The latents of data.latents; None where images are encoded on line. Raises ConfigError, before anything is read
-    from them, for a folder that is not finished or damaged, and for latents of another encoder, of other images or in
-    another precision than the settings say."""
+    """The latents of data.latents; None where images are encoded on the fly. Raises ConfigError, before anything is
+    read from them, for a folder that is not finished or damaged, and for latents of another encoder, of other images or
+    in another precision than the settings say."""
     if config.data.latents is None:
         return None
     folder = Path(config.data.latents)
@@ -214,11 +204,15 @@ def latent_loader(
 
 @dataclass
 class StoredStats:
-    """The statistics that a folder of latents has, in the place of a LatentReader's."""
+    """The statistics that a folder of latents has, in the place of a LatentReader's, with the same methods."""
 
     store: StoredLatents
     flip: bool
     accelerator: Accelerator
+
+    def digest(self, model: torch.nn.Module) -> str:
+        """As LatentReader.digest."""
+        return f"{self.store.digest} {self.flip}"
 
     def stats(self, model: torch.nn.Module) -> tuple[dict, int]:
         """As LatentReader.stats, which reads and encodes all images. The model is not used."""
@@ -233,8 +227,13 @@ def stats_of(moments: Moments) -> dict:
     return {"mean": moments.mean.float(), "var": moments.variance().float()}
 
 
-def latent_reader(config: Config, data: Any, accelerator: Accelerator) -> Any:
-    """What finds the statistics of a run's latents: the images `data.images`, or the folder `data.latents`."""
-    if data.latents is not None:
-        return StoredStats(data.latents, config.data.flip, accelerator)
-    return LatentReader(data.images, config.data, config.eval.batch_size, config.data.flip, accelerator)
+def latent_reader(
+    config: Config, images: ImageSource, latents: Optional[StoredLatents], accelerator: Accelerator
+) -> Union[LatentReader, StoredStats]:
+    """What finds the statistics of a run's latents: its training images, or their stored latents. Both give the same
+    numbers, because the encoder runs in latents.encoder_precision here too."""
+    if latents is not None:
+        return StoredStats(latents, config.data.flip, accelerator)
+    precision = config.latents.encoder_precision
+    autocast = partial(encoder_autocast, precision, accelerator.device)
+    return LatentReader(images, config.data, config.eval.batch_size, config.data.flip, accelerator, autocast, precision)

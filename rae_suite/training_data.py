@@ -9,6 +9,7 @@ from typing import Optional, Union
 from accelerate import Accelerator
 
 from rae_suite.checkpoints import checkpoints
+from rae_suite.cli import require
 from rae_suite.errors import ConfigError
 from rae_suite.files import write_text
 from rae_suite.images import TrainingView
@@ -33,7 +34,7 @@ class TrainingData:
     eval_images: ImageSource
     num_images: Optional[int]  # None where a stream's number is not known
     steps_per_epoch: int
-    latents: Optional[StoredLatents] = None  # of the images; None: they are encoded on line
+    latents: Optional[StoredLatents] = None  # of the images; None: they are encoded on the fly
 
     def total_steps(self, train: TrainConfig) -> int:
         return train.max_steps or max(1, round(train.epochs * self.steps_per_epoch))
@@ -69,7 +70,9 @@ def write_shards(run_dir: Path, data: TrainingData, main_process: bool) -> None:
 def open_data(
     data: DataConfig, train: TrainConfig, eval_samples: Optional[int], accelerator: Accelerator, micro_batch: int
 ) -> TrainingData:
-    """Find the images. `eval_samples`: how many evaluation images a stream is to hold. Raises DataError."""
+    """Find the images. `eval_samples`: how many evaluation images a stream is to hold. Raises ConfigError where no data
+    are named, and DataError."""
+    require(data.path or data.mixture, "data.path", "a folder of images, or a Hub data set id", data.path)
     if data.streaming:
         began = read_shards(Path(train.output_dir))
         stream = open_stream(data, train.global_batch_size, train.seed, accelerator, began)
@@ -87,6 +90,11 @@ def open_data(
         total_steps=0,
     )
     return TrainingData(data.path, images, batches, eval_images, len(images), batches.steps_per_epoch)
+
+
+def evaluated_on(data: DataConfig) -> str:
+    """What a run's metrics are of, in words."""
+    return "training images" if data.eval_split == data.train_split else "held-out images"
 
 
 def open_loader(

@@ -13,8 +13,8 @@ ImageNet-1k with DINOv2-B at 256 px (768 x 16 x 16) takes 0.5 TB in bf16, with b
 Size and time are said before the work starts, and a disk that is too small is refused. The same command continues after
 an interruption, by any number of processes: of each process at most one shard is made again.
 
-Losses are those of encoding on line: to the bit with --dtype float32 where --batch_size is the run's micro-batch, and
-to about 1e-5 with another one; bf16 and fp16 round the latents. The encoder is that of --model, in float32 unless
+Losses are those of encoding on the fly: to the bit with --dtype float32 where --batch_size is the run's micro-batch,
+and to about 1e-5 with another one; bf16 and fp16 round the latents. The encoder is that of --model, in float32 unless
 --encoder_precision says bf16, which must be the run's latents.encoder_precision.
 """
 
@@ -40,9 +40,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root
 from rae_suite.cli import POSITIVE, parse, require, setting
-from rae_suite.dit_folders import load_rae
+from rae_suite.digests import encoder_digest
 from rae_suite.errors import ConfigError, RunError, WriteError
 from rae_suite.files import make_folder, remove, replacing, write_text
+from rae_suite.latent_stats import encoder_autocast
 from rae_suite.launch import (
     data_errors_end_this_process,
     measuring_accelerator,
@@ -52,6 +53,7 @@ from rae_suite.launch import (
     to_device,
 )
 from rae_suite.loaders import EvalImages, UnreadableLog, build_loader, collate
+from rae_suite.model_loading import load_rae
 from rae_suite.moments import Moments
 from rae_suite.run_folder import lock_run_folder
 from rae_suite.settings import SEED, ImagesConfig
@@ -63,7 +65,6 @@ from rae_suite.stored_latents import (
     INFO,
     SAME,
     STATS,
-    encoder_digest,
     latent_shape,
     read_info,
     read_moments,
@@ -210,8 +211,7 @@ def encode_batch(config: EncodeLatentsConfig, model: nn.Module, pixels: torch.Te
     count = len(pixels)
     pixels = to_device(pixels, model.device).float() / 255
     pixels = torch.cat([pixels, pixels.new_zeros(config.batch_size - count, *pixels.shape[1:])])
-    bf16 = config.encoder_precision == "bf16"
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+    with encoder_autocast(config.encoder_precision, model.device):
         views = (pixels, pixels.flip(3)) if config.flip else (pixels,)
         latents = [model.encode(view, add_noise=False, normalize=False).latent.float() for view in views]
     return torch.stack(latents, dim=1)[:count]

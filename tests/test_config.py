@@ -133,7 +133,7 @@ def test_every_setting_survives_the_run_folder(tmp_path):
 
     change(changed)
     changed.data.path, changed.model.encoder_config = "no", {"a": [1, {"b": None}], "c": 1e-6, "d": "gelu"}
-    changed.gan.key_depths, changed.logging.report_to = (), ()
+    changed.gan.key_depths, changed.logging.report_to, changed.gan.kernel_size = (), (), 11
     resolved = write(tmp_path / "config.yaml", config_yaml(changed))
     again = parse_config(["--config", resolved])
     assert again == changed and again.model.init_from == "no: # a" and again.train.max_steps == 7

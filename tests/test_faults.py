@@ -9,6 +9,7 @@ import os
 import re
 import shutil
 import subprocess
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -171,8 +172,8 @@ def test_checkpoint_of_other_content(images, whole, tmp_path):
     accelerator = Accelerator()
     run = train_rae.build_run(config, accelerator, rae_networks.build_rae_config(config.model), steps_per_epoch=3)
     checkpoint = shutil.copytree(whole / "checkpoints/step-00000008", tmp_path / "step-00000008")
-    parts, frozen = run.parts(), run.frozen
-    run_folder.load_checkpoint(checkpoint, run_folder.RunState(), parts, frozen)
+    parts, check = run.parts(), partial(run_folder.check_same_frozen, frozen=run.frozen, path=checkpoint)
+    run_folder.load_checkpoint(checkpoint, run_folder.RunState(), parts, check)
     for name, contents in other_contents().items():
         file = checkpoint / name
         for change, words in contents:
@@ -180,7 +181,7 @@ def test_checkpoint_of_other_content(images, whole, tmp_path):
             file.unlink()  # what was read of it is still mapped
             file.write_text(json.dumps(saved)) if file.suffix == ".json" else torch.save(saved, file)
             with pytest.raises(errors.RunError, match=re.escape(f"checkpoint {checkpoint} cannot be read: {words}")):
-                run_folder.load_checkpoint(checkpoint, run_folder.RunState(), parts, frozen)
+                run_folder.load_checkpoint(checkpoint, run_folder.RunState(), parts, check)
         shutil.copy(whole / "checkpoints/step-00000008" / name, file)
 
 

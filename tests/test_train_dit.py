@@ -20,6 +20,7 @@ from conftest import (
     run_command,
     run_ranks,
     same,
+    tiny_dit,
     tiny_rae,
 )
 from harness import Training, differences
@@ -33,11 +34,14 @@ from rae_suite.checkpoints import checkpoints, read_checkpoint
 from rae_suite.cli import read_yaml
 from rae_suite.dit_card import figures_of_card
 from rae_suite.dit_evaluation import held_out_loss
-from rae_suite.dit_folders import load_pipeline_parts, model_from_state
+from rae_suite.dit_folders import load_pipeline_parts, model_from_state, save_pipeline
+from rae_suite.dit_networks import frozen_digests, read_start_weights
+from rae_suite.errors import ConfigError, DataError
 from rae_suite.files import step_of
 from rae_suite.flow import training_times
 from rae_suite.labels import Classes
 from rae_suite.loaders import eval_loader
+from rae_suite.run_folder import RunState, check_same_frozen
 from rae_suite.settings_dit import parse_config
 from rae_suite.splits import load_splits
 from rae_suite.updates import learning_rate
@@ -163,6 +167,8 @@ def test_the_evaluated_and_exported_weights_are_the_averaged_ones(whole):
             sharded=False,
         )
         assert found["loss"] == pytest.approx(last[weights]["loss"], rel=1e-5), weights
+    with pytest.raises(DataError, match="data.eval_split: none of the evaluation images can be read"):
+        held_out_loss(exported, list, [], Classes(4, None), list, 0, Accelerator(cpu=True), list, sharded=False)
 
 
 def test_a_finished_run_says_so(whole, rae, images):
@@ -334,6 +340,23 @@ def test_start_from_a_model_with_other_classes(whole, rae, images, tmp_path):
         assert torch.allclose(state[table][:4], start.state_dict()[table][:4], atol=1e-6) == (name != "other")
     done = train(rae, images, tmp_path / "wide", check=False, **{"model.init_from": run_dir, "model.hidden_size": 24})
     assert f"model.init_from: {run_dir} is of another architecture" in error_line(done.stderr)
+    (tmp_path / "ep-0000001.pt").unlink()  # a run that goes on does not need it
+    changed["train.max_steps"] = 2
+    assert "continuing from" in train(rae, images, tmp_path / "published", settings, **changed).stdout
+
+
+def test_label_tables_of_many_classes(tmp_path, capsys):
+    """More than ten, whose names come back in their order; in another order the table is new, which is said."""
+    names, own = tuple(f"class {i}" for i in range(12)), tiny_dit(num_classes=12)
+    save_pipeline(tmp_path / "dit", own, tiny_rae(), class_names=names, sampling={})
+    table, run_dir = "y_embedder.embedding_table.weight", tmp_path / "run"
+    read = partial(read_start_weights, str(tmp_path / "dit"), run_dir=run_dir)
+    assert same(read(own, Classes(12, names)), dict(own.state_dict())) and "note" not in capsys.readouterr().out
+    weights = read(own, Classes(12, names[::-1]))
+    assert table not in weights and len(weights) == len(own.state_dict()) - 1
+    assert "is of other classes, the label table is new" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="another architecture: its prediction is velocity, the run's is data"):
+        read(tiny_dit(num_classes=12, prediction="data"), Classes(12, names))
 
 
 def test_bad_input(whole, rae, images, tmp_path):
@@ -355,6 +378,15 @@ def test_bad_input(whole, rae, images, tmp_path):
         ({"eval.best_metric": "fdd", "eval.metrics": "[loss]"}, "eval.best_metric: expected one of eval.metrics"),
         ({"sampling.guidance_scale": 2, "model.class_dropout_prob": 0}, "model.class_dropout_prob: expected a"),
         ({"data.eval_split": "test"}, "data.eval_split: there is no split 'test'"),
+        ({"data.path": ""}, "data.path: expected a folder of images, or a Hub data set id, got ''"),
+        ({"data.streaming": "true"}, "latents.stats: expected a file of mean and var .* with data.streaming, got"),
+        ({"data.resize_size": 40}, "data.resize_size: expected nothing with data.crop center, got 40"),
+        ({"data.crop": "random", "data.resize_size": 10}, "data.resize_size: 10 is smaller than the image size"),
+        ({"sampling.guide": tmp_path / "none", "sampling.guidance_scale": 2}, "sampling.guide: .*none"),
+        ({"model.init_from": tmp_path / "none"}, "model.init_from: .*none"),
+        ({"eval.metrics": "[loss]", "eval.reference": stats}, "eval.reference: expected nothing unless eval.metrics"),
+        ({"eval.inception_path": stats}, "eval.inception_path: expected nothing unless eval.metrics has one of Incep"),
+        ({"flow.shift": 2, "flow.shift_base": 99}, "flow.shift_base: expected nothing with flow.shift, got 99"),
     ):  # fmt: skip
         done = train(rae, images, tmp_path / "run", check=False, **{**four, **changed})
         assert done.returncode == 2, (changed, done.stderr)
@@ -375,7 +407,55 @@ def test_another_autoencoder_is_not_the_same_run(whole, rae, images, tmp_path):
     done = train(tmp_path / "other", images, run_dir, check=False, **longer)
     assert re.search("error: (latents.stats, )?model.rae: the weights are not those that", done.stderr), done.stderr
     moved = shutil.copytree(rae, tmp_path / "moved")  # equal weights in another place are the same run
+    longer["sampling.num_inference_steps"] = 4
     assert "continuing from" in train(moved, images, run_dir, **longer).stdout
+
+
+def test_encoder_settings_are_compared(tmp_path):
+    """Those of the autoencoder that decide its latents; a checkpoint of an earlier version does not say them."""
+    frozen, path = frozen_digests(tiny_rae()), tmp_path / "step-1"
+    key = "model.rae (settings of its encoder)"
+    changed = frozen_digests(tiny_rae(image_mean=[0.1, 0.2, 0.3]))
+    assert frozen["latents.stats"] is None and {name for name in frozen if frozen[name] != changed[name]} == {key}
+    older = {name: digest for name, digest in frozen.items() if name != key}
+    check_same_frozen(RunState(frozen=older), changed, path)
+    with pytest.raises(ConfigError, match=r"of its encoder\): the settings are not those that .*step-1 was trained wi"):
+        check_same_frozen(RunState(frozen=frozen), changed, path)
+
+
+def test_a_start_that_came_to_no_checkpoint(whole, rae, images, tmp_path):
+    """What it left does not bind the next start: other settings, and another autoencoder, whose statistics are new. The
+    same one finds the statistics there."""
+    run_dir, other = tmp_path / "run", tiny_rae()
+    run_dir.mkdir()
+    for name in ("config.yaml", "rae", "latent_stats.safetensors"):
+        source = whole[0] / name
+        shutil.copytree(source, run_dir / name) if source.is_dir() else shutil.copy(source, run_dir / name)
+    again = shutil.copytree(run_dir, tmp_path / "again")
+    with torch.no_grad():
+        next(other.encoder.parameters()).mul_(2)
+    other.save_pretrained(tmp_path / "other")
+    first = load_file(run_dir / "latent_stats.safetensors")
+    settings = {**PLAIN, "train.max_steps": 1}
+    done = train(tmp_path / "other", images, run_dir, settings, **{"optimizer.lr": 1e-4})
+    assert "statistics of the latents computed over 24 training images" in done.stdout
+    assert not same(load_file(run_dir / "latent_stats.safetensors"), first)
+    held = RAEModel.from_pretrained(run_dir / "rae").encoder.state_dict()
+    assert all(torch.equal(held[name], tensor) for name, tensor in other.encoder.state_dict().items())
+    done = train(rae, images, again, settings, **{"optimizer.lr": 1e-4})
+    assert "statistics" not in done.stdout and same(load_file(again / "latent_stats.safetensors"), first)
+
+
+def test_statistics_do_not_depend_on_the_models_precision(whole, rae, images, tmp_path):
+    """The encoder has its own. A fork has the statistics of the run that it comes from, whatever its batches are."""
+    expected = load_file(whole[0] / "latent_stats.safetensors")
+    settings = {**PLAIN, "train.max_steps": 1, "train.mixed_precision": "bf16"}
+    train(rae, images, tmp_path / "bf16", settings)
+    assert same(load_file(tmp_path / "bf16/latent_stats.safetensors"), expected)
+    fork = {"train.fork_from": checkpoints(whole[0])[-1], "train.max_steps": 5, "eval.batch_size": 3}
+    done = train(rae, images, tmp_path / "fork", PLAIN, **fork)
+    assert "a new run from" in done.stdout and "statistics of the latents computed" not in done.stdout
+    assert same(load_file(tmp_path / "fork/latent_stats.safetensors"), expected)
 
 
 # -------------------------------------------------------------------------------------------------------- what is drawn
@@ -394,9 +474,15 @@ def test_figures_in_training_are_those_afterwards(rae, images, inception, tmp_pa
         "eval.metrics": f"[loss, fdd, {', '.join(names)}]",
         "eval.inception_path": inception,
         "eval.reference": tmp_path / "reference.npz",
+        "eval.best_metric": "fdd",
+        "eval.num_samples": 2,  # the drawn images' metrics do not need them
         "ema.decay": 0.5,
     }
     train(rae, images, run_dir, settings)
+    how = "fdd of 12 drawn images, 3 points in time, 2 euler steps, no guidance"
+    assert checkpoint_state(run_dir)["state"]["best_of"] == how
+    np.savez(tmp_path / "other.npz", mu_fdd=np.zeros(16), sigma_fdd=np.eye(16), encoder=np.str_("0" * 64))
+    other = {"eval.reference": tmp_path / "other.npz", "eval.metrics": "[fdd]"}
     found = read_metrics(run_dir)[-1]
     drawn = {"num_samples": 12, "batch_size": 4, "quantize": "round", "num_inference_steps": 3}
     at_once = {"eval.metrics": f"[{', '.join(names)}]", "eval.reference": tmp_path / "reference.npz"}
@@ -417,7 +503,8 @@ def test_figures_in_training_are_those_afterwards(rae, images, inception, tmp_pa
     for changed, words in (
         ({"eval.reference": tmp_path / "none.npz"}, "eval.reference: .*none.npz does not exist"),
         ({"eval.inception_path": tmp_path / "none.pt"}, "eval.inception_path: file .*none.pt does not exist"),
-        ({"eval.num_generated": 3}, "eval.num_generated: .* holds 3 images, expected at least 4"),
+        ({**other, "eval.inception_path": "null"}, "eval.reference: the statistics in .* are of another network"),
+        ({"eval.num_generated": 3}, "eval.num_generated: the samples are 3 images, expected at least 4"),
     ):
         done = train(rae, images, tmp_path / "refused", settings, check=False, **changed)
         assert done.returncode == 2 and re.search(words, error_line(done.stderr)), done.stderr
