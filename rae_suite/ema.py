@@ -19,7 +19,8 @@ def _local(tensor: torch.Tensor) -> torch.Tensor:
 class EMA:
     """Shadow copy of a module's parameters, float32, ema = decay * ema + (1 - decay) * parameter.
 
-    Only parameters are averaged: the decoder has no buffers. Frozen ones are kept too, so that a state dict is whole.
+    Only parameters are averaged; buffers are constants (rotary tables). Frozen parameters are kept too, so that a state
+    dict of them is whole.
     With `warmup` the decay rises to its value as min(decay, (1 + step) / (10 + step)).
     """
 

@@ -136,7 +136,8 @@ def velocity_target(
     data: torch.Tensor, noise: torch.Tensor, t: Optional[torch.Tensor] = None, prediction: str = "velocity"
 ) -> torch.Tensor:
     """What the model's velocity learns to be, (B, C, h, w): noise - data at every time. For a model whose `prediction`
-    is "data", it is (x_t - data) / max(t, LEAST_TIME) as in RAEv2, which is smaller at times t (B,) below that."""
+    is "data", it is (x_t - data) / max(t, LEAST_TIME) as in RAEv2, which is smaller at times t (B,) below that; only
+    then is `t` needed."""
     if prediction == "velocity":
         return noise - data
     share = (t / LEAST_TIME).clamp_max(1).view(-1, *[1] * (data.ndim - 1))  # (B, 1, 1, 1)

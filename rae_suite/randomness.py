@@ -8,7 +8,9 @@ from accelerate import Accelerator
 
 from rae_suite.settings import TrainConfig
 
-# The second word of every seed keeps the random streams apart: NumPy pads (1, 2) with zeros, so it equals (1, 2, 0).
+# The second word of these seeds keeps the random streams apart: NumPy pads (1, 2) with zeros, so it equals (1, 2, 0).
+# Two seeds have no such word: that of step_generator, (seed, step, place), and that of eval_rfid.py's noise, (seed,
+# image). linear_heads.py has a table of its own, as its seeds meet none of these.
 HOLDOUT_STREAM, ORDER_STREAM, CROP_STREAM = 0, 1, 2
 SHARD_STREAM, PASS_STREAM, WINDOW_STREAM, MIXTURE_STREAM, LANE_CROP_STREAM = 3, 4, 5, 6, 7
 SAMPLE_STREAM, FLOW_STREAM, EVAL_STREAM = 8, 9, 10

@@ -183,7 +183,7 @@ class LRScheduleConfig:
 
 @dataclass
 class EMAConfig:
-    """Moving average of the decoder, ema = decay * ema + (1 - decay) * weights, from the first step on."""
+    """Moving average of the trained weights, ema = decay * ema + (1 - decay) * weights, from the first step on."""
 
     decay: float = setting(0.9978, SHARE)
     """Decay for each step. The average is over about 1 / (1 - decay) steps."""

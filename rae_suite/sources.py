@@ -31,8 +31,9 @@ class ImageSource:
     `name(i)` is the file's path, see `shown_name`, or 'split[i]'. `label(i)` is the class index, or None; it never
     decodes the image.
     `list_digest()` is of the list alone: the same wherever the data lies, another when images are added or renamed.
-    `class_names` is the list that label indexes, or None. `check_labels()` raises DataError where it cannot be known
-    which labels are meant: those who need labels call it, the others find none. `fingerprint(indices)` changes when
+    `class_names` is the list that label indexes, or None. `check_labels()` raises DataError where
+    several label columns could be meant. Commands that need labels call it; for the others such images have no labels.
+    `fingerprint(indices)` changes when
     images are added, removed, renamed or replaced, of those with the given indices or of all: a key for what was
     computed from them. `split` says in words which images of the data these are, as splits.py has found them. An image
     of more than `max_megapixels` is unreadable.
@@ -257,10 +258,11 @@ class HeldSource(ImageSource):
     def label(self, i: int) -> Optional[int]:
         return self._images[i][2]
 
-    def fingerprint(self) -> str:
+    def fingerprint(self, indices: Optional[Sequence[int]] = None) -> str:
         """Digest of the names, and of the bytes and paths in memory. The files that paths name are not read."""
         digest = hashlib.sha256()
-        for name, value, _ in self._images:
+        for i in range(len(self)) if indices is None else indices:
+            name, value, _ = self._images[i]
             parts = value if isinstance(value, dict) else {"bytes": value}
             for part in (name, parts.get("path"), parts.get("bytes")):
                 part = part if isinstance(part, bytes) else repr(part).encode()

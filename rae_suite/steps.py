@@ -21,8 +21,8 @@ from rae_suite.updates import StepRecord
 
 
 def steps_behind(device: torch.device) -> int:
-    """Steps by which reading a record lags behind. On a GPU one, so that it has the next step to compute while the host
-    waits for this one's numbers; the same on all processes, which act on them together."""
+    """Steps by which reading a record lags behind. 1 on a GPU: the host reads the numbers of step n while the GPU
+    computes step n + 1. 0 elsewhere. The same on all processes."""
     return 1 if device.type == "cuda" else 0
 
 
