@@ -315,8 +315,8 @@ def decoder_step(run: Run, batches: list, latents: list, generators: list, step:
     asked = torch.full((), float(stop), device=accelerator.device)
     values = {**mean_over_micro_batches(terms), "stop": asked, "grad_norm": grad_norm}
     values = mean_over_processes(accelerator, values)
-    # `loss` is not watched: when it is nan, one of its terms is, and that name says more. In fp16 the adaptive weight is
-    # not watched either: it becomes inf when gradients overflow, which the loss scaler handles
+    # `loss` is not watched: when it is nan, one of its terms is, and that name says more. In fp16 the adaptive weight
+    # is not watched either: it becomes inf when gradients overflow, which the loss scaler handles
     watched = [name for name in values if name not in ("loss", "stop", "grad_norm")]
     if accelerator.scaler is not None:
         watched.remove("adaptive_weight")
