@@ -24,7 +24,7 @@ from typing import Literal, Optional
 from accelerate import Accelerator
 
 from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder
-from rae_suite.cli import AT_LEAST_0, POSITIVE, Limit, config_dict, flat, parse, require, setting
+from rae_suite.cli import AT_LEAST_0, DISTINCT, POSITIVE, config_dict, flat, parse, require, setting
 from rae_suite.comparability import differences, read_sampling, what_decides
 from rae_suite.errors import ConfigError, renamed_settings
 from rae_suite.files import check_output_file, make_folder
@@ -54,8 +54,6 @@ from rae_suite.results import results_folder, save_results
 from rae_suite.settings import FEW_TASKS, ImagesConfig
 from rae_suite.splits import load_eval_images
 from rae_suite.values import PathText
-
-DISTINCT = Limit(lambda values: 0 < len(values) == len(set(values)), "distinct values")
 
 
 @dataclass

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder
-from rae_suite.cli import ALL_AT_LEAST_0, AT_LEAST_0, POSITIVE, Limit, config_dict, parse, require, setting
+from rae_suite.cli import ALL_AT_LEAST_0, AT_LEAST_0, DISTINCT, POSITIVE, Limit, config_dict, parse, require, setting
 from rae_suite.errors import ConfigError, RunError, error_names_setting
 from rae_suite.files import make_folder, remove, writing
 from rae_suite.frechet import (
@@ -62,8 +62,6 @@ from rae_suite.values import PathText
 GRID_IMAGES = 12  # in comparison.png
 WORST_IMAGES = 10  # named in the results
 
-
-DISTINCT = Limit(lambda values: 0 < len(values) == len(set(values)), "distinct values")
 NOT_EMPTY = Limit(lambda values: len(values) > 0, "a model folder or Hub id")
 
 

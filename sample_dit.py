@@ -34,7 +34,7 @@ from tqdm import tqdm
 from modeling_dit import RAEDiTModel, check_parts_fit
 from modeling_rae import RAEModel
 from rae_suite.autoencoders import RAE
-from rae_suite.class_labels import balanced_labels, find_classes, random_labels
+from rae_suite.class_labels import balanced_labels, indices_of_classes, random_labels
 from rae_suite.cli import POSITIVE, config_dict, parse, require, setting
 from rae_suite.digests import weights_digest
 from rae_suite.dit_card import sampling_words
@@ -49,6 +49,7 @@ from rae_suite.launch import measuring_accelerator, quiet_transformers, run_main
 from rae_suite.metric_names import DRAWN_METRICS
 from rae_suite.model_loading import load_rae
 from rae_suite.results import save_results
+from rae_suite.run_models import name_of_run
 from rae_suite.sample_files import (
     GRID,
     NPZ,
@@ -170,8 +171,7 @@ def take_folder(
     config: SampleDiTConfig, decides: dict, labels: torch.Tensor, class_names: dict, accelerator: Accelerator
 ) -> Path:
     """The output folder, new or of the same images. Raises ConfigError for one of other images."""
-    parts = [part for part in Path(config.model).absolute().parts[-3:] if part != "checkpoints"]
-    folder = make_folder(config.output_dir or f"samples/{'-'.join(parts[-2:])}", "output_dir")
+    folder = make_folder(config.output_dir or f"samples/{'-'.join(name_of_run(config.model))}", "output_dir")
     check_same_settings(folder, decides, "output_dir")
     accelerator.wait_for_everyone()  # all have looked
     if accelerator.is_main_process:
@@ -310,7 +310,7 @@ def main() -> None:
     set_tf32(config.tf32, accelerator, "tf32")
     models = load_models(config)
     class_names = models.settings.class_names
-    classes = find_classes(config.classes, class_names, models.transformer.config.num_classes, "classes")
+    classes = indices_of_classes(config.classes, class_names, models.transformer.config.num_classes, "classes")
     count = (config.num_samples, "num_samples")
     named_rae = RAE(models.rae.name_or_path, models.rae)
     comparison = open_comparison(config.eval, count, config.batch_size, 0, named_rae, accelerator)

@@ -32,8 +32,8 @@ class GenerationFigures:
 
 @dataclass
 class CardFacts:
-    """What a card says beside the models' settings. `repo_id`: user/name, or the folder that a run wrote; `trained_on`:
-    its data.path; `run_settings`: text of its config.yaml; `picture`: whether there is samples.png."""
+    """What a card says beside the models' settings. `repo_id`: user/name, or the folder that a run wrote; `picture`:
+    whether there is samples.png; `trained_on`: data.path of the run; `run_settings`: text of the run's config.yaml."""
 
     repo_id: str
     license: str = "apache-2.0"

@@ -30,12 +30,13 @@ from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import is_whole_model
 from rae_suite.flow import default_shift
 from rae_suite.hub import fetch_file, hub_id
+from rae_suite.model_loading import CODE as RAE_CODE
 from rae_suite.model_loading import load_rae
 from rae_suite.rae_networks import image_processor_json
 from rae_suite.run_models import WORDS, is_checkpoint, is_run_folder, model_of_run, read_weights
 
 INDEX, CARD, PICTURE = "model_index.json", "README.md", "samples.png"
-CODE, RAE_CODE = "modeling_dit.py", "modeling_rae.py"
+CODE = "modeling_dit.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHECKPOINT_PARTS = {"ema": "ema", "raw": "model"}
 # of SamplingConfig, what a pipeline has as its defaults; its guidance_interval is two numbers there

@@ -61,8 +61,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
-from transformers.utils import IMAGE_PROCESSOR_NAME
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root
 from modeling_dit import check_parts_fit
 from modeling_rae import RAEModel
@@ -105,7 +103,7 @@ from rae_suite.published_rae import (
     reading_flags,
     write_published,
 )
-from rae_suite.rae_networks import give_latent_stats, image_processor_json, read_latent_stats
+from rae_suite.rae_networks import give_latent_stats, read_latent_stats, save_rae
 
 DIT_FILES = ("model_index.json", "config.json")  # one of which a stage-2 model's folder has
 DIT_OPTIONS = tuple(field.name for field in dataclasses.fields(PublishedDiTOptions))
@@ -307,8 +305,7 @@ def published_options(args: argparse.Namespace) -> PublishedOptions:
 
 
 def write_rae(model: RAEModel, folder: Path) -> None:
-    model.save_pretrained(folder)
-    (folder / IMAGE_PROCESSOR_NAME).write_text(image_processor_json(model.config.image_size))
+    save_rae(model, model.state_dict(), folder)
 
 
 WRITERS = {"rae": write_rae, "diffusers": write_diffusers, "published": write_published}

@@ -49,7 +49,7 @@ from modeling_rae import RAEConfig, RAEModel
 from rae_suite.cli import AT_LEAST_0, change_texts, parse, read_yaml, require, setting
 from rae_suite.digests import weights_digest
 from rae_suite.dit_card import CardFacts, GenerationFigures, figures_of_card, pipeline_card
-from rae_suite.dit_folders import CODE, INDEX, WEIGHTS, is_whole_pipeline, load_pipeline_parts, read_defaults
+from rae_suite.dit_folders import CARD, CODE, INDEX, WEIGHTS, is_whole_pipeline, load_pipeline_parts, read_defaults
 from rae_suite.dit_folders import PICTURE as PIPELINE_PICTURE
 from rae_suite.errors import ConfigError, error_names_setting, scrub
 from rae_suite.files import check_links, write_folder
@@ -64,21 +64,20 @@ from rae_suite.hub import (
 )
 from rae_suite.launch import quiet_transformers, run_main
 from rae_suite.metric_names import GENERATION_METRICS, METRICS
+from rae_suite.metrics_file import MetricsFile
+from rae_suite.model_loading import CODE as RAE_CODE
 from rae_suite.model_loading import find_model, rae_of
 from rae_suite.published_rae import PublishedOptions, check_options_used
 from rae_suite.rae_networks import image_processor_json, save_rae
-from rae_suite.run_folder import MetricsFile
 from rae_suite.run_models import is_checkpoint, is_run_folder, name_of_run
 from rae_suite.sample_files import GRID
 from rae_suite.splits import held_out_in_words
 from rae_suite.values import PathText, dump
 
-MODELING_FILE = "modeling_rae.py"
 # what save_pretrained writes weights to: an earlier upload's are deleted, all other files are somebody's own
 WEIGHT_FILES = re.compile(
     r"((transformer|guide|rae)/)?(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 )
-CARD = "README.md"
 PICTURE = "reconstructions.png"
 EVAL_RESULTS = ".eval_results/reconstruction.yaml"
 
@@ -142,7 +141,7 @@ def read_model_folder(folder: Path) -> tuple[RAEConfig, list]:
     """(config, names of the weight files) of an RAE's folder. Raises ConfigError for anything else, and where the
     weights are not whole."""
     expected = "expected an RAE's folder, such as runs/<name>/final"
-    for name in (CONFIG_NAME, MODELING_FILE):
+    for name in (CONFIG_NAME, RAE_CODE):
         if not (folder / name).is_file():
             raise ConfigError(f"model: {folder} has no {name}, {expected}")
     try:
@@ -447,7 +446,7 @@ def files_to_upload(settings: PushConfig, model: Path, folder: Path, temporary: 
             trained_on, figures = run["data"]["path"], figures_of_run(run_dir, run, model, settings.weights)
     if settings.results is not None:
         figures = figures_of_results(Path(settings.results), model)
-    files: dict[str, Any] = {name: weights_from / name for name in (CONFIG_NAME, MODELING_FILE, *weights)}
+    files: dict[str, Any] = {name: weights_from / name for name in (CONFIG_NAME, RAE_CODE, *weights)}
     files[IMAGE_PROCESSOR_NAME] = image_processor_json(config.image_size).encode()
     files[CARD] = model_card(settings, config, figures, trained_on, run_settings).encode()
     results = results_file(figures) if figures else None
@@ -510,7 +509,7 @@ def rae_to_upload(settings: PushConfig, folder: Path, temporary: Path) -> tuple[
     if settings.no_encoder and config.encoder_bundled:
         folder = without_encoder(folder, config, temporary / "rae")
         config, weights = read_model_folder(folder)
-    files: dict[str, Any] = {f"rae/{name}": folder / name for name in (CONFIG_NAME, MODELING_FILE, *weights)}
+    files: dict[str, Any] = {f"rae/{name}": folder / name for name in (CONFIG_NAME, RAE_CODE, *weights)}
     files[f"rae/{IMAGE_PROCESSOR_NAME}"] = image_processor_json(config.image_size).encode()
     return config.image_size, files
 

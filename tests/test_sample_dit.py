@@ -23,7 +23,7 @@ from test_faults import PAGE, fill, small_disk
 
 import sample_dit
 from benchmarks import sampling as benchmark
-from rae_suite.class_labels import balanced_labels, find_classes, random_labels
+from rae_suite.class_labels import balanced_labels, indices_of_classes, random_labels
 from rae_suite.dit_folders import load_guide, load_pipeline_parts, save_pipeline
 from rae_suite.errors import ConfigError, RunError
 from rae_suite.flow import guidance_kind
@@ -115,15 +115,15 @@ def test_random_labels():
 
 def test_classes_are_found_by_name_or_index():
     names = dict(enumerate(NAMES))
-    assert find_classes(["class c", "7", "CLASS A"], names, 10, "classes") == [2, 7, 0]
-    assert find_classes([], names, 10, "classes") == list(range(10))
+    assert indices_of_classes(["class c", "7", "CLASS A"], names, 10, "classes") == [2, 7, 0]
+    assert indices_of_classes([], names, 10, "classes") == list(range(10))
     for asked, message in (
         (["klass b"], "classes: class 'klass b': .*nearest names are class b, "),
         (["10"], "classes: class 10: expected an index from 0 to 9"),
         (["class b", "1"], "classes: expected each class once, got class 1 2 times"),
     ):
         with pytest.raises(ConfigError, match=message):
-            find_classes(asked, names, 10, "classes")
+            indices_of_classes(asked, names, 10, "classes")
 
 
 # Drawing --------------------------------------------------------------------------------------------------------------
