@@ -63,7 +63,7 @@ from rae_suite.hub import (
     upload,
 )
 from rae_suite.launch import quiet_transformers, run_main
-from rae_suite.metric_names import GENERATION_METRICS, METRICS
+from rae_suite.metric_names import GENERATION_METRICS, METRICS, metric_of
 from rae_suite.metrics_file import MetricsFile
 from rae_suite.model_loading import CODE as RAE_CODE
 from rae_suite.model_loading import find_model, rae_of
@@ -286,8 +286,9 @@ def figures_of_run(run_dir: Path, settings: dict, model: Path, weights: str) -> 
         return None
     line, metric = lines[-1], settings["eval"]["best_metric"]
     if model.name == "best":
-        sign = 1 if METRICS[metric].higher_is_better else -1
-        same = takewhile(lambda row: metric in row and row["num_samples"] == line["num_samples"], reversed(lines))
+        sign = 1 if metric_of(metric).higher_is_better else -1
+        count = "/".join([*metric.split("/")[:-1], "num_samples"])  # of the metric's own set: faces/num_samples
+        same = takewhile(lambda row: metric in row and row[count] == line[count], reversed(lines))
         comparable = [row for row in reversed([*same]) if row[metric] is not None]
         if not comparable:
             return None
