@@ -117,6 +117,8 @@ def check(config: SampleDiTConfig) -> None:
     needed = any(DRAWN_METRICS[name].needs for name in config.eval.metrics)
     require(not needed or config.eval.reference, "eval.reference", "what eval.metrics compare with", None)
     check_used("eval.reference", config.eval.reference, needed, "eval.metrics name a metric that compares")
+    inception = any(DRAWN_METRICS[name].features == "inception" for name in config.eval.metrics)
+    check_used("eval.inception_path", config.eval.inception_path, inception, "eval.metrics name one of Inception")
 
 
 def without_group(argv: list) -> list:
@@ -177,7 +179,6 @@ def take_folder(
     if accelerator.is_main_process:
         write_text(folder / SETTINGS, json.dumps(decides, indent=1))
         write_labels(folder, labels, class_names)
-        prepare_images(folder)
     accelerator.wait_for_everyone()
     return folder
 
@@ -185,6 +186,12 @@ def take_folder(
 # --------------------------------------------------------------------------------------------------------------------
 # Drawing
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def npz_suffices(config: SampleDiTConfig, models: Models, folder: Path) -> bool:
+    """Whether samples.npz has all images and no PNG files were asked for: none are drawn, and those that are there may
+    be some of them only."""
+    return not config.png and is_whole_npz(folder, config.num_samples, models.rae.config.image_size)
 
 
 def missing_batches(config: SampleDiTConfig, folder: Path) -> list:
@@ -217,10 +224,12 @@ def draw(
     config: SampleDiTConfig, models: Models, labels: torch.Tensor, folder: Path, accelerator: Accelerator
 ) -> tuple[int, float]:
     """Draw the images that are missing. Returns their number and the seconds."""
-    if not config.png and is_whole_npz(folder, config.num_samples, models.rae.config.image_size):
+    if npz_suffices(config, models, folder):
         return 0, 0.0
     batches = missing_batches(config, folder)
-    accelerator.wait_for_everyone()  # all have looked
+    if accelerator.is_main_process:
+        prepare_images(folder)
+    accelerator.wait_for_everyone()  # all have looked, and the folder is there
     count, start = sum(map(len, batches)), time.monotonic()
     say(accelerator, f"{models.settings.found}: {config.num_samples} images, {config.num_samples - count} are there")
     for network in (models.transformer, models.rae, models.guide):
@@ -288,15 +297,17 @@ def finish(
     if config.npz and (drawn or not is_whole_npz(folder, config.num_samples, size)):
         print(f"packing {folder / NPZ}", flush=True)
         pack(folder, config.num_samples, size)
-    if drawn or "metrics" in results or not (folder / RESULTS).is_file():
+    if drawn or not (folder / GRID).is_file() and not missing_images(folder, config.num_samples):
         write_grid(folder, labels)
+    if drawn or "metrics" in results or not (folder / RESULTS).is_file():
         save_results(folder / RESULTS, {**results, "drawn": drawn, "seconds": seconds, "images_per_second": speed})
     if not config.png:
         shutil.rmtree(folder / "images", ignore_errors=True)
     print(f"{results['how']}" + (f"; {speed:.2f} images/s" if drawn else "; nothing was left to draw"))
     for name, value in results.get("metrics", {}).items():
         print(f"{DRAWN_METRICS[name].title:<28}{value:>12.4f}")
-    places = {"images": config.png and "images", "npz": config.npz and NPZ, "picture": GRID, "results": RESULTS}
+    grid = (folder / GRID).is_file() and GRID  # one that was lost is made of PNG files only
+    places = {"images": config.png and "images", "npz": config.npz and NPZ, "picture": grid, "results": RESULTS}
     for what, place in places.items():
         if place:
             print(f"{what:<10}{folder / place}")
@@ -320,7 +331,7 @@ def main() -> None:
     done = draw(config, models, labels, folder, accelerator)
     results = report(config, models, decides, accelerator)
     if comparison.metrics:
-        files = folder / ("images" if (folder / "images").is_dir() else NPZ)
+        files = folder / (NPZ if npz_suffices(config, models, folder) else "images")
         images = open_images(str(files), "output_dir", config.num_samples)
         results["metrics"] = measure_set(comparison, images, accelerator, config.batch_size)
         results["reference"] = comparison.reference and comparison.reference.facts

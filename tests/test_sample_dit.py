@@ -312,6 +312,27 @@ def test_two_processes_draw_the_same_files(pipeline, drawn, tmp_path):
     assert "nothing was left to draw" in again.stdout and not (tmp_path / "two" / "images").exists()
 
 
+def test_a_packed_set_is_measured_again(pipeline, drawn, tmp_path):
+    """With samples.npz alone, or with some of the PNG files that an interruption left: the figures of the same images,
+    nothing is drawn, and the picture stays."""
+    folder = tmp_path / "packed"
+    settings = {"png": "false", "npz": "true", "eval.metrics": "[fdd]", "eval.reference": drawn / "samples.npz"}
+    sample(pipeline, folder, **settings)
+    first, picture = json.loads((folder / "results.json").read_text()), (folder / "grid.png").read_bytes()
+    assert first["drawn"] == 10 and not (folder / "images").exists()
+    for left in (0, 3):
+        for name in sorted(pngs(drawn))[:left]:
+            (folder / "images").mkdir(exist_ok=True)
+            shutil.copy(drawn / "images" / name, folder / "images")
+        done = sample(pipeline, folder, **settings)
+        again = json.loads((folder / "results.json").read_text())
+        assert "nothing was left to draw" in done.stdout and again["drawn"] == 0
+        assert again["metrics"]["fdd"] == pytest.approx(first["metrics"]["fdd"], abs=1e-6)
+        assert (folder / "grid.png").read_bytes() == picture and not (folder / "images").exists()
+    (folder / "grid.png").unlink()
+    assert "picture" not in sample(pipeline, folder, **settings).stdout
+
+
 def test_an_interrupted_set_is_continued(pipeline, drawn, tmp_path):
     """Missing, torn and half-written images are drawn again, the others stay; a lost .npz is packed; the bits are those
     of an uninterrupted run, also on two processes."""
@@ -401,6 +422,8 @@ def test_classes_and_labels(pipeline, tmp_path):
         ({"png": "false"}, "png: expected true unless npz is, got False"),
         ({"weights": "raw"}, "weights: expected ema, got raw"),
         ({"rae": "/nothing/here"}, "rae: /nothing/here does not exist"),
+        ({"eval.inception_path": "x.pt"}, "eval.inception_path: expected nothing unless eval.metrics name one of Inc"),
+        ({"eval.inception_path": "x.pt", "eval.metrics": "[fdd]", "eval.reference": "x.npz"}, "eval.inception_path"),
         ({"tf32": "true"}, "tf32: expected false, TF32 is a GPU's"),
         ({"mixed_precision": "fp16"}, "mixed_precision: fp16 needs a GPU"),
     ],
