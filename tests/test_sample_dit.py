@@ -462,6 +462,17 @@ def test_run_folders_and_checkpoints(models, pipeline, run_dir, tmp_path):
     assert "checkpoint" in load_pipeline_parts(str(whole), "model")[2].found
 
 
+def test_class_names_are_in_the_order_of_their_indices(models, tmp_path):
+    """Of twelve, too: model_index.json has them in the order of texts, 0, 1, 10, 11, 2."""
+    names = {index: f"class {index}" for index in range(12)}
+    transformer = tiny_dit(num_classes=12)
+    save_pipeline(tmp_path / "final", transformer, models["rae"], class_names=[*names.values()], sampling={})
+    stored = json.loads((tmp_path / "final" / "model_index.json").read_text())["class_names"]
+    assert [*stored][:4] == ["0", "1", "10", "11"]
+    _, _, settings = load_pipeline_parts(str(tmp_path / "final"), "model")
+    assert [*settings.class_names.items()] == [*names.items()]
+
+
 def test_a_transformer_alone_needs_its_rae(models, pipeline, drawn, tmp_path):
     """With --rae it draws the pipeline's images; the time shift follows from the latents unless a pipeline says it."""
     done = sample(pipeline / "transformer", tmp_path / "out", check=False)
