@@ -37,7 +37,7 @@ from rae_suite.autoencoders import RAE
 from rae_suite.class_labels import balanced_labels, indices_of_classes, random_labels
 from rae_suite.cli import POSITIVE, config_dict, parse, require, setting
 from rae_suite.digests import weights_digest
-from rae_suite.dit_card import sampling_words
+from rae_suite.dit_card import guidance_words, sampling_words
 from rae_suite.dit_evaluation import measure_set, open_comparison
 from rae_suite.dit_folders import PartsSettings, latents_key, load_guide, load_pipeline_parts
 from rae_suite.errors import ConfigError, error_names_setting
@@ -259,8 +259,8 @@ def report(config: SampleDiTConfig, models: Models, decides: dict, accelerator: 
     precision = {"no": "float32 with TF32" if config.tf32 else "float32"}
     precision = precision.get(accelerator.mixed_precision, f"{accelerator.mixed_precision} autocast")
     has_base_head, off = models.transformer.has_base_head, "off" if sampling.guide == "off" else None
-    words = sampling_words({**config_dict(sampling), "guide": has_guide or off}, has_base_head)
-    kind = guidance_kind(has_base_head, has_guide, not off)
+    drawn = {**config_dict(sampling), "guide": has_guide or off}
+    words, kind = sampling_words(drawn, has_base_head), guidance_kind(has_base_head, has_guide, not off)
     return {
         "num_samples": config.num_samples,
         "model": config.model,
@@ -274,7 +274,7 @@ def report(config: SampleDiTConfig, models: Models, decides: dict, accelerator: 
         "points": sampling.num_inference_steps,
         "end": sampling.end,
         "shift": settings.shift,
-        "guidance": words.split(" steps, ")[1],
+        "guidance": guidance_words(drawn, has_base_head),
         "guide": (sampling.guide or str(settings.guide)) if has_guide else None,
         "passes_per_image": count_passes(sampling, settings.shift, kind),
         "weights": settings.weights,

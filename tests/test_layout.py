@@ -66,7 +66,7 @@ def test_few_shared_files_know_the_models():
     assert know == {
         "autoencoders", "class_labels", "comparison", "diffusers_rae", "discriminator", "dit_card", "dit_folders",
         "dit_networks", "flow", "latent_stats", "model_loading", "model_sources", "position_tables", "published_dit",
-        "published_rae", "rae_networks", "start_weights",
+        "published_rae", "rae_card", "rae_networks", "start_weights",
     }  # fmt: skip
 
 
