@@ -17,14 +17,15 @@ without that network. What decides whether two figures compare is printed and st
 could not be known is called unknown.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Literal, Optional
 
 from accelerate import Accelerator
 
 from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder
-from rae_suite.cli import AT_LEAST_0, POSITIVE, Limit, config_dict, flat, parse, require, setting
+from rae_suite.cli import AT_LEAST_0, DISTINCT, POSITIVE, config_dict, flat, parse, require, setting
 from rae_suite.comparability import differences, read_sampling, what_decides
 from rae_suite.errors import ConfigError, renamed_settings
 from rae_suite.files import check_output_file, make_folder
@@ -55,7 +56,14 @@ from rae_suite.settings import FEW_TASKS, ImagesConfig
 from rae_suite.splits import load_eval_images
 from rae_suite.values import PathText
 
-DISTINCT = Limit(lambda values: 0 < len(values) == len(set(values)), "distinct values")
+
+@dataclass
+class ReferenceDataConfig(ImagesConfig):
+    """The images of a data set. See rae_suite/splits.py."""
+
+    path: PathText = ""
+    """Folder of images, of class folders or of split folders, a `datasets` folder, or a Hub data set id; empty: no data
+    set, and none of the settings beside it."""
 
 
 @dataclass
@@ -71,7 +79,7 @@ class EvalFIDConfig:
     reference: Optional[PathText] = None
     """What they are compared with: ADM's .npz file, one that `save_reference` made, an .npz file of images arr_0, or a
     folder of images of one size, which are neither cropped nor resized."""
-    reference_data: ImagesConfig = field(default_factory=ImagesConfig)
+    reference_data: ReferenceDataConfig = field(default_factory=ReferenceDataConfig)
     """A data set to compare with instead, through ADM's centre crop; its `eval_split` is the one that is read."""
     save_reference: Optional[PathText] = None
     """.npz file to write the statistics of reference_data and 10,000 of its images into, in ADM's names."""
@@ -117,11 +125,21 @@ def check(config: EvalFIDConfig) -> None:
         ("metrics", config.metrics, not config.save_reference, "save_reference is none, which needs all of them"),
     ):
         require(value is None or used, key, f"nothing unless {condition}", value)
+    given, default = flat(asdict(config)), flat(asdict(EvalFIDConfig()))
+    for key in ["seed", *(key for key in given if key.startswith("reference_data."))]:
+        expected = "nothing unless reference_data.path is given"
+        require(data or given[key] == default[key], key, expected, given[key])
     require(config.encoder or "encoder" not in config.features, "encoder", "an RAE's folder or Hub id", config.encoder)
     kinds = {DRAWN_METRICS[name].features for name in named}
     require(
         not named or kinds == set(config.features), "metrics", f"some of each of {list(config.features)}", list(named)
     )
+    measured = wanted_metrics(config) if config.samples else ()
+    coverage = any(DRAWN_METRICS[name].needs == "images" for name in measured)
+    used = config.distances == "float32" or coverage
+    require(used, "distances", "float32 unless precision or recall is measured", config.distances)
+    used = config.is_order == "file" or "is" in measured
+    require(used, "is_order", "file unless the Inception Score is measured", config.is_order)
     if config.save_reference is not None:
         file = config.save_reference
         require(file.endswith(".npz"), "save_reference", "a file whose name ends in .npz", file)
@@ -141,10 +159,15 @@ def open_samples(config: EvalFIDConfig, sampled_in: Optional[Path]) -> ImageSet:
     return open_images(path, "samples", config.num_samples, config.num_workers)
 
 
+def wanted_metrics(config: EvalFIDConfig) -> Sequence:
+    """The metrics that were asked for, by name or by their features."""
+    return config.metrics or [name for name, metric in DRAWN_METRICS.items() if metric.features in config.features]
+
+
 def chosen_metrics(config: EvalFIDConfig, place: Optional[ReferencePlace]) -> tuple:
     """(metrics to measure, {metric that the reference lacks something for: what}). Raises ConfigError for a metric that
     was asked for by name and cannot be measured."""
-    names = config.metrics or [n for n, metric in DRAWN_METRICS.items() if metric.features in config.features]
+    names = wanted_metrics(config)
     if place is not None and config.metrics:
         place.check_has(names)
     lacking = {name: place.lacks(name) for name in names if place is not None and place.lacks(name)}

@@ -27,7 +27,7 @@ from accelerate import Accelerator
 from PIL import Image
 
 from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder
-from rae_suite.cli import ALL_AT_LEAST_0, AT_LEAST_0, POSITIVE, Limit, config_dict, parse, require, setting
+from rae_suite.cli import ALL_AT_LEAST_0, AT_LEAST_0, DISTINCT, POSITIVE, Limit, config_dict, parse, require, setting
 from rae_suite.errors import ConfigError, RunError, error_names_setting
 from rae_suite.files import make_folder, remove, writing
 from rae_suite.frechet import (
@@ -62,8 +62,6 @@ from rae_suite.values import PathText
 GRID_IMAGES = 12  # in comparison.png
 WORST_IMAGES = 10  # named in the results
 
-
-DISTINCT = Limit(lambda values: 0 < len(values) == len(set(values)), "distinct values")
 NOT_EMPTY = Limit(lambda values: len(values) > 0, "a model folder or Hub id")
 
 
@@ -122,8 +120,9 @@ class EvalRFIDConfig:
 
 def check(config: EvalRFIDConfig) -> None:
     """Raise ConfigError for what can be seen without loading anything."""
+    has_rfid, inception = "rfid" in config.metrics, "inception" in config.features
     for key, value, used, needed in (
-        ("reference", config.reference, "rfid" in config.metrics, "metrics has rfid"),
+        ("reference", config.reference, has_rfid, "metrics has rfid"),
         (
             "vgg_path",
             config.vgg_path,
@@ -133,13 +132,19 @@ def check(config: EvalRFIDConfig) -> None:
         (
             "inception_path",
             config.inception_path,
-            "rfid" in config.metrics and "inception" in config.features,
+            has_rfid and inception,
             "metrics has rfid, and features inception",
         ),
         ("reference_cache", config.reference_cache, config.reference is None, "there is no reference"),
     ):
         require(value is None or used, key, f"nothing unless {needed}", value)
-    if "rfid" in config.metrics and config.num_samples is not None:
+    for key, used, needed in (
+        ("features", has_rfid, "metrics has rfid"),
+        ("fid_mode", has_rfid and inception, "metrics has rfid, and features inception"),
+    ):
+        value, default = getattr(config, key), getattr(EvalRFIDConfig, key)
+        require(used or value == default, key, f"{list(default)} unless {needed}", list(value))
+    if has_rfid and config.num_samples is not None:
         require(config.num_samples > 1, "num_samples", "at least 2 for a Frechet distance", config.num_samples)
     check_options_used(config.published, config.model)
     names = [row_name(model, noise) for model in config.model for noise in config.latent_noise]
@@ -263,6 +268,7 @@ class Measurement:
     size: int  # side in pixels
     evaluator: Evaluator
     output_dir: Path
+    several: bool  # whether there are several rows, which get a picture of all of them
     shown: list = field(default_factory=list)  # indices of the images in the picture of all rows, by the first one
     sides: dict = field(default_factory=dict)  # those images, and by row their reconstructions, (N, 3, S, S) in [0, 1]
 
@@ -306,9 +312,10 @@ def measure(m: Measurement, model: Autoencoder, noise: float, picture: str) -> d
         labels = [f"{psnr[evaluation.index == i].item():.2f} dB" for i in index]
         with writing(m.output_dir / picture):
             Image.fromarray(comparison_grid(images, reconstructions, labels).numpy()).save(m.output_dir / picture)
-        if not m.sides:
-            m.shown, m.sides["images"] = index, images.cpu()
-        m.sides[name] = both_sides(m, reconstruct, m.shown)[1].cpu()
+        if m.several and not m.sides:
+            m.shown, m.sides["images"], m.sides[name] = index, images.cpu(), reconstructions.cpu()
+        elif m.several:
+            m.sides[name] = both_sides(m, reconstruct, m.shown)[1].cpu()
     return row
 
 
@@ -378,9 +385,10 @@ def main() -> None:
         config.quantize,
     )
     chosen = chosen_images(source, config.num_samples)
-    measurement = Measurement(config, accelerator, source, chosen, size, evaluator, output_dir)
+    several = len(models) * len(config.latent_noise) > 1
+    measurement = Measurement(config, accelerator, source, chosen, size, evaluator, output_dir, several)
     make_folder(str(output_dir), "output_dir")
-    rows, several = [], len(models) * len(config.latent_noise) > 1
+    rows = []
     for model in models:
         model.to(accelerator.device)
         for noise in config.latent_noise:

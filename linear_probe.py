@@ -7,9 +7,8 @@
 The evaluation images are the split `validation`, or what --data.eval_split says (`val` for most image folders).
 Models are RAE folders or Hub ids, run folders and checkpoints, diffusers' AutoencoderRAE and AutoencoderKL, decoder
 files of the published code (with --published.encoder), or a vision encoder alone, such as facebook/dinov2-base.
-Published top-1 on ImageNet-1k
-(RAE paper): DINOv2-B 84.5, SigLIP2-B 79.1, MAE-B 68.0, SD-VAE 8.0. configs/linear_probe.yaml, the default --config,
-has the protocol and what it gives on the handwritten digits.
+Published top-1 on ImageNet-1k (RAE paper): DINOv2-B 84.5, SigLIP2-B 79.1, MAE-B 68.0, SD-VAE 8.0.
+configs/linear_probe.yaml, the default --config, has the protocol and what it gives on the handwritten digits.
 
  1. Features of all images, centre-cropped as in every evaluation, are extracted once, by all processes, and cached.
  2. A grid of learning rates and weight decays is trained at once on a part of the training images, each head with its
@@ -120,7 +119,7 @@ class LabelledImages:
     labels: torch.Tensor
 
 
-def part(images: ImageSource, config: LinearProbeConfig) -> ImageSource:
+def limited(images: ImageSource, config: LinearProbeConfig) -> ImageSource:
     """The images that num_samples leaves."""
     if config.num_samples is None or config.num_samples >= len(images):
         return images
@@ -134,7 +133,7 @@ def load_images(config: LinearProbeConfig, head: Optional[LinearHead]) -> tuple:
     trained head the training images are None, and need not be there unless evaluation images are held out of them."""
     train = None
     if head is None:
-        train_source, source = (part(images, config) for images in load_splits(config.data, config.train.seed))
+        train_source, source = (limited(images, config) for images in load_splits(config.data, config.train.seed))
         labels, names = read_labels(train_source, "data.train_split")
         classes, trained_on = list(names.values()), "the training split"
         require(len(classes) > 1, "data.train_split", "images of at least 2 classes", classes)
@@ -142,7 +141,7 @@ def load_images(config: LinearProbeConfig, head: Optional[LinearHead]) -> tuple:
         if len(config.train.lrs) * len(config.train.weight_decays) > 1:
             hold_out(train.labels, config.train.selection_fraction, config.train.seed)  # raises when nothing is left
     else:
-        source = part(load_eval_images(config.data, config.train.seed), config)
+        source = limited(load_eval_images(config.data, config.train.seed), config)
         classes, trained_on = head.config["classes"], f"the head {config.head}"
     labels, names = read_labels(source, "data.eval_split")
     absent = check_classes(list(names.values()), classes, trained_on, config.allow_absent_classes)

@@ -34,10 +34,10 @@ from tqdm import tqdm
 from modeling_dit import RAEDiTModel, check_parts_fit
 from modeling_rae import RAEModel
 from rae_suite.autoencoders import RAE
-from rae_suite.class_labels import balanced_labels, find_classes, random_labels
+from rae_suite.class_labels import balanced_labels, indices_of_classes, random_labels
 from rae_suite.cli import POSITIVE, config_dict, parse, require, setting
 from rae_suite.digests import weights_digest
-from rae_suite.dit_card import sampling_words
+from rae_suite.dit_card import guidance_words, sampling_words
 from rae_suite.dit_evaluation import measure_set, open_comparison
 from rae_suite.dit_folders import PartsSettings, latents_key, load_guide, load_pipeline_parts
 from rae_suite.errors import ConfigError, error_names_setting
@@ -49,6 +49,7 @@ from rae_suite.launch import measuring_accelerator, quiet_transformers, run_main
 from rae_suite.metric_names import DRAWN_METRICS
 from rae_suite.model_loading import load_rae
 from rae_suite.results import save_results
+from rae_suite.run_models import name_of_run
 from rae_suite.sample_files import (
     GRID,
     NPZ,
@@ -116,6 +117,8 @@ def check(config: SampleDiTConfig) -> None:
     needed = any(DRAWN_METRICS[name].needs for name in config.eval.metrics)
     require(not needed or config.eval.reference, "eval.reference", "what eval.metrics compare with", None)
     check_used("eval.reference", config.eval.reference, needed, "eval.metrics name a metric that compares")
+    inception = any(DRAWN_METRICS[name].features == "inception" for name in config.eval.metrics)
+    check_used("eval.inception_path", config.eval.inception_path, inception, "eval.metrics name one of Inception")
 
 
 def without_group(argv: list) -> list:
@@ -170,14 +173,12 @@ def take_folder(
     config: SampleDiTConfig, decides: dict, labels: torch.Tensor, class_names: dict, accelerator: Accelerator
 ) -> Path:
     """The output folder, new or of the same images. Raises ConfigError for one of other images."""
-    parts = [part for part in Path(config.model).absolute().parts[-3:] if part != "checkpoints"]
-    folder = make_folder(config.output_dir or f"samples/{'-'.join(parts[-2:])}", "output_dir")
+    folder = make_folder(config.output_dir or f"samples/{'-'.join(name_of_run(config.model))}", "output_dir")
     check_same_settings(folder, decides, "output_dir")
     accelerator.wait_for_everyone()  # all have looked
     if accelerator.is_main_process:
         write_text(folder / SETTINGS, json.dumps(decides, indent=1))
         write_labels(folder, labels, class_names)
-        prepare_images(folder)
     accelerator.wait_for_everyone()
     return folder
 
@@ -185,6 +186,12 @@ def take_folder(
 # --------------------------------------------------------------------------------------------------------------------
 # Drawing
 # --------------------------------------------------------------------------------------------------------------------
+
+
+def npz_suffices(config: SampleDiTConfig, models: Models, folder: Path) -> bool:
+    """Whether samples.npz has all images and no PNG files were asked for: none are drawn, and those that are there may
+    be some of them only."""
+    return not config.png and is_whole_npz(folder, config.num_samples, models.rae.config.image_size)
 
 
 def missing_batches(config: SampleDiTConfig, folder: Path) -> list:
@@ -217,10 +224,12 @@ def draw(
     config: SampleDiTConfig, models: Models, labels: torch.Tensor, folder: Path, accelerator: Accelerator
 ) -> tuple[int, float]:
     """Draw the images that are missing. Returns their number and the seconds."""
-    if not config.png and is_whole_npz(folder, config.num_samples, models.rae.config.image_size):
+    if npz_suffices(config, models, folder):
         return 0, 0.0
     batches = missing_batches(config, folder)
-    accelerator.wait_for_everyone()  # all have looked
+    if accelerator.is_main_process:
+        prepare_images(folder)
+    accelerator.wait_for_everyone()  # all have looked, and the folder is there
     count, start = sum(map(len, batches)), time.monotonic()
     say(accelerator, f"{models.settings.found}: {config.num_samples} images, {config.num_samples - count} are there")
     for network in (models.transformer, models.rae, models.guide):
@@ -250,8 +259,8 @@ def report(config: SampleDiTConfig, models: Models, decides: dict, accelerator: 
     precision = {"no": "float32 with TF32" if config.tf32 else "float32"}
     precision = precision.get(accelerator.mixed_precision, f"{accelerator.mixed_precision} autocast")
     has_base_head, off = models.transformer.has_base_head, "off" if sampling.guide == "off" else None
-    words = sampling_words({**config_dict(sampling), "guide": has_guide or off}, has_base_head)
-    kind = guidance_kind(has_base_head, has_guide, not off)
+    drawn = {**config_dict(sampling), "guide": has_guide or off}
+    words, kind = sampling_words(drawn, has_base_head), guidance_kind(has_base_head, has_guide, not off)
     return {
         "num_samples": config.num_samples,
         "model": config.model,
@@ -265,7 +274,7 @@ def report(config: SampleDiTConfig, models: Models, decides: dict, accelerator: 
         "points": sampling.num_inference_steps,
         "end": sampling.end,
         "shift": settings.shift,
-        "guidance": words.split(" steps, ")[1],
+        "guidance": guidance_words(drawn, has_base_head),
         "guide": (sampling.guide or str(settings.guide)) if has_guide else None,
         "passes_per_image": count_passes(sampling, settings.shift, kind),
         "weights": settings.weights,
@@ -288,15 +297,17 @@ def finish(
     if config.npz and (drawn or not is_whole_npz(folder, config.num_samples, size)):
         print(f"packing {folder / NPZ}", flush=True)
         pack(folder, config.num_samples, size)
-    if drawn or "metrics" in results or not (folder / RESULTS).is_file():
+    if drawn or not (folder / GRID).is_file() and not missing_images(folder, config.num_samples):
         write_grid(folder, labels)
+    if drawn or "metrics" in results or not (folder / RESULTS).is_file():
         save_results(folder / RESULTS, {**results, "drawn": drawn, "seconds": seconds, "images_per_second": speed})
     if not config.png:
         shutil.rmtree(folder / "images", ignore_errors=True)
     print(f"{results['how']}" + (f"; {speed:.2f} images/s" if drawn else "; nothing was left to draw"))
     for name, value in results.get("metrics", {}).items():
         print(f"{DRAWN_METRICS[name].title:<28}{value:>12.4f}")
-    places = {"images": config.png and "images", "npz": config.npz and NPZ, "picture": GRID, "results": RESULTS}
+    grid = (folder / GRID).is_file() and GRID  # one that was lost is made of PNG files only
+    places = {"images": config.png and "images", "npz": config.npz and NPZ, "picture": grid, "results": RESULTS}
     for what, place in places.items():
         if place:
             print(f"{what:<10}{folder / place}")
@@ -310,7 +321,7 @@ def main() -> None:
     set_tf32(config.tf32, accelerator, "tf32")
     models = load_models(config)
     class_names = models.settings.class_names
-    classes = find_classes(config.classes, class_names, models.transformer.config.num_classes, "classes")
+    classes = indices_of_classes(config.classes, class_names, models.transformer.config.num_classes, "classes")
     count = (config.num_samples, "num_samples")
     named_rae = RAE(models.rae.name_or_path, models.rae)
     comparison = open_comparison(config.eval, count, config.batch_size, 0, named_rae, accelerator)
@@ -320,7 +331,7 @@ def main() -> None:
     done = draw(config, models, labels, folder, accelerator)
     results = report(config, models, decides, accelerator)
     if comparison.metrics:
-        files = folder / ("images" if (folder / "images").is_dir() else NPZ)
+        files = folder / (NPZ if npz_suffices(config, models, folder) else "images")
         images = open_images(str(files), "output_dir", config.num_samples)
         results["metrics"] = measure_set(comparison, images, accelerator, config.batch_size)
         results["reference"] = comparison.reference and comparison.reference.facts

@@ -33,7 +33,7 @@ def random_labels(num_samples: int, classes: Sequence, seed: int) -> torch.Tenso
     return torch.tensor(classes)[torch.randint(len(classes), (num_samples,), generator=generator)]
 
 
-def find_classes(asked: Sequence, class_names: Optional[dict], num_classes: int, key: str) -> list:
+def indices_of_classes(asked: Sequence, class_names: Optional[dict], num_classes: int, key: str) -> list:
     """Indices of the classes that are `asked` for by name or index, all of them where none is. Raises ConfigError,
     about the setting `key`, with the nearest names, for one that does not exist or is given twice."""
     try:

@@ -276,6 +276,7 @@ AT_LEAST_0 = Limit(lambda value: value >= 0, "a number of at least 0")
 SHARE = Limit(lambda value: 0 <= value < 1, "a number in [0, 1)")
 ALL_AT_LEAST_0 = Limit(lambda values: all(value >= 0 for value in values), "numbers of at least 0")
 ALL_POSITIVE = Limit(lambda values: all(value > 0 for value in values), "positive numbers")
+DISTINCT = Limit(lambda values: 0 < len(values) == len(set(values)), "one or more, distinct")
 THREE = Limit(lambda values: len(values) == 3, "three numbers")
 PROBABILITY = Limit(lambda value: 0 <= value <= 1, "a number in [0, 1]")
 

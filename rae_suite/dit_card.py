@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Optional
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from huggingface_hub import ModelCard, ModelCardData
 
 from modeling_rae import RAEConfig
 from rae_suite.cli import config_yaml
@@ -15,6 +15,7 @@ from rae_suite.flow import guidance_kind
 from rae_suite.hub import data_name, hub_id
 from rae_suite.metric_names import DRAWN_METRICS, GENERATION_METRICS
 from rae_suite.metrics_file import MetricsFile
+from rae_suite.model_cards import CardFacts, eval_results, figures_table, training_part
 from rae_suite.settings_dit import Config
 
 TASK = "unconditional-image-generation"  # the Hub has no name for images of classes
@@ -30,31 +31,23 @@ class GenerationFigures:
     how: str
 
 
-@dataclass
-class CardFacts:
-    """What a card says beside the models' settings. `repo_id`: user/name, or the folder that a run wrote; `trained_on`:
-    its data.path; `run_settings`: text of its config.yaml; `picture`: whether there is samples.png."""
-
-    repo_id: str
-    license: str = "apache-2.0"
-    figures: Optional[GenerationFigures] = None
-    picture: bool = False
-    trained_on: Optional[str] = None
-    run_settings: Optional[str] = None
-
-
 def sampling_words(sampling: dict, has_base_head: bool) -> str:
     """How images are drawn by a model with or without a base head, from settings by their names in SamplingConfig;
     `guide`: "off", or whether there is one."""
-    points, end, scale = (sampling.get(key) for key in ("num_inference_steps", "end", "guidance_scale"))
-    steps = points - 1 if end == "published" else points
+    points = sampling["num_inference_steps"]
+    steps = points - 1 if sampling.get("end") == "published" else points
     words = f"{points} points in time, {steps} {sampling.get('solver', 'euler')} steps"
+    return f"{words}, {guidance_words(sampling, has_base_head)}"
+
+
+def guidance_words(sampling: dict, has_base_head: bool) -> str:
+    """The guidance in the same settings."""
+    scale, guide = sampling["guidance_scale"], sampling.get("guide")
     if scale == 1:
-        return f"{words}, no guidance"
+        return "no guidance"
     low, high = sampling.get("guidance_interval", (0.0, 1.0))
-    guide = sampling.get("guide")
     kind = guidance_kind(has_base_head, bool(guide) and guide != "off", guide != "off")
-    return f"{words}, {kind} {scale:g} at times {low:g} to {high:g}"
+    return f"{kind} {scale:g} at times {low:g} to {high:g}"
 
 
 def usage(repo_id: str, class_names: dict, rae_id: Optional[str]) -> str:
@@ -90,23 +83,11 @@ def describe(transformer: Mapping, image_size: Optional[int]) -> str:
     )
 
 
-def eval_results(figures: GenerationFigures, trained_on: Optional[str]) -> list:
+def model_index(figures: GenerationFigures, trained_on: Optional[str]) -> list:
     """The figures as the Hub's model-index has them."""
-    data = data_name(trained_on) if trained_on else "unknown"
-    return [
-        EvalResult(
-            task_type=TASK,
-            task_name="Image generation",
-            dataset_type=data,
-            dataset_name=data,
-            dataset_args={"num_samples": figures.num_samples},
-            metric_type=name,
-            metric_name=GENERATION_METRICS[name].title,
-            metric_value=round(value, 4),
-            metric_config=figures.how,
-        )
-        for name, value in figures.values.items()
-    ]
+    task, data = (TASK, "Image generation"), data_name(trained_on) if trained_on else "unknown"
+    how = dict.fromkeys(figures.values, figures.how)
+    return eval_results(task, data, figures.num_samples, figures.values, GENERATION_METRICS, how)
 
 
 def pipeline_card(
@@ -120,6 +101,7 @@ def pipeline_card(
     """Text of README.md.
 
     Args:
+        facts: their figures are GenerationFigures.
         transformer: config of the RAEDiTModel.
         image_size: of the RAE, in pixels; None: it is left out, and `rae_id` says where it is.
         sampling: the pipeline's defaults, as save_pipeline takes them; `guide`: "off", or whether it has one.
@@ -134,7 +116,7 @@ def pipeline_card(
         base_model=hub_id(rae_id),
         datasets=hub_id(facts.trained_on),
         model_name=name if figures else None,  # with it, the card has a model-index
-        eval_results=eval_results(figures, facts.trained_on) if figures else None,
+        eval_results=model_index(figures, facts.trained_on) if figures else None,
     )
     parts = [f"---\n{data.to_yaml()}\n---", f"# {name}", describe(transformer, image_size)]
     if facts.picture:
@@ -143,18 +125,10 @@ def pipeline_card(
     code = usage(facts.repo_id, class_names or {}, None if image_size is not None else rae_id)
     parts.append(f"## Usage\n\n```python\n{code}\n```\n\nBy default: {words}.")
     if figures:
-        rows = "\n".join(
-            f"| {GENERATION_METRICS[metric].title} | {value:.4f} |" for metric, value in figures.values.items()
-        )
-        parts.append(
-            f"## Figures\n\n{figures.num_samples} images, {figures.how}.\n\n| metric | value |\n|---|---|\n{rows}"
-        )
+        table = figures_table(figures.values, GENERATION_METRICS)
+        parts.append(f"## Figures\n\n{figures.num_samples} images, {figures.how}.\n\n{table}")
     if facts.run_settings:
-        on = f"Trained on `{data_name(facts.trained_on)}`.\n\n" if facts.trained_on else ""
-        parts.append(
-            f"## Training\n\n{on}<details><summary>All settings</summary>\n\n"
-            f"```yaml\n{facts.run_settings.strip()}\n```\n\n</details>"
-        )
+        parts.append(training_part(facts))
     where = "The RAE is in `rae/`" if image_size is not None else f"The RAE is `{rae_id}`"
     parts.append(f"## License\n\nThe transformer is under {facts.license}. {where}, under its own license.")
     return scrub(str(ModelCard("\n\n".join(parts) + "\n")))

@@ -30,12 +30,13 @@ from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import is_whole_model
 from rae_suite.flow import default_shift
 from rae_suite.hub import fetch_file, hub_id
+from rae_suite.model_loading import CODE as RAE_CODE
 from rae_suite.model_loading import load_rae
 from rae_suite.rae_networks import image_processor_json
 from rae_suite.run_models import WORDS, is_checkpoint, is_run_folder, model_of_run, read_weights
 
 INDEX, CARD, PICTURE = "model_index.json", "README.md", "samples.png"
-CODE, RAE_CODE = "modeling_dit.py", "modeling_rae.py"
+CODE = "modeling_dit.py"
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 CHECKPOINT_PARTS = {"ema": "ema", "raw": "model"}
 # of SamplingConfig, what a pipeline has as its defaults; its guidance_interval is two numbers there
@@ -151,14 +152,13 @@ def is_whole_pipeline(folder: Path) -> bool:
 @dataclass
 class PartsSettings:
     """What goes with a stage-2 model. `found`: what was loaded, in words; `weights`: "averaged", "raw" or "unknown";
-    `shift`: the time shift of its training; `class_names`: {index: name}; `sampling`: defaults by their names in
-    SamplingConfig; `guide`: folder of the weaker model that is saved with it."""
+    `shift`: the time shift of its training; `class_names`: {index: name}; `guide`: folder of the weaker model that is
+    saved with it. Not a pipeline's defaults: a command draws as its own settings say."""
 
     found: str
     weights: str
     shift: float
     class_names: dict = field(default_factory=dict)
-    sampling: dict = field(default_factory=dict)
     guide: Optional[Path] = None
 
 
@@ -214,21 +214,21 @@ def _from_folder(folder: Path, source: str, key: str, weights: str) -> tuple:
     transformer = _load_transformer(folder / "transformer", source, key)
     with error_names_setting(key, source):
         shift = FlowMatchEulerDiscreteScheduler.from_pretrained(folder / "scheduler").config.shift
-        sampling, names = read_defaults(index)
+        _, names = read_defaults(index)
     rae_source = str(folder / "rae") if index.get("rae", [None])[0] is not None else index.get("rae_id")
     rae = None if rae_source is None else load_rae(rae_source, key)
     guide = folder / "guide" if index.get("guide", [None])[0] is not None else None
     of_a_run = (folder.parent / "config.yaml").is_file()  # whose folders have the moving average
     which = "averaged" if of_a_run else "unknown"
-    settings = PartsSettings(f"pipeline {source}", which, float(shift), names, sampling, guide)
-    return transformer, rae, settings
+    return transformer, rae, PartsSettings(f"pipeline {source}", which, float(shift), names, guide)
 
 
 def read_defaults(index: dict) -> tuple[dict, dict]:
-    """(the defaults by their names in SamplingConfig, the class names {index: name}) in a model_index.json."""
+    """(the defaults by their names in SamplingConfig, the class names {index: name} by index) in a model_index.json,
+    where keys are texts: 10 stands before 2."""
     sampling = {name: index[name] for name in PIPELINE_DEFAULTS if name in index}
     interval = (sampling.pop("guidance_start", 0.0), sampling.pop("guidance_end", 1.0))
-    names = {int(number): name for number, name in (index.get("class_names") or {}).items()}
+    names = dict(sorted((int(number), name) for number, name in (index.get("class_names") or {}).items()))
     off = {} if index.get("internal_guidance", True) else {"guide": "off"}
     return {**sampling, **off, "guidance_interval": interval}, names
 
@@ -261,7 +261,7 @@ def _from_checkpoint(folder: Path, key: str, weights: str) -> tuple:
         if "rae" not in given:
             raise ConfigError(f"{key}: {folder} is a checkpoint of a run of stage 1, expected {KINDS}")
         rae = load_rae(str(run_dir / "rae") if (run_dir / "rae").exists() else given["rae"], key)
-        names, flow, sampling = given.get("class_names"), dict(run["flow"]), dict(run["sampling"])
+        names, flow = given.get("class_names"), dict(run["flow"])
     except ConfigError:
         raise
     except (LookupError, TypeError, AttributeError, ValueError) as error:
@@ -271,8 +271,7 @@ def _from_checkpoint(folder: Path, key: str, weights: str) -> tuple:
         transformer = model_from_state(_checkpoint_config(given, rae, state), state)
     which, names = WORDS[weights], dict(enumerate(names or []))
     shift = flow["shift"] or default_shift(latent_dim(transformer), flow["shift_base"])
-    settings = PartsSettings(f"checkpoint {folder}, {which} weights", which, shift, names, sampling)
-    return transformer, rae, settings
+    return transformer, rae, PartsSettings(f"checkpoint {folder}, {which} weights", which, shift, names)
 
 
 def _checkpoint_config(given: dict, rae: RAEModel, state: dict) -> dict:

@@ -11,7 +11,7 @@ from urllib.request import Request, urlopen
 import torch
 
 from rae_suite.errors import ConfigError
-from rae_suite.files import share
+from rae_suite.files import give_default_permissions
 
 SECONDS = 60  # without a byte: then the download has failed
 
@@ -66,7 +66,7 @@ def download(url: str, file: Path, hash_prefix: Optional[str] = None) -> None:
             if hash_prefix is not None and not digest.hexdigest().startswith(hash_prefix):
                 found = digest.hexdigest()[: len(hash_prefix)]
                 raise OSError(f"the file has another content: its SHA-256 begins with {found}, expected {hash_prefix}")
-            share(Path(beside.name))
+            give_default_permissions(Path(beside.name))
             os.replace(beside.name, file)
         except BaseException:
             os.unlink(beside.name)

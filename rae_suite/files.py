@@ -200,7 +200,7 @@ def write_folder(target: Path, write: Callable[[Path], None], main_process: bool
             write(beside)
             if main_process:
                 for path in (*beside.rglob("*"), beside):
-                    share(path)
+                    give_default_permissions(path)
                     sync(path)
         except BaseException:
             if main_process:
@@ -225,12 +225,12 @@ def replacing(path: Path) -> Iterator[Path]:
     beside = path.with_name(f".{path.stem}.partial{path.suffix}")
     with writing(path):
         yield beside
-        share(beside)
+        give_default_permissions(beside)
         sync(beside)
         beside.replace(path)
 
 
-def share(path: Path) -> None:
+def give_default_permissions(path: Path) -> None:
     """Give a file the permissions that a new one gets: safetensors and temporary files are their owner's alone."""
     if path.is_file() and not path.is_symlink():
         path.chmod(0o666 & ~_MASK)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
-from rae_suite.cli import ALL_AT_LEAST_0, POSITIVE, Limit, setting
+from rae_suite.cli import ALL_AT_LEAST_0, ALL_POSITIVE, DISTINCT, POSITIVE, Limit, setting
 from rae_suite.errors import ConfigError, RunError
 from rae_suite.features import Features, progress
 from rae_suite.files import write_folder
@@ -30,10 +30,6 @@ HEAD_KEYS = {
     "classes", "features", "image_size", "model", "weights", "seed", "holdout_fraction", "lr", "weight_decay",
     "num_train_samples",
 }  # fmt: skip  # of a head's config.json
-
-ALL_POSITIVE = Limit(lambda values: all(value > 0 for value in values), "positive numbers")
-
-DISTINCT = Limit(lambda values: 0 < len(values) == len(set(values)), "one or more, distinct")
 
 SELECTION = Limit(lambda value: 0 < value < 1, "a number in (0, 1)")
 

@@ -1,5 +1,5 @@
-"""The metrics of reconstructions, a row each. Settings, evaluations, best_metric, curves, results and cards take them
-from here, so a new metric is a new row. Imports nothing that takes time: settings are made from it."""
+"""The metrics of reconstructions and of stage 2, a row each. Settings, evaluations, best_metric, curves, results and
+cards take them from here, so a new metric is a new row. Imports nothing that takes time: settings are made from it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

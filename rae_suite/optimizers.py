@@ -47,8 +47,11 @@ class MuonWithAdamW(torch.optim.Optimizer):
         """Muon's step, undone where `failed`: torch's Muon cannot leave a step out without the host knowing."""
         matrices = [p for p in self.muon.param_groups[0]["params"] if p.grad is not None]
         for p in matrices:
-            momentum = self.state[p].setdefault("momentum_buffer", torch.zeros_like(p))
-            p.grad.copy_(torch.where(failed, momentum, p.grad))  # the momentum's mean with itself is itself
+            state = self.state[p]
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(p)
+            # the momentum's mean with itself is itself
+            p.grad.copy_(torch.where(failed, state["momentum_buffer"], p.grad))
         before = [p.clone() for p in matrices]
         self.muon.step()
         for p, kept in zip(matrices, before, strict=True):

@@ -1,4 +1,4 @@
-"""The pictures of a run: grids of reconstructions and training curves."""
+"""Pictures of both stages: grids of reconstructions and of drawn images, training curves."""
 
 import functools
 import logging

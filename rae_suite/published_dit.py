@@ -96,7 +96,7 @@ def read_published_dit(
         raise ConfigError(f"{key}: {path} is {KINDS[found]}, expected {KINDS[side]}: use {prefix}from {found}")
     tensors, kind = held, KINDS[side].partition(" (")[0]
     if side == "training":
-        tensors = training_weights(held, path, weights, key, prefix)
+        tensors = training_weights(held, path, weights, key)
         kind += {"ema": ", averaged weights", "raw": ", raw weights"}[weights]
     what = f"the stage-2 model in {path}"
     config, notes = config_of_tensors(tensors, what, options, key, prefix)
@@ -124,7 +124,7 @@ def config_of_tensors(
     than a model of the published code has."""
     shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in tensors.items()}
     try:
-        config = _sizes(shapes, options, key, prefix, what)
+        config = _sizes(shapes, options, prefix, what)
     except (LookupError, ValueError) as error:
         if isinstance(error, ConfigError):
             raise
@@ -145,7 +145,7 @@ def config_of_tensors(
     return config, notes
 
 
-def _sizes(shapes: dict, options: PublishedDiTOptions, key: str, prefix: str, what: str) -> dict:
+def _sizes(shapes: dict, options: PublishedDiTOptions, prefix: str, what: str) -> dict:
     """What the shapes show. Raises KeyError for a tensor that is missing and ValueError for one of another rank."""
     has_head = "s_embedder.proj.weight" in shapes
     tokens = _token_sizes(shapes, options, prefix, what)

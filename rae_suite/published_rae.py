@@ -92,7 +92,7 @@ def read_training(
     """The averaged ("ema") or "raw" `weights` of a training checkpoint, read from `path`. The encoder is the pretrained
     one that the options name: an average of what does not change is that itself, so where the checkpoint's copy differs
     by rounding, the copy is what is off. Decoder and statistics are used with that same encoder everywhere else."""
-    tensors = training_weights(held, path, weights, key, prefix)
+    tensors = training_weights(held, path, weights, key)
     decoder = {name.removeprefix("decoder."): tensors[name] for name in tensors if name.startswith("decoder.")}
     source = read_decoder(decoder, path, options, key, prefix)
     encoder = {name: tensor for name, tensor in tensors.items() if name.startswith("encoder.")}
@@ -100,8 +100,8 @@ def read_training(
     return source
 
 
-def training_weights(held: dict, path: Path, weights: str, key: str, prefix: str) -> dict:
-    """State dict of the whole autoencoder in a training checkpoint, without the prefixes of wrappers."""
+def training_weights(held: dict, path: Path, weights: str, key: str) -> dict:
+    """State dict of the whole model, of either stage, in a training checkpoint, without the prefixes of wrappers."""
     part = {"ema": "ema", "raw": "model"}[weights]
     if not isinstance(held.get(part), dict):
         found = ", ".join(sorted(map(str, held)))

@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 
 from rae_suite.errors import ConfigError
-from rae_suite.files import NPZ_ERRORS, write_image_npz, write_text, writing
+from rae_suite.files import NPZ_ERRORS, replacing, write_image_npz, write_text, writing
 from rae_suite.pictures import image_grid
 from rae_suite.sources import evenly_spread
 
@@ -124,8 +124,8 @@ def write_grid(folder: Path, labels: torch.Tensor) -> None:
     chosen = evenly_spread(range(len(labels)), GRID_IMAGES, with_last=True)
     chosen = sorted(chosen, key=lambda index: (labels[index].item(), index))
     images = torch.stack([torch.from_numpy(array).permute(2, 0, 1) for array in read_images(folder, chosen)])
-    with writing(folder / GRID):
-        Image.fromarray(image_grid(images.float() / 255, GRID_COLUMNS).numpy()).save(folder / GRID)
+    with replacing(folder / GRID) as beside:
+        Image.fromarray(image_grid(images.float() / 255, GRID_COLUMNS).numpy()).save(beside)
 
 
 def write_labels(folder: Path, labels: torch.Tensor, class_names: dict) -> None:

@@ -98,7 +98,7 @@ def _decoder_of(found: FoundModel) -> tuple[dict, dict]:
     if found.side == "published":
         return found.held, {}
     if found.side == "training":
-        tensors = training_weights(found.held, path, found.weights, DECODER, "")
+        tensors = training_weights(found.held, path, found.weights, DECODER)
         return {name.removeprefix("decoder."): t for name, t in tensors.items() if name.startswith("decoder.")}, {}
     if found.side == "checkpoint":  # without its encoder, which may be gone
         settings = read_group(ModelConfig, path.parent.parent / "config.yaml", "model")

@@ -56,7 +56,7 @@ from rae_suite.launch import (
 from rae_suite.loaders import chosen_images
 from rae_suite.model_loading import FoundModel, find_model, load_rae, rae_of
 from rae_suite.published_rae import PublishedOptions, check_options_used
-from rae_suite.rae_networks import give_latent_stats, save_rae
+from rae_suite.rae_networks import build_rae, build_rae_config, give_latent_stats, save_rae
 from rae_suite.settings import ImagesConfig
 from rae_suite.settings_rae import parse_config
 from rae_suite.sources import ImageSource
@@ -138,8 +138,6 @@ def load_images(config: LatentStatsConfig) -> ImageSource:
 def training_model(files: tuple, latent_stats: Optional[str]) -> RAEModel:
     """The autoencoder that train_rae.py builds from the YAML `files`, with the statistics of a file. Its decoder has
     one block: the encoder's weights, random ones too, do not depend on it."""
-    from rae_suite.rae_networks import build_rae, build_rae_config
-
     config = parse_config([part for file in files for part in ("--config", file)])
     model = replace(config.model, latent_stats=latent_stats, decoder_num_hidden_layers=1)
     return build_rae(model, config.train.seed, build_rae_config(model)).eval()

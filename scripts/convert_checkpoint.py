@@ -51,7 +51,6 @@ input ends with one line and exit code 2. A CPU is enough: two minutes and 7 GB 
 
 import argparse
 import copy
-import dataclasses
 import json
 import os
 import sys
@@ -61,13 +60,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
-from transformers.utils import IMAGE_PROCESSOR_NAME
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root
-from modeling_dit import check_parts_fit
 from modeling_rae import RAEModel
 from rae_suite.autoencoders import RAE
-from rae_suite.cli import read_yaml
 from rae_suite.comparison import compare_images, compare_tensors
 from rae_suite.diffusers_rae import (
     diffusers_differences,
@@ -78,22 +73,28 @@ from rae_suite.diffusers_rae import (
     why_not_built,
     write_diffusers,
 )
-from rae_suite.errors import ConfigError, OneLineParser, RunError, error_names_setting
+from rae_suite.dit_conversion import (
+    DIT_OPTIONS,
+    STAGE_2,
+    check_dit_arguments,
+    check_dit_proof,
+    describe_dit,
+    dit_differences,
+    dit_rows,
+    is_stage_2,
+    read_dit,
+    side_of_stage_2,
+)
+from rae_suite.errors import ConfigError, OneLineParser, RunError
 from rae_suite.files import check_output_file, read_saved, write_folder
 from rae_suite.launch import quiet_transformers, run_main
-from rae_suite.model_loading import FoundModel, find_model, folder_of, load_autoencoder, load_rae, rae_of
+from rae_suite.model_loading import FoundModel, find_model, folder_of, load_autoencoder, rae_of
 from rae_suite.model_sources import SIDES, ModelSource, read_json
 from rae_suite.position_tables import table_kind
 from rae_suite.published_dit import (
-    DiTSource,
-    PublishedDiTOptions,
     compare_dits,
     is_converted_dit,
     load_written_dit,
-    published_dit_differences,
-    read_own_dit,
-    read_published_dit,
-    side_of_dit,
     write_own_dit,
     write_published_dit,
 )
@@ -105,11 +106,8 @@ from rae_suite.published_rae import (
     reading_flags,
     write_published,
 )
-from rae_suite.rae_networks import give_latent_stats, image_processor_json, read_latent_stats
+from rae_suite.rae_networks import read_latent_stats, save_rae
 
-DIT_FILES = ("model_index.json", "config.json")  # one of which a stage-2 model's folder has
-DIT_OPTIONS = tuple(field.name for field in dataclasses.fields(PublishedDiTOptions))
-STAGE_2 = "dit"  # the side of this suite's stage-2 models: either it or another decides that a conversion is of stage 2
 TOLERANCE = 1e-4  # largest difference of a conversion that counts as right
 
 
@@ -119,13 +117,21 @@ def main(argv: Optional[list] = None) -> None:
     side = side_of_stage_2(args.input)
     args.source = args.source or side
     if is_stage_2(args):
-        check_arguments(args)
-        convert_dit(args)
-        return
-    if side is not None:
+        report = convert_dit(args)
+    elif side is None:
+        report = convert_rae(args)
+    else:
         raise ConfigError(
             f"--input: {args.input} is a stage-2 model, expected {SIDES[args.source]}: use --to {STAGE_2}"
         )
+    print(f"{args.output} is written")
+    if args.json is not None:
+        args.json.write_text(json.dumps(report, indent=2) + "\n")
+
+
+def convert_rae(args: argparse.Namespace) -> dict:
+    """Convert an autoencoder and return the report; nothing is written unless what was written, loaded again, is the
+    same."""
     found = find_source(args)
     check_arguments(args)
     source = read_source(args, found)
@@ -140,12 +146,36 @@ def main(argv: Optional[list] = None) -> None:
     with new_folder(args.output) as folder:
         WRITERS[args.target](source.model, folder)
         report = {**describe(args, source), **compare(source, folder, args.target)}
-        print_report(report)
+        print_rows(rae_rows(report))
         check_proof(report)
         write_folder(args.output, lambda partial: folder.rename(partial), True, lambda: None)
-    print(f"{args.output} is written")
-    if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def convert_dit(args: argparse.Namespace) -> dict:
+    """Convert a stage-2 model and return the report; nothing is written unless what was written, loaded again, has the
+    same velocities."""
+    check_arguments(args)
+    if not args.input.exists():
+        raise ConfigError(f"--input: {args.input} does not exist, expected a stage-2 model")
+    source, rae = read_dit(args)
+    differences = dit_differences(args, source, rae)
+    if differences and not args.force:
+        raise ConfigError(f"{'; '.join(differences)}; --force converts nevertheless")
+    if differences and args.target == "published":
+        raise ConfigError(f"{'; '.join(differences)}: --force cannot help, there is no published class for it")
+    with new_folder(args.output) as folder:
+        write = write_own_dit if args.target == STAGE_2 else write_published_dit
+        write(source, rae, folder)
+        try:
+            written = load_written_dit(folder, args.target, source.model, "--output")
+        except ConfigError as error:
+            raise RunError(f"the converted model cannot be loaded, nothing was written: {error}") from error
+        report = {**describe_dit(args, source, rae, differences), **compare_dits(source.model, written)}
+        print_rows(dit_rows(report))
+        check_dit_proof(report)
+        write_folder(args.output, lambda partial: folder.rename(partial), True, lambda: None)
+    return report
 
 
 def parse_arguments(argv: Optional[list]) -> argparse.Namespace:
@@ -307,8 +337,7 @@ def published_options(args: argparse.Namespace) -> PublishedOptions:
 
 
 def write_rae(model: RAEModel, folder: Path) -> None:
-    model.save_pretrained(folder)
-    (folder / IMAGE_PROCESSOR_NAME).write_text(image_processor_json(model.config.image_size))
+    save_rae(model, model.state_dict(), folder)
 
 
 WRITERS = {"rae": write_rae, "diffusers": write_diffusers, "published": write_published}
@@ -400,7 +429,8 @@ def describe(args: argparse.Namespace, source: ModelSource) -> dict:
     }
 
 
-def print_report(report: dict) -> None:
+def rae_rows(report: dict) -> list:
+    """The lines of the report, (name, text)."""
     encoder, decoder, tensors, images = (report[name] for name in ("encoder", "decoder", "tensors", "images"))
     statistics = "mean and variance" if report["latent_mean"] else "variance, no mean"
     rows = [
@@ -429,170 +459,12 @@ def print_report(report: dict) -> None:
             text = text.format(number=images["number"], **images[name])
         rows.append((name, text))
     rows += [("differs", item["what"]) for item in report["differences"]]
-    rows += [("note", text) for text in report["notes"]]
-    print_rows(rows)
+    return rows + [("note", text) for text in report["notes"]]
 
 
 def print_rows(rows: list) -> None:
     for name, text in rows:
         print(f"{name:<18}{text}")
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Stage 2
-
-
-def is_stage_2(args: argparse.Namespace) -> bool:
-    return STAGE_2 in (args.source, args.target)
-
-
-def side_of_stage_2(path: Path) -> Optional[str]:
-    """What a stage-2 model's file or folder is: "published", "training" or STAGE_2; None for anything else."""
-    if path.is_file():
-        try:
-            return side_of_dit(read_saved(path, "--input"))
-        except (OSError, ValueError):  # whoever reads it says so
-            return None
-    run = next((folder for folder in (path, path.parent.parent) if (folder / "config.yaml").is_file()), None)
-    if run is not None and not (path / "config.json").is_file():
-        return STAGE_2 if "rae" in (read_yaml(run / "config.yaml").get("model") or {}) else None
-    try:
-        names = [json.loads(file.read_text())["_class_name"] for file in path.glob("*.json") if file.name in DIT_FILES]
-    except (OSError, ValueError, LookupError, TypeError):
-        return None
-    return STAGE_2 if any("RAEDiT" in str(name) for name in names) else None
-
-
-def check_dit_arguments(args: argparse.Namespace) -> None:
-    """Raise ConfigError for a conversion between the stages, and for options of stage 2 that would be ignored."""
-    other = args.target if args.source == STAGE_2 else args.source
-    if is_stage_2(args) and args.source is None:
-        raise ConfigError(f"--input: {args.input} is no stage-2 model that is known here, expected one with --to dit")
-    if is_stage_2(args) and args.source != args.target:
-        sides = ("published",) if args.source == STAGE_2 else ("published", "training")
-        flag = "--to" if args.source == STAGE_2 else "--from"
-        if other not in sides:
-            raise ConfigError(f"{flag}: expected {' or '.join(sides)} with a stage-2 model, got {other}")
-    for name in ("rae", *DIT_OPTIONS):
-        value = getattr(args, name)
-        if value is not None and args.target != STAGE_2:
-            raise ConfigError(f"--{name}: expected nothing unless --to {STAGE_2}, got {value}")
-        if isinstance(value, int) and value <= 0:
-            raise ConfigError(f"--{name}: expected a positive number, got {value}")
-    if is_stage_2(args) and args.stats is not None and args.rae is None:
-        raise ConfigError(f"--stats: expected nothing without --rae, whose latents they are of, got {args.stats}")
-
-
-def convert_dit(args: argparse.Namespace) -> None:
-    """Convert a stage-2 model; nothing is written unless what was written, loaded again, has the same velocities."""
-    if not args.input.exists():
-        raise ConfigError(f"--input: {args.input} does not exist, expected a stage-2 model")
-    source, rae = read_dit(args)
-    differences = dit_differences(args, source, rae)
-    if differences and not args.force:
-        raise ConfigError(f"{'; '.join(differences)}; --force converts nevertheless")
-    if differences and args.target == "published":
-        raise ConfigError(f"{'; '.join(differences)}: --force cannot help, there is no published class for it")
-    with new_folder(args.output) as folder:
-        write = write_own_dit if args.target == STAGE_2 else write_published_dit
-        write(source, rae, folder)
-        try:
-            written = load_written_dit(folder, args.target, source.model, "--output")
-        except ConfigError as error:
-            raise RunError(f"the converted model cannot be loaded, nothing was written: {error}") from error
-        report = {**describe_dit(args, source, rae, differences), **compare_dits(source.model, written)}
-        print_rows(dit_rows(report))
-        check_dit_proof(report)
-        write_folder(args.output, lambda partial: folder.rename(partial), True, lambda: None)
-    print(f"{args.output} is written")
-    if args.json is not None:
-        args.json.write_text(json.dumps(report, indent=2) + "\n")
-
-
-def read_dit(args: argparse.Namespace) -> tuple:
-    """The stage-2 model that --input holds, and its RAE with the statistics of --stats, or None."""
-    if args.source == STAGE_2:
-        return read_own_dit(args.input, args.weights or "ema", "--input")
-    if args.source == "published" and args.weights is not None:
-        raise ConfigError(f"--weights: expected nothing with --from published, which has one set, got {args.weights}")
-    options = PublishedDiTOptions(**{name: getattr(args, name) for name in DIT_OPTIONS})
-    source = read_published_dit(args.input, args.source, args.weights or "ema", options, "--input", "--")
-    if args.rae is None:
-        return source, None
-    rae = load_rae(args.rae, "--rae")
-    if args.stats is not None:
-        with error_names_setting("--stats"):
-            give_latent_stats(rae, **read_latent_stats(args.stats, rae.config, "--stats"))
-    with error_names_setting("--rae", args.rae):
-        check_parts_fit(source.model, rae, None)
-    return source, rae
-
-
-def dit_differences(args: argparse.Namespace, source: DiTSource, rae: Optional[RAEModel]) -> list:
-    """In words, what the other side cannot hold, or what makes it draw something else."""
-    if args.target == "published":
-        return [f"--to published: {text}" for text in published_dit_differences(source.model)]
-    if rae is not None and not rae.config.use_latent_stats:
-        return [
-            f"--rae: {args.rae} has no statistics of its latents, and published models draw normalised ones; expected "
-            "--stats with the published file"
-        ]
-    return []
-
-
-def describe_dit(args: argparse.Namespace, source: DiTSource, rae: Optional[RAEModel], differences: list) -> dict:
-    config = {name: value for name, value in source.model.config.items() if not name.startswith("_")}
-    has_stats = rae is not None and rae.config.use_latent_stats
-    return {
-        "from": args.source,
-        "to": args.target,
-        "input": str(args.input),
-        "output": str(args.output),
-        "loaded": source.kind,
-        "model": config,
-        "parameters": sum(tensor.numel() for tensor in source.model.parameters()),
-        "rae": args.rae,
-        "latent_stats": has_stats,
-        "latent_mean": has_stats and rae.config.latent_stats_have_mean,
-        "differences": differences,
-        "notes": source.notes,
-    }
-
-
-def dit_rows(report: dict) -> list:
-    config, tensors = report["model"], report["tensors"]
-
-    def part(prefix: str) -> str:
-        names = ("hidden_size", "num_layers", "num_attention_heads")
-        return "width {}, {} blocks, {} heads".format(*(config[prefix + name] for name in names))
-
-    statistics = "mean and variance" if report["latent_mean"] else "variance, no mean"
-    rows = [
-        ("from", f"{report['input']}: {report['loaded']}"),
-        ("to", report["to"]),
-        ("backbone", part("")),
-        ("head", "none" if config["head_hidden_size"] is None else part("head_")),
-        ("base head", "none" if (base := config["base_num_layers"]) is None else f"after {base} blocks"),
-        ("parameters", f"{report['parameters']:,}"),
-        ("latents", "{in_channels} x {sample_size} x {sample_size}".format(**config)),
-        ("classes", str(config["num_classes"])),
-        ("latent statistics", statistics if report["latent_stats"] else "none"),
-        ("tensors", f"{tensors['number'] - len(tensors['different'])} of {tensors['number']} equal bit for bit"),
-    ]
-    if "velocity" in report:
-        text = "largest difference {largest_difference:.3g}, largest value {largest_value:.3g}"
-        rows.append(("velocity", text.format(**report["velocity"])))
-    return rows + [("differs", text) for text in report["differences"]] + [("note", text) for text in report["notes"]]
-
-
-def check_dit_proof(report: dict) -> None:
-    """Raise RunError unless the written model has the source's tensors and velocities."""
-    different, velocity = report["tensors"]["different"], report.get("velocity", {})
-    if different:
-        raise RunError(f"{len(different)} tensors changed, the first is '{different[0]}': nothing was written")
-    difference, value = velocity.get("largest_difference", float("nan")), velocity.get("largest_value", 0.0)
-    if not difference <= 1e-6 * max(1, value):  # nan included
-        raise RunError(f"velocities differ by {difference:.3g} (largest value {value:.3g}): nothing was written")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@
 
 Every command prints how many images each split got (`--json FILE` writes it too). It writes beside --output and renames
 so that --output is complete or absent, and does nothing when --output already holds what was asked for. Bad input ends
-with one line on stderr and exit code 2.
+with one line on stderr and exit code 2, a full disk with code 1.
 """
 
 import argparse
@@ -34,11 +34,11 @@ from PIL import Image, ImageDraw
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the repository root
 from rae_suite.cli import LARGEST
-from rae_suite.errors import DataError, OneLineParser, UnreadableImage
-from rae_suite.files import remove
+from rae_suite.errors import DataError, OneLineParser, UnreadableImage, renamed_settings
+from rae_suite.files import check_folder, check_output_file, remove, writing
 from rae_suite.folders import class_folders
+from rae_suite.launch import run_main
 from rae_suite.loaders import UnreadableLog
-from rae_suite.output import surviving_output
 from rae_suite.settings import MOST_TASKS
 from rae_suite.sources import FileSource
 from rae_suite.splits import scan_folder, split_folders
@@ -48,21 +48,20 @@ DEFAULT_SPLITS = "train:0.8,validation:0.1,test:0.1"
 CHUNK = 1024  # images checked at a time: to check all at once would queue a million tasks
 
 
-def main(argv: Optional[list] = None) -> int:
+def main(argv: Optional[list] = None) -> None:
     args = parse_arguments(argv)
+    check_folder(str(Path(args.output).absolute().parent), "--output")
+    check_output_file(args.json, "--json")
     try:
-        counts = args.run(args)
-        if args.json:
-            write_json(args.json, {"output": args.output, "counts": counts})
-    except (DataError, OSError) as error:
-        message = str(error)
-        for setting, option in (("data.path:", "--input:"), ("data.max_unreadable:", "--max_unreadable:")):
-            message = message.replace(setting, option)  # rae_suite names settings of the training scripts
-        print(f"error: {message}", file=sys.stderr)
-        return 2
+        # rae_suite names settings of the training scripts
+        with renamed_settings("data.path", "--input"), renamed_settings("data.max_unreadable", "--max_unreadable"):
+            counts = args.run(args)
+    except OSError as error:  # of reading: what cannot be written is a WriteError
+        raise DataError(error) from error
+    if args.json:
+        write_json(args.json, {"output": args.output, "counts": counts})
     for split, count in counts.items():
         print(f"{split:>12} {count:>9,} images")
-    return 0
 
 
 def parse_arguments(argv: Optional[list]) -> argparse.Namespace:
@@ -182,10 +181,12 @@ def build_folder(
         raise DataError(f"--output: {output} exists and is not a folder of this script; expected a new or empty folder")
     partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
     try:
-        partial.mkdir(parents=True)
+        with writing(folder):
+            partial.mkdir(parents=True)
         counts = write(partial)
         write_json(partial / RECORD, {"settings": settings, "counts": counts})
-        partial.rename(folder)
+        with writing(folder):
+            partial.rename(folder)
     finally:
         remove(partial)
     return counts
@@ -224,9 +225,10 @@ def count_rows(folder: Path) -> int:
 
 
 def save_png(image: Image.Image, folder: Path, split: str, class_name: str, index: int) -> None:
-    class_folder = folder / split / class_name
-    class_folder.mkdir(parents=True, exist_ok=True)
-    image.save(class_folder / f"{index:06d}.png")
+    file = folder / split / class_name / f"{index:06d}.png"
+    with writing(file):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file)
 
 
 def read_record(file: Path) -> dict:
@@ -238,7 +240,8 @@ def read_record(file: Path) -> dict:
 
 
 def write_json(file: Union[str, Path], value: dict) -> None:
-    Path(file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    with writing(Path(file)):
+        Path(file).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -412,11 +415,10 @@ def write_dataset(sources: dict[str, tuple[FileSource, list[int]]], folder: Path
         }
         splits[split] = datasets.Dataset.from_dict(rows, features=features, split=datasets.NamedSplit(split))
     is_small = min(len(rows) for rows in splits.values()) < CHUNK  # to start processes would take longer
-    splits.save_to_disk(folder, num_proc=None if is_small or num_workers == 1 else num_workers)
+    with writing(folder):
+        splits.save_to_disk(folder, num_proc=None if is_small or num_workers == 1 else num_workers)
     return {split: len(rows) for split, rows in splits.items()}
 
 
 if __name__ == "__main__":
-    with surviving_output():
-        code = main()
-    sys.exit(code)
+    run_main(main)

@@ -36,11 +36,9 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from itertools import takewhile
 from pathlib import Path
 from typing import Any, Literal, Optional
 
-from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from safetensors import SafetensorError, safe_open
 from transformers.utils import CONFIG_NAME, IMAGE_PROCESSOR_NAME, SAFE_WEIGHTS_NAME
 
@@ -48,8 +46,8 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__)))) 
 from modeling_rae import RAEConfig, RAEModel
 from rae_suite.cli import AT_LEAST_0, change_texts, parse, read_yaml, require, setting
 from rae_suite.digests import weights_digest
-from rae_suite.dit_card import CardFacts, GenerationFigures, figures_of_card, pipeline_card
-from rae_suite.dit_folders import CODE, INDEX, WEIGHTS, is_whole_pipeline, load_pipeline_parts, read_defaults
+from rae_suite.dit_card import GenerationFigures, figures_of_card, pipeline_card
+from rae_suite.dit_folders import CARD, CODE, INDEX, WEIGHTS, is_whole_pipeline, load_pipeline_parts, read_defaults
 from rae_suite.dit_folders import PICTURE as PIPELINE_PICTURE
 from rae_suite.errors import ConfigError, error_names_setting, scrub
 from rae_suite.files import check_links, write_folder
@@ -57,29 +55,26 @@ from rae_suite.hub import (
     check_access,
     check_encoder_left_out,
     check_target,
-    data_name,
     hub_id,
     open_repository,
     upload,
 )
 from rae_suite.launch import quiet_transformers, run_main
-from rae_suite.metric_names import GENERATION_METRICS, METRICS
+from rae_suite.metric_names import GENERATION_METRICS
+from rae_suite.model_cards import CardFacts
+from rae_suite.model_loading import CODE as RAE_CODE
 from rae_suite.model_loading import find_model, rae_of
 from rae_suite.published_rae import PublishedOptions, check_options_used
+from rae_suite.rae_card import PICTURE, figures_of_results, figures_of_run, rae_card, results_file
 from rae_suite.rae_networks import image_processor_json, save_rae
-from rae_suite.run_folder import MetricsFile
-from rae_suite.run_models import is_checkpoint, is_run_folder, name_of_run
+from rae_suite.run_models import is_checkpoint, is_run_folder
 from rae_suite.sample_files import GRID
-from rae_suite.splits import held_out_in_words
 from rae_suite.values import PathText, dump
 
-MODELING_FILE = "modeling_rae.py"
 # what save_pretrained writes weights to: an earlier upload's are deleted, all other files are somebody's own
 WEIGHT_FILES = re.compile(
     r"((transformer|guide|rae)/)?(diffusion_pytorch_)?model(-\d{5}-of-\d{5})?\.safetensors(\.index\.json)?"
 )
-CARD = "README.md"
-PICTURE = "reconstructions.png"
 EVAL_RESULTS = ".eval_results/reconstruction.yaml"
 
 
@@ -112,18 +107,6 @@ class PushConfig:
     """Write everything into the folder <model>-upload instead."""
 
 
-@dataclass
-class Figures:
-    """What was measured: metrics and values, on which images, how, and the picture that goes with it."""
-
-    values: dict
-    data: str  # path or Hub id
-    split: Optional[str]  # its name, or in words which images they were; None: unknown
-    num_samples: int
-    how: str
-    picture: Path
-
-
 def check(config: PushConfig) -> None:
     """Raise ConfigError for what can be seen without opening anything."""
     check_target(config.repo_id, "repo_id")
@@ -142,7 +125,7 @@ def read_model_folder(folder: Path) -> tuple[RAEConfig, list]:
     """(config, names of the weight files) of an RAE's folder. Raises ConfigError for anything else, and where the
     weights are not whole."""
     expected = "expected an RAE's folder, such as runs/<name>/final"
-    for name in (CONFIG_NAME, MODELING_FILE):
+    for name in (CONFIG_NAME, RAE_CODE):
         if not (folder / name).is_file():
             raise ConfigError(f"model: {folder} has no {name}, {expected}")
     try:
@@ -223,207 +206,10 @@ def run_folder(model: Path) -> Optional[Path]:
     return run_dir if exported and (run_dir / "config.yaml").is_file() else None
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Figures
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def measured(row: dict, vgg_weights: str) -> dict:
-    """The metrics in a line of results, without an LPIPS that comes from an untrained VGG16."""
-    names = [name for name in METRICS if name != "lpips" or vgg_weights == "pretrained"]
-    return {name: float(row[name]) for name in names if row.get(name) is not None}
-
-
-def figures_of_results(file: Path, model: Path) -> Figures:
-    """The model's figures in a results.json of eval_rfid.py, without noise on the latents. Raises ConfigError where
-    there are none."""
-    try:
-        results = json.loads(file.read_text())
-        # evaluated on another machine, the path may differ: the names of the run and of the folder have to agree
-        same = [row for row in results["rows"] if name_of_run(str(Path(row["model"]).resolve())) == name_of_run(model)]
-        found = [
-            Figures(
-                values=measured(row, results["config"]["vgg_weights"]),
-                data=results["config"]["data"]["path"],
-                split=results.get("split") or split_in_words(results["config"]["data"], results["config"]["seed"]),
-                num_samples=row["num_samples"],
-                how=f"{results['crop']} to {results['image_size']} pixels, 8 bit by {results['quantize']}",
-                picture=file.parent / Path(row["comparison"]).name,
-            )
-            for row in same
-            if row["latent_noise"] == 0
-        ]
-        models = ", ".join(sorted({row["model"] for row in results["rows"]}))
-    except OSError as error:
-        raise ConfigError(f"results: {file} cannot be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise ConfigError(f"results: {file} is no results.json of eval_rfid.py ({error!r})") from error
-    if not found:
-        raise ConfigError(f"results: {file} has no row of {model} without latent noise, it is about {models}")
-    return found[0]
-
-
-def split_in_words(data: dict, seed: int) -> Optional[str]:
-    """Which images an evaluation with the settings `data` was of, as far as they tell: a local `eval_path` may have
-    splits or not."""
-    if data.get("eval_path") is not None and hub_id(data["eval_path"]) is None:
-        return None
-    fraction = data.get("holdout_fraction", 0)
-    return held_out_in_words(fraction, data["train_split"], seed) if fraction > 0 else data["eval_split"]
-
-
-def figures_of_run(run_dir: Path, settings: dict, model: Path, weights: str) -> Optional[Figures]:
-    """The figures of a run's own evaluation: of the step that `model` is of, and of its averaged ("ema") or "raw"
-    `weights`. None where that was not evaluated.
-
-    best/ is the best since eval.best_metric or the number of images last changed: a line before that has another
-    number of images, or does not have the metric.
-    """
-    lines = MetricsFile(run_dir / "metrics.jsonl", enabled=False).read()
-    lines = [line for line in lines if line["kind"] == "eval" and line["model"] == weights]
-    if model.parent.name in ("hub", "checkpoints"):
-        lines = [line for line in lines if model.name == f"step-{line['step']:08d}"]
-    if not lines:
-        return None
-    line, metric = lines[-1], settings["eval"]["best_metric"]
-    if model.name == "best":
-        sign = 1 if METRICS[metric].higher_is_better else -1
-        same = takewhile(lambda row: metric in row and row["num_samples"] == line["num_samples"], reversed(lines))
-        comparable = [row for row in reversed([*same]) if row[metric] is not None]
-        if not comparable:
-            return None
-        line = max(comparable, key=lambda row: sign * row[metric])  # the first of equal ones
-    return Figures(
-        values=measured(line, settings["perceptual"]["weights"]),
-        data=settings["data"].get("eval_path") or settings["data"]["path"],
-        split=split_in_words(settings["data"], settings["train"]["seed"]),
-        num_samples=line["num_samples"],
-        how=f"at step {line['step']} of training",
-        picture=run_dir / "samples" / f"step-{line['step']:08d}.png",
-    )
-
-
 def read_run(run_dir: Path) -> tuple[dict, str]:
     """A run's settings without credentials, which earlier versions wrote down, and the same as YAML text."""
     run = change_texts(read_yaml(run_dir / "config.yaml"), scrub)
     return run, dump(run)
-
-
-def eval_results(figures: Figures) -> list:
-    """The figures as the Hub's model-index has them."""
-    return [
-        EvalResult(
-            task_type="image-to-image",
-            task_name="Reconstruction",
-            dataset_type=data_name(figures.data),
-            dataset_name=data_name(figures.data),
-            dataset_split=figures.split,
-            dataset_args={"num_samples": figures.num_samples},
-            metric_type=name,
-            metric_name=METRICS[name].title,
-            metric_value=round(value, 4),
-            metric_config=METRICS[name].fid_mode,
-        )
-        for name, value in figures.values.items()
-    ]
-
-
-def results_file(figures: Figures) -> Optional[bytes]:
-    """The figures as the Hub's .eval_results/*.yaml has them, which are shown beside the card and on the data set's
-    page; None where the data is not on the Hub. See https://huggingface.co/docs/hub/eval-results."""
-    dataset = hub_id(figures.data)
-    if dataset is None:
-        return None
-    notes = f"{figures.num_samples} images; split: {figures.split}; {figures.how}"
-    return dump(
-        [
-            {"dataset": {"id": dataset, "task_id": f"reconstruction_{name}"}, "value": round(value, 4), "notes": notes}
-            for name, value in figures.values.items()
-        ]
-    ).encode()
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The card
-# --------------------------------------------------------------------------------------------------------------------
-
-
-def usage(repo_id: str, config: RAEConfig) -> str:
-    """Code that reconstructs one image."""
-    size, grid, channels = config.image_size, config.latent_size, config.latent_channels
-    return f'''import torch
-from PIL import Image
-from transformers import AutoImageProcessor, AutoModel
-
-rae = AutoModel.from_pretrained("{repo_id}", trust_remote_code=True)
-processor = AutoImageProcessor.from_pretrained("{repo_id}")
-
-image = Image.open("image.png").convert("RGB")
-pixels = processor(image, return_tensors="pt").pixel_values  # (1, 3, {size}, {size}) in [0, 1]
-with torch.no_grad():
-    latent = rae.encode(pixels).latent  # (1, {channels}, {grid}, {grid})
-    sample = rae.decode(latent).sample  # (1, 3, {size}, {size}), about [0, 1], not clamped
-
-array = (sample[0].clamp(0, 1) * 255).round().byte().permute(1, 2, 0).numpy()
-Image.fromarray(array).save("reconstruction.png")'''
-
-
-def encoder_words(config: RAEConfig) -> tuple[str, str]:
-    """(the encoder in a sentence, where its weights are and what license they are under)."""
-    name, kind = hub_id(config.encoder_id), config.encoder_config.model_type
-    if config.encoder_id is None:
-        return f"a frozen {kind} encoder that was never published", "The encoder's weights are in the same file."
-    link = f"[{name}](https://huggingface.co/{name})" if name else f"`{Path(config.encoder_id).name}`"
-    place = "are in the same file" if config.encoder_bundled else "are fetched from there on loading"
-    return f"the frozen encoder {link}", f"The weights of {link} {place} and stay under their own license."
-
-
-def model_card(
-    settings: PushConfig,
-    config: RAEConfig,
-    figures: Optional[Figures],
-    trained_on: Optional[str],
-    run_settings: Optional[str],
-) -> str:
-    """Text of README.md. `trained_on`: the run's data.path; `run_settings`: text of its config.yaml."""
-    name = settings.repo_id.split("/")[1]
-    data = ModelCardData(
-        license=settings.license,
-        library_name="transformers",
-        pipeline_tag="image-feature-extraction",
-        tags=["rae", "representation-autoencoder"],
-        base_model=hub_id(config.encoder_id),
-        datasets=hub_id(trained_on),
-        model_name=name if figures else None,  # with it, the card has a model-index
-        eval_results=eval_results(figures) if figures else None,
-    )
-    encoder, encoder_license = encoder_words(config)
-    size, grid, channels = config.image_size, config.latent_size, config.latent_channels
-    parts = [
-        f"---\n{data.to_yaml()}\n---",
-        f"# {name}",
-        "A [Representation Autoencoder](https://arxiv.org/abs/2510.11690) (RAE): "
-        f"{encoder}, and a ViT decoder ({config.decoder_num_hidden_layers} blocks of width "
-        f"{config.decoder_hidden_size}) that was trained to invert it. Images of {size} x {size} pixels become latents "
-        f"of {channels} x {grid} x {grid}, for diffusion models to be trained on.",
-    ]
-    if figures and figures.picture.is_file():
-        parts.append(f"![Images over their reconstructions]({PICTURE})")
-    parts.append(f"## Usage\n\n```python\n{usage(settings.repo_id, config)}\n```")
-    if figures:
-        rows = "\n".join(f"| {METRICS[metric].title} | {value:.4f} |" for metric, value in figures.values.items())
-        split = f"; split: {figures.split}" if figures.split else ""
-        parts.append(
-            f"## Reconstruction\n\n{figures.num_samples} images of `{data_name(figures.data)}`{split}; {figures.how}."
-            f"\n\n| metric | value |\n|---|---|\n{rows}"
-        )
-    if run_settings:
-        parts.append(
-            f"## Training\n\nTrained on `{data_name(trained_on)}`.\n\n<details><summary>All settings</summary>\n\n"
-            f"```yaml\n{run_settings.strip()}\n```\n\n</details>"
-        )
-    parts.append(f"## License\n\nThe decoder is under {settings.license}. {encoder_license}")
-    return scrub(str(ModelCard("\n\n".join(parts) + "\n")))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -447,14 +233,16 @@ def files_to_upload(settings: PushConfig, model: Path, folder: Path, temporary: 
             trained_on, figures = run["data"]["path"], figures_of_run(run_dir, run, model, settings.weights)
     if settings.results is not None:
         figures = figures_of_results(Path(settings.results), model)
-    files: dict[str, Any] = {name: weights_from / name for name in (CONFIG_NAME, MODELING_FILE, *weights)}
+    files: dict[str, Any] = {name: weights_from / name for name in (CONFIG_NAME, RAE_CODE, *weights)}
     files[IMAGE_PROCESSOR_NAME] = image_processor_json(config.image_size).encode()
-    files[CARD] = model_card(settings, config, figures, trained_on, run_settings).encode()
+    has_picture = figures is not None and figures.picture.is_file()
+    facts = CardFacts(settings.repo_id, settings.license, figures, has_picture, trained_on, run_settings)
+    files[CARD] = rae_card(facts, config).encode()
     results = results_file(figures) if figures else None
     if results is not None:
         files[EVAL_RESULTS] = results
     check_links(weights_from, [path for path in files.values() if isinstance(path, Path)], "model")
-    if figures and figures.picture.is_file():
+    if has_picture:
         check_links(figures.picture.parent, [figures.picture], "results")
         files[PICTURE] = figures.picture
     return files
@@ -510,7 +298,7 @@ def rae_to_upload(settings: PushConfig, folder: Path, temporary: Path) -> tuple[
     if settings.no_encoder and config.encoder_bundled:
         folder = without_encoder(folder, config, temporary / "rae")
         config, weights = read_model_folder(folder)
-    files: dict[str, Any] = {f"rae/{name}": folder / name for name in (CONFIG_NAME, MODELING_FILE, *weights)}
+    files: dict[str, Any] = {f"rae/{name}": folder / name for name in (CONFIG_NAME, RAE_CODE, *weights)}
     files[f"rae/{IMAGE_PROCESSOR_NAME}"] = image_processor_json(config.image_size).encode()
     return config.image_size, files
 

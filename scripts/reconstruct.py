@@ -46,8 +46,8 @@ from torchvision.transforms.functional import pil_to_tensor, to_pil_image
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))  # the repository root
 from rae_suite.autoencoders import DEFAULT_IMAGE_SIZE, Autoencoder
 from rae_suite.cli import AT_LEAST_0, POSITIVE, Limit, parse, require, setting
-from rae_suite.errors import ConfigError, DataError, RunError, UnreadableImage
-from rae_suite.files import check_folder, check_output_file, make_folder, share, writing
+from rae_suite.errors import DataError, RunError, UnreadableImage, renamed_settings
+from rae_suite.files import check_folder, check_output_file, give_default_permissions, make_folder, writing
 from rae_suite.images import DEFAULT_MEGAPIXELS, center_crop
 from rae_suite.launch import (
     data_errors_end_this_process,
@@ -131,15 +131,13 @@ def check(config: ReconstructConfig) -> None:
 
 
 def find_inputs(places: tuple) -> tuple[ImageSource, list]:
-    """(all images of the files and folders `places`, each once; their names in the output). Raises ConfigError."""
+    """(all images of the files and folders `places`, each once; their names in the output). Raises DataError."""
     several = sum(os.path.isdir(place) for place in places) > 1
     names = {}  # by absolute path
     for place in places:
         if os.path.isdir(place):
-            try:
+            with renamed_settings("data.path", "input"):
                 source = scan_folder(place)
-            except DataError as error:  # splits.py names the setting of the other commands
-                raise ConfigError(str(error).replace("data.path:", "input:")) from error
             prefix = Path(place).resolve().name if several else ""
             files = (source.file(i) for i in range(len(source)))
             found = {file: os.path.join(prefix, os.path.relpath(file, place)) for file in files}
@@ -208,7 +206,7 @@ class ResizedImages(torch.utils.data.Dataset):
 
 
 def collate_with_boxes(samples: list) -> dict:
-    """As data.collate, and `box`: a list of boxes."""
+    """As loaders.collate, and `box`: a list of boxes."""
     boxes = [sample["box"] for sample in samples if sample["pixels"] is not None]
     return {**collate(samples), "box": boxes}
 
@@ -254,7 +252,7 @@ def write_image(output: Path, name: str, box: tuple, image: torch.Tensor, recon:
         with writing(file):
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"latent": latent.contiguous()}, file)
-            share(file)
+            give_default_permissions(file)
     return image_metrics(image[None].float() / 255, recon[None].float() / 255, ["psnr"], None)["psnr"].item()
 
 

@@ -665,6 +665,12 @@ def test_downloads(address, tmp_path, monkeypatch):
         ({"output_dir": "TEXT"}, ["output_dir", "text"]),
         ({"output_dir": "SAMPLED", "samples": "SAMPLED"}, ["output_dir", "would be lost"]),
         ({"distances": "float64"}, ["distances", "float64"]),
+        ({"distances": "float16", "metrics": "[fid,is]"}, ["distances: expected float32 unless precision or recall"]),
+        ({"is_order": "shuffled", "metrics": "[fid]"}, ["is_order: expected file unless the Inception Score"]),
+        ({"is_order": "shuffled", "features": "encoder", "encoder": "RAE", "inception_path": None}, ["is_order"]),
+        ({"seed": 3}, ["seed: expected nothing unless reference_data.path is given, got 3"]),
+        ({"reference_data.num_workers": 0}, ["reference_data.num_workers: expected nothing unless", "got 0"]),
+        ({"reference_data.eval_split": "train"}, ["reference_data.eval_split: expected nothing unless"]),
     ],
 )
 def test_bad_input_is_one_line(measure, sets, rae, tmp_path, capsys, settings, words):

@@ -441,6 +441,17 @@ def test_rfid_while_training(evaluate, images, inception, tmp_path):
         assert (tmp_path / "measured" / picture).stat().st_size > 5000
 
 
+def test_pictures_cost_no_more_than_they_show(evaluate, monkeypatch):
+    """The twelve images are reconstructed once for a single row, and once more for each row after the first."""
+    calls, both_sides = [], eval_rfid.both_sides
+    monkeypatch.setattr(eval_rfid, "both_sides", lambda *given: calls.append(1) or both_sides(*given))
+    settings = {"metrics": "[psnr]", "inception_path": None}
+    evaluate(settings, "one")
+    assert len(calls) == 1
+    evaluate({**settings, "latent_noise": "[0,0.5]"}, "two")
+    assert len(calls) == 1 + 3
+
+
 # ----------------------------------------------------------------------------------------------------------- bad input
 
 
@@ -475,6 +486,12 @@ def test_rfid_while_training(evaluate, images, inception, tmp_path):
         ({"reference_cache": "TEXT"}, ["reference_cache", "text"]),
         ({"metrics": "[psnr]", "inception_path": "TEXT"}, ["inception_path", "nothing unless"]),
         ({"image_size": 64}, ["64 px (image_size)", "32 px"]),
+        (
+            {"metrics": "[psnr]", "inception_path": None, "features": "[encoder]"},
+            ["features: expected ['inception'] un"],
+        ),
+        ({"metrics": "[psnr]", "inception_path": None, "fid_mode": "[clean]"}, ["fid_mode", "unless metrics has rfid"]),
+        ({"features": "[encoder]", "inception_path": None, "fid_mode": "[clean]"}, ["fid_mode", "features inception"]),
     ],
 )
 def test_bad_input_is_one_line(evaluate, model, tmp_path, capsys, settings, words):

@@ -471,6 +471,20 @@ def test_card_of_the_best_since_the_evaluation_changed(push, run_dir, changes, s
     assert written_card(push, run_dir / "best").data.eval_results is None  # never measured
 
 
+def test_card_of_the_best_on_another_set(push, run_dir):
+    """best_metric of a set that eval.sets names: its direction, and the number of that set's images."""
+    config, file = run_dir / "config.yaml", run_dir / "metrics.jsonl"
+    config.write_text(config.read_text().replace("best_metric: psnr", "best_metric: faces/lpips"))
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    for line in lines:
+        count, lpips = {0: (5, 0.1), 3: (4, 0.3), 6: (4, 0.2), 9: (4, 0.4)}[line["step"]]
+        line |= {"faces/num_samples": count, "faces/lpips": lpips}
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    card = written_card(push, run_dir / "best")
+    assert "at step 6 of training" in card.text  # step 0 had other images
+    assert {result.metric_type: result.metric_value for result in card.data.eval_results} == {"psnr": 20, "lpips": 0.1}
+
+
 def test_card_claims_nothing_that_was_not_measured(push, run_dir, model):
     """LPIPS of an untrained VGG16; a folder beside a run's own; a damaged run."""
     config = run_dir / "config.yaml"

@@ -317,4 +317,5 @@ for name in ("user/transformer", "user/rae", "user/other", "user/none", "user/tr
 def test_parts_are_those_that_were_published(pipeline):
     transformer, rae, settings = load_pipeline_parts(str(pipeline), "model")
     assert same(dict(transformer.state_dict()), dict(tiny_dit().state_dict())) and rae.config.use_latent_stats
-    assert settings.sampling["guidance_interval"] == (0.1, 1.0) and settings.class_names[0] == NAMES[0]
+    index = json.loads((pipeline / "model_index.json").read_text())
+    assert (index["guidance_start"], index["guidance_end"]) == (0.1, 1.0) and settings.class_names[0] == NAMES[0]

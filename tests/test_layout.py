@@ -64,9 +64,9 @@ def test_few_shared_files_know_the_models():
     """Only those about networks: a training script of another stage finds nothing of this one's in the others."""
     know = {path.stem for path in FILES["shared"] if any(kind(module) == "modeling" for module in imported(path))}
     assert know == {
-        "autoencoders", "class_labels", "comparison", "diffusers_rae", "discriminator", "dit_card", "dit_folders",
-        "dit_networks", "flow", "latent_stats", "model_loading", "model_sources", "position_tables", "published_dit",
-        "published_rae", "rae_networks", "start_weights",
+        "autoencoders", "class_labels", "comparison", "diffusers_rae", "discriminator", "dit_card", "dit_conversion",
+        "dit_folders", "dit_networks", "flow", "latent_stats", "model_loading", "model_sources", "position_tables",
+        "published_dit", "published_rae", "rae_card", "rae_networks", "start_weights",
     }  # fmt: skip
 
 

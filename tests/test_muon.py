@@ -84,6 +84,15 @@ def test_steps_that_are_left_out_change_nothing():
     assert same(guarded.state_dict()["state"], plain.state_dict()["state"])
 
 
+def test_guarded_steps_make_momenta_once(monkeypatch):
+    """A tensor of zeros for each matrix in every step would cost a pass through memory."""
+    optimizer, made, zeros_like = MuonWithAdamW(*parameters(), SETTINGS), [], torch.zeros_like
+    take(optimizer, 0, found_inf=0)
+    monkeypatch.setattr(torch, "zeros_like", lambda p, **options: made.append(p.shape) or zeros_like(p, **options))
+    take(optimizer, 1, found_inf=0)
+    assert made == []
+
+
 def test_what_goes_where():
     """Two dimensions are a matrix, the label table too; frozen parameters are nobody's."""
     model = tiny_dit()

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from test_data import load_split
+from test_faults import PAGE, fill, small_disk
 
 from rae_suite import splits
 from scripts import convert_checkpoint, prepare_data
@@ -40,7 +41,7 @@ def run(capsys):
     def call(*arguments):
         capsys.readouterr()
         try:
-            code = module.main([str(argument) for argument in arguments])
+            code = module.run_main(lambda: module.main([str(argument) for argument in arguments])) or 0
         except SystemExit as stopped:
             code = stopped.code
         return (code, *capsys.readouterr())
@@ -183,6 +184,19 @@ def test_the_home_folder_is_expanded(tmp_path, monkeypatch):
     assert args.output == tmp_path / "a" and args.stats == tmp_path / "d" and args.encoder == f"{tmp_path}/e"
 
 
+def test_a_full_disk_is_no_bad_input(tmp_path, run):
+    """Exit code 1 and one line that names the file; nothing is left beside it, and no word is a credential."""
+    with small_disk(tmp_path / "disk") as disk:
+        fill(disk, 20 * PAGE)
+        code, _, message = run("dummy", "--output", disk / "images", "--num_images", 40, "--size", 32)
+        assert code == 1 and message.count("\n") == 1, message
+        assert ".png cannot be written (" in message and "No space left on device" in message
+        assert os.listdir(disk) == ["filler"]
+    token = "hf_" + "a" * 30
+    code, _, message = run("convert", "--input", tmp_path / token, "--output", tmp_path / "x")
+    assert code == 2 and token not in message and "<token> does not exist" in message
+
+
 def test_bad_input_is_one_line_and_exit_code_2(tmp_path, fail):
     (tmp_path / "flat").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "flat" / "x.png")
@@ -201,5 +215,7 @@ def test_bad_input_is_one_line_and_exit_code_2(tmp_path, fail):
     assert "gets none" in fail("dummy", "--output", output, "--num_images", 1, "--size", 8)
     assert "does not exist" in fail("convert", "--input", tmp_path / "missing", "--output", output)
     assert "without class folders" in fail("convert", "--input", tmp_path / "flat", "--output", output)
+    assert "--output: " in (message := fail("digits", "--output", tmp_path / "other" / "file" / "x")), message
+    assert "--json: " in fail("digits", "--output", output, "--json", tmp_path)
     assert not output.exists()
     assert (tmp_path / "other" / "file").read_text() == "mine"

@@ -318,12 +318,14 @@ def test_the_published_checkpoint_draws_with_one_command(parts, tmp_path):
     line = ("dit", tmp_path / "c.pt", tmp_path / "dit", "--rae", rae_folder, "--base_num_layers")
     done = convert(*line, 2)
     assert "averaged weights" in done.stdout and "after 2 blocks" in done.stdout
-    found, _, settings = load_pipeline_parts(str(tmp_path / "dit"), "--model")
+    found = load_pipeline_parts(str(tmp_path / "dit"), "--model")[0]
     names = (*CONFIG, *TOKENS)
     assert {name: found.config[name] for name in names} == {name: model.config[name] for name in names}
     assert same(dict(found.state_dict()), dict(model.state_dict()))
     preset = read_yaml(ROOT / "configs/raev2_dinov3_l_k7.yaml")["sampling"]
-    assert {name: settings.sampling[name] for name in preset} == {**preset, "guidance_interval": (0.1, 1.0)}
+    index = read_yaml(tmp_path / "dit/model_index.json")
+    assert preset.pop("guidance_interval") == [index["guidance_start"], index["guidance_end"]] == [0.1, 1.0]
+    assert {name: index[name] for name in preset} == preset
     convert("published", tmp_path / "dit", tmp_path / "back")
     written = torch.load(tmp_path / "back/stage2_model.pt", weights_only=True)
     assert same(written, dict(model.state_dict()))
@@ -407,7 +409,6 @@ def test_sampling_command(parts, tmp_path):
     folder = tmp_path / "model"
     settings = {"guidance_scale": 1.78, "guidance_interval": (0.1, 1.0), "end": "zero", "guide": "off"}
     save_pipeline(folder, parts["transformer"], parts["rae"], sampling={**settings, "num_inference_steps": 3})
-    assert load_pipeline_parts(str(folder), "model")[2].sampling["guide"] == "off"
     pipe = RAEDiTPipeline.from_pretrained(folder, trust_remote_code=True)
     assert pipe.config.internal_guidance is False and same(
         dict(pipe.transformer.state_dict()), dict(parts["transformer"].state_dict())
@@ -438,9 +439,10 @@ def test_a_run(rae, images, tmp_path):  # noqa: F811
     losses = [line["loss"] for line in lines if line["kind"] == "train"]
     # a new model's data are 0: each head's first loss is the mean of ((data - 0) / t)^2, which is above the variance
     assert len(losses) == 4 and losses[0] > 2.0 and all(math.isfinite(loss) for loss in losses)
-    model, _, found = load_pipeline_parts(str(tmp_path / "whole/final"), "model")
+    model = load_pipeline_parts(str(tmp_path / "whole/final"), "model")[0]
     assert model.has_base_head and model.config.prediction == "data"
-    assert found.sampling["guidance_scale"] == 1.78 and found.sampling["end"] == "zero"
+    index = read_yaml(tmp_path / "whole/final/model_index.json")
+    assert index["guidance_scale"] == 1.78 and index["end"] == "zero"
     state = load_file(tmp_path / "whole/final/transformer/diffusion_pytorch_model.safetensors")
     ema = checkpoint_state(tmp_path / "whole")["ema"]
     assert all(torch.equal(state[name], ema[name]) for name in ema)

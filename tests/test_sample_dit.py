@@ -23,7 +23,7 @@ from test_faults import PAGE, fill, small_disk
 
 import sample_dit
 from benchmarks import sampling as benchmark
-from rae_suite.class_labels import balanced_labels, find_classes, random_labels
+from rae_suite.class_labels import balanced_labels, indices_of_classes, random_labels
 from rae_suite.dit_folders import load_guide, load_pipeline_parts, save_pipeline
 from rae_suite.errors import ConfigError, RunError
 from rae_suite.flow import guidance_kind
@@ -115,15 +115,15 @@ def test_random_labels():
 
 def test_classes_are_found_by_name_or_index():
     names = dict(enumerate(NAMES))
-    assert find_classes(["class c", "7", "CLASS A"], names, 10, "classes") == [2, 7, 0]
-    assert find_classes([], names, 10, "classes") == list(range(10))
+    assert indices_of_classes(["class c", "7", "CLASS A"], names, 10, "classes") == [2, 7, 0]
+    assert indices_of_classes([], names, 10, "classes") == list(range(10))
     for asked, message in (
         (["klass b"], "classes: class 'klass b': .*nearest names are class b, "),
         (["10"], "classes: class 10: expected an index from 0 to 9"),
         (["class b", "1"], "classes: expected each class once, got class 1 2 times"),
     ):
         with pytest.raises(ConfigError, match=message):
-            find_classes(asked, names, 10, "classes")
+            indices_of_classes(asked, names, 10, "classes")
 
 
 # Drawing --------------------------------------------------------------------------------------------------------------
@@ -312,6 +312,27 @@ def test_two_processes_draw_the_same_files(pipeline, drawn, tmp_path):
     assert "nothing was left to draw" in again.stdout and not (tmp_path / "two" / "images").exists()
 
 
+def test_a_packed_set_is_measured_again(pipeline, drawn, tmp_path):
+    """With samples.npz alone, or with some of the PNG files that an interruption left: the figures of the same images,
+    nothing is drawn, and the picture stays."""
+    folder = tmp_path / "packed"
+    settings = {"png": "false", "npz": "true", "eval.metrics": "[fdd]", "eval.reference": drawn / "samples.npz"}
+    sample(pipeline, folder, **settings)
+    first, picture = json.loads((folder / "results.json").read_text()), (folder / "grid.png").read_bytes()
+    assert first["drawn"] == 10 and not (folder / "images").exists()
+    for left in (0, 3):
+        for name in sorted(pngs(drawn))[:left]:
+            (folder / "images").mkdir(exist_ok=True)
+            shutil.copy(drawn / "images" / name, folder / "images")
+        done = sample(pipeline, folder, **settings)
+        again = json.loads((folder / "results.json").read_text())
+        assert "nothing was left to draw" in done.stdout and again["drawn"] == 0
+        assert again["metrics"]["fdd"] == pytest.approx(first["metrics"]["fdd"], abs=1e-6)
+        assert (folder / "grid.png").read_bytes() == picture and not (folder / "images").exists()
+    (folder / "grid.png").unlink()
+    assert "picture" not in sample(pipeline, folder, **settings).stdout
+
+
 def test_an_interrupted_set_is_continued(pipeline, drawn, tmp_path):
     """Missing, torn and half-written images are drawn again, the others stay; a lost .npz is packed; the bits are those
     of an uninterrupted run, also on two processes."""
@@ -401,6 +422,8 @@ def test_classes_and_labels(pipeline, tmp_path):
         ({"png": "false"}, "png: expected true unless npz is, got False"),
         ({"weights": "raw"}, "weights: expected ema, got raw"),
         ({"rae": "/nothing/here"}, "rae: /nothing/here does not exist"),
+        ({"eval.inception_path": "x.pt"}, "eval.inception_path: expected nothing unless eval.metrics name one of Inc"),
+        ({"eval.inception_path": "x.pt", "eval.metrics": "[fdd]", "eval.reference": "x.npz"}, "eval.inception_path"),
         ({"tf32": "true"}, "tf32: expected false, TF32 is a GPU's"),
         ({"mixed_precision": "fp16"}, "mixed_precision: fp16 needs a GPU"),
     ],
@@ -437,6 +460,17 @@ def test_run_folders_and_checkpoints(models, pipeline, run_dir, tmp_path):
     assert load_pipeline_parts(str(whole), "model", "raw")[2].weights == "raw"
     (whole / "final" / "modeling_dit.py").unlink()  # not whole
     assert "checkpoint" in load_pipeline_parts(str(whole), "model")[2].found
+
+
+def test_class_names_are_in_the_order_of_their_indices(models, tmp_path):
+    """Of twelve, too: model_index.json has them in the order of texts, 0, 1, 10, 11, 2."""
+    names = {index: f"class {index}" for index in range(12)}
+    transformer = tiny_dit(num_classes=12)
+    save_pipeline(tmp_path / "final", transformer, models["rae"], class_names=[*names.values()], sampling={})
+    stored = json.loads((tmp_path / "final" / "model_index.json").read_text())["class_names"]
+    assert [*stored][:4] == ["0", "1", "10", "11"]
+    _, _, settings = load_pipeline_parts(str(tmp_path / "final"), "model")
+    assert [*settings.class_names.items()] == [*names.items()]
 
 
 def test_a_transformer_alone_needs_its_rae(models, pipeline, drawn, tmp_path):
