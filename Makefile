@@ -24,7 +24,8 @@ demo: setup data/digits ## train on handwritten digits (about 3 minutes on 2 CPU
 
 demo-dit: setup data/digits ## train a diffusion transformer on the demo's latents, draw 200 digits, judge them (5 minutes)
 	test -d runs/digits_tiny/final || $(MAKE) demo
-	$(BIN)/accelerate launch --num_processes 1 train_dit.py --config configs/ditdh_digits.yaml
+	$(BIN)/python train_dit.py --config configs/ditdh_digits.yaml
+	@test -d runs/ditdh_digits/final || { echo "the training was stopped: make demo-dit continues it"; exit 1; }
 	rm -rf samples/ditdh_digits
 	$(BIN)/python sample_dit.py --model runs/ditdh_digits/final --num_samples 200 --guidance_scale 1.5 \
 		--num_inference_steps 25 --output_dir samples/ditdh_digits

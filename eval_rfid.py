@@ -17,6 +17,7 @@ PSNR to the best), and with --save_images and --save_npz the reconstructions the
 each has its own comparison-<name>.png, and comparison.png has the same images as all of them reconstruct them.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,12 +50,13 @@ from rae_suite.lpips_vgg16 import build_lpips
 from rae_suite.metric_names import FID_MODES, IMAGE_METRICS, METRICS, too_small_for
 from rae_suite.metrics import Evaluator, quantize
 from rae_suite.model_loading import load_autoencoder
+from rae_suite.output import print_once
 from rae_suite.pictures import comparison_grid, named_rows, save_pairs
 from rae_suite.published_rae import PublishedOptions, check_options_used
 from rae_suite.randomness import seeded_generator
 from rae_suite.results import results_folder, save_results
-from rae_suite.run_models import name_of_run
-from rae_suite.settings import ImagesConfig
+from rae_suite.run_models import is_run_folder, name_of_run
+from rae_suite.settings import ImagesConfig, read_run_settings
 from rae_suite.sources import ImageSource, evenly_spread
 from rae_suite.splits import load_eval_images
 from rae_suite.values import PathText
@@ -174,6 +176,21 @@ def load_models(config: EvalRFIDConfig) -> tuple:
     small = too_small_for(config.metrics, size)
     require(not small, "metrics", f"metrics for images of {size} pixels", small)
     return models, size
+
+
+def note_training_images(config: EvalRFIDConfig) -> None:
+    """Say so where the images are a run's own folder, of which it held out a part, and all of them are measured."""
+    if config.data.holdout_fraction > 0:
+        return
+    for model in config.model:
+        places = (Path(model), *Path(model).absolute().parents[:2])
+        run_dir = next((place for place in places if is_run_folder(place)), None)
+        settings = {} if run_dir is None else read_run_settings(run_dir / "config.yaml")
+        share, path = settings.get("data.holdout_fraction") or 0, settings.get("data.path")
+        if share > 0 and path and os.path.realpath(path) == os.path.realpath(config.data.path):
+            seed = settings.get("train.seed", 0)
+            flags = f"--data.holdout_fraction {share:g}" + (f" --seed {seed}" if seed else "")
+            print_once(f"note: {model} was trained on {1 - share:.0%} of these images; {flags} measures the others")
 
 
 def inception_distances(config: EvalRFIDConfig, accelerator: Accelerator) -> list:
@@ -354,6 +371,7 @@ def main() -> None:
     source = load_eval_images(config.data, config.seed)
     output_dir = results_folder(config.output_dir, f"evaluations/{row_name(config.model[0], 0)}", "output_dir")
     cache = make_folder(config.reference_cache, "reference_cache") if config.reference_cache else DEFAULT_CACHE
+    note_training_images(config)
     models, size = load_models(config)
     distances = inception_distances(config, accelerator)
     with error_names_setting("vgg_path"):

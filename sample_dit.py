@@ -298,7 +298,7 @@ def finish(
         print(f"packing {folder / NPZ}", flush=True)
         pack(folder, config.num_samples, size)
     if drawn or not (folder / GRID).is_file() and not missing_images(folder, config.num_samples):
-        write_grid(folder, labels)
+        write_grid(folder, labels, models.settings.class_names)
     if drawn or "metrics" in results or not (folder / RESULTS).is_file():
         save_results(folder / RESULTS, {**results, "drawn": drawn, "seconds": seconds, "images_per_second": speed})
     if not config.png:

@@ -523,12 +523,12 @@ def main() -> None:
     with error_names_setting("train.output_dir"):
         run_dir = check_run_folder(config)
     micro_batch = micro_batch_size(config.train, accelerator.num_processes)
-    rae_config = build_rae_config(config.model)
-    check_hub(config.hub, rae_config.encoder_id)
     training_resize_size(config.model.image_size, config.data.resize_size)
-    start = read_start_weights(config, rae_config, run_dir)
     data = open_data(config.data, config.train, config.eval.num_samples, accelerator, micro_batch)
     sets = open_sets(config.eval.sets, config.data)
+    rae_config = build_rae_config(config.model)  # here the network may be needed
+    check_hub(config.hub, rae_config.encoder_id)
+    start = read_start_weights(config, rae_config, run_dir)
     total_steps, final = data.total_steps(config.train), run_dir / "final"
     if is_finished(accelerator, run_dir, total_steps, partial(is_whole_model, code=CODE), config.hub):
         return
@@ -537,13 +537,12 @@ def main() -> None:
     distances = inception_metrics(inception, config.eval.inception_path, "eval.inception_path", accelerator)
     publisher = Publisher(config.hub, run_dir) if config.hub.push and accelerator.is_main_process else None
 
-    lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None
-    check_shared_folder(run_dir, lock)
-
     # networks, and the state of an earlier part of this run
     stretched_config = with_stretched_schedules(config, data.steps_per_epoch, total_steps)
     run = build_run(stretched_config, accelerator, rae_config, data.steps_per_epoch, start)
     del start
+    lock = take_run_folder(config, run_dir) if accelerator.is_main_process else None  # nothing is left of a bad start
+    check_shared_folder(run_dir, lock)
     state, continued = continue_run(accelerator, config, run_dir, data, run.parts(), run.frozen)
     write_shards(run_dir, data, accelerator.is_main_process)
     size, lanes = config.model.image_size, (state.stream or {}).get("lanes")

@@ -133,6 +133,8 @@ def read_node(file: Path) -> yaml.Node:
     """The mapping in a YAML file. Raises ConfigError, about the file, for anything else."""
     try:
         node = compose(file.read_bytes().decode("utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file} does not exist, expected settings in YAML") from None
     except (OSError, ValueError) as error:
         raise ConfigError(f"{file}: expected settings in YAML, {error}") from error
     if not isinstance(node, yaml.MappingNode):

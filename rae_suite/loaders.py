@@ -184,8 +184,8 @@ class TrainBatches:
             )
         if self.num_images < self.global_batch_size:
             raise DataError(
-                f"data.path: {self.num_images} training images are fewer than one global batch of "
-                f"{self.global_batch_size}"
+                f"train.global_batch_size: {self.global_batch_size}, but there are {self.num_images} training images "
+                f"in data.path; expected at most {self.num_images}"
             )
         if not 0 <= self.rank < self.world_size:
             raise DataError(f"rank {self.rank} is outside of 0..{self.world_size - 1}")

@@ -54,7 +54,7 @@ class Metric:
     least_size: int = 1
 
 
-SIMILARITY, DISTANCE = "similarity", "Frechet distances"
+SIMILARITY, DISTANCE = "SSIM and LPIPS", "Frechet distances"
 METRICS = {
     # peak 1, at most PSNR_CAP
     "psnr": Metric("PSNR (dB)", True, "PSNR in dB", psnr),

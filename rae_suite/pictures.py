@@ -233,6 +233,8 @@ def plot_curves(lines: list, path: Path) -> None:
             axis.set_yscale("log")
         else:
             axis.ticklabel_format(axis="y", scilimits=(-2, 4))  # 2e-4, say: long numbers reach into the next panel
+        if title == "accuracy":
+            axis.set_ylim(0, 1)  # around 0.5 an axis of its own would make a trend of noise
         axis.set_title(title)
         axis.set_xlabel("step")
         axis.grid(alpha=0.3)

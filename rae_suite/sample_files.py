@@ -3,7 +3,7 @@
     images/000000.png    image 0, and so on
     samples.npz          all of them as arr_0 (N, H, W, 3) uint8, if asked for
     labels.csv           file, class index and class name of each
-    grid.png             some of them, sorted by class
+    grid.png             some of them, a column for each class
     settings.json        what decides the pixels: a folder is continued with the same alone
     results.json         how they were drawn; written last
 
@@ -24,11 +24,11 @@ from PIL import Image
 
 from rae_suite.errors import ConfigError
 from rae_suite.files import NPZ_ERRORS, replacing, write_image_npz, write_text, writing
-from rae_suite.pictures import image_grid
+from rae_suite.pictures import class_grid
 from rae_suite.sources import evenly_spread
 
 NPZ, GRID, LABELS, SETTINGS, RESULTS = "samples.npz", "grid.png", "labels.csv", "settings.json", "results.json"
-GRID_IMAGES, GRID_COLUMNS = 64, 8
+GRID_COLUMNS, GRID_ROWS = 10, 6  # at most
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\x00\x00\x00\x00IEND\xaeB`\x82"
 READERS = 8  # threads that encode or decode PNG files
 READ_AHEAD = 256  # images
@@ -119,13 +119,16 @@ def pack(folder: Path, count: int, size: int) -> None:
     write_image_npz(folder / NPZ, read_images(folder, range(count)), count, size)
 
 
-def write_grid(folder: Path, labels: torch.Tensor) -> None:
-    """Write grid.png: GRID_IMAGES of the images, spread evenly, sorted by class."""
-    chosen = evenly_spread(range(len(labels)), GRID_IMAGES, with_last=True)
-    chosen = sorted(chosen, key=lambda index: (labels[index].item(), index))
+def write_grid(folder: Path, labels: torch.Tensor, class_names: dict) -> None:
+    """Write grid.png: of classes that are spread evenly over those that were drawn, a column of the first images of
+    each, under its name."""
+    classes = evenly_spread(labels.unique().tolist(), GRID_COLUMNS, with_last=True)
+    columns = [(labels == label).nonzero().flatten().tolist()[:GRID_ROWS] for label in classes]
+    chosen = [index for row in zip(*columns, strict=False) for index in row]  # as many rows as the shortest column has
     images = torch.stack([torch.from_numpy(array).permute(2, 0, 1) for array in read_images(folder, chosen)])
     with replacing(folder / GRID) as beside:
-        Image.fromarray(image_grid(images.float() / 255, GRID_COLUMNS).numpy()).save(beside)
+        names = [class_names.get(label, str(label)) for label in classes]
+        Image.fromarray(class_grid(images, names).numpy()).save(beside)
 
 
 def write_labels(folder: Path, labels: torch.Tensor, class_names: dict) -> None:

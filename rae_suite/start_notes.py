@@ -39,6 +39,11 @@ def start_notes(config: Any, ema: EMA, steps_per_epoch: int, total_steps: int, s
             f"the last {total_steps - end} of {total_steps} steps run at lr_schedule.final_lr "
             f"{config.lr_schedule.final_lr:g}; with lr_schedule.stretch: true the decay ends with the run"
         )
+    elif config.lr_schedule.type == "cosine" and end > total_steps:
+        notes.append(
+            f"the learning rate's decay would end with step {end}, the run has {total_steps}; with "
+            "lr_schedule.stretch: true it ends with the run"
+        )
     for what, step in starts.items():
         if step >= total_steps:
             notes.append(f"{what} would begin with step {step}, the run has {total_steps}")

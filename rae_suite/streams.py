@@ -305,7 +305,8 @@ def _build_stream(cfg: DataConfig, global_batch_size: int, seed: int, record: Op
             raise DataError(f"data.steps_per_epoch: needed, because the number of images in {cfg.path} is not known")
         if stream.num_images < global_batch_size:
             raise DataError(
-                f"data.path: {stream.num_images} training images are fewer than one global batch of {global_batch_size}"
+                f"train.global_batch_size: {global_batch_size}, but there are {stream.num_images} training images in "
+                f"data.path; expected at most {stream.num_images}"
             )
         stream.steps_per_epoch = stream.num_images // global_batch_size
     return stream

@@ -257,6 +257,7 @@ def test_bad_values_are_said_in_plain_words(error, arguments, line):
     "text, line",
     [
         ("train: {max_steps: six}", "train.max_steps: expected an integer or nothing, got six (in {file})"),
+        ("gan: {kernel_size: 8}", "gan.kernel_size: expected an odd number, got 8 (in {file})"),
         ("optimizer: {lr: 0}", "optimizer.lr: expected a positive number, got 0.0 (in {file})"),
         ("gan: {weights: pretrained}", "gan.backbone_config: expected nothing unless gan.weights is random, got"),
         ("eval: {best_metric: rfid}", "eval.best_metric: expected one of eval.metrics ['psnr'"),
@@ -284,7 +285,7 @@ def test_bad_flags_are_one_line_that_names_the_key(tmp_path, error):
         assert arguments[0].split("=")[0] in error(*arguments)
     for key, value in (("gan.weight", "x"), ("train.max_steps", 1.5), ("gan.loss", "x"), ("eval.metrics", "[fid]")):
         assert key in error(f"--{key}", value) and str(value).strip("[]") in error(f"--{key}", value)
-    assert "nowhere.yaml" in error("--config", tmp_path / "nowhere.yaml")
+    assert "nowhere.yaml does not exist, expected settings in YAML" in error("--config", tmp_path / "nowhere.yaml")
     assert str(tmp_path) in error("--config", tmp_path)
     assert "--gan.weight" in error("--gan.weight")
     assert "surplus" in error("surplus")

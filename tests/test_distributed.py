@@ -154,7 +154,10 @@ def test_fewer_images_than_processes(images, tmp_path):
     assert [line["epoch"] for line in lines if line["kind"] == "train"] == [0.5, 1.0, 1.5, 2.0]  # 24 // 9 steps each
     assert [end["code"] for end in refused["ends"]] == [2, 2, 2], refused["err"]
     for stderr in refused["err"]:
-        assert "data.path: 2 training images are fewer than one global batch of 3" in error_line(stderr)
+        assert (
+            "train.global_batch_size: 3, but there are 2 training images in data.path; expected at most 2"
+            in error_line(stderr)
+        )
     assert not (tmp_path / "other").exists()
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import yaml
 from accelerate import Accelerator
 from cleanfid.fid import compare_folders, frechet_distance
 from cleanfid.inception_torchscript import InceptionV3W
@@ -285,7 +286,7 @@ def test_measuring_is_without_tf32(new_accelerator):
         torch.backends.cudnn.allow_tf32 = before
 
 
-def test_which_images_were_measured(evaluate, images, capsys):
+def test_which_images_were_measured(evaluate, images, model, tmp_path, capsys):
     """Of class folders all, which is said, or those held out; a split that is not there is refused, as in training."""
     plain = {"data.path": images / "train", "data.train_split": "train", "metrics": "[psnr]", "inception_path": None}
     results = evaluate({**plain, "data.eval_split": "validation"})
@@ -294,6 +295,14 @@ def test_which_images_were_measured(evaluate, images, capsys):
     results = evaluate({**plain, "data.eval_split": "validation", "data.holdout_fraction": 0.25, "seed": 3})
     assert results["num_samples"] == 6 and results["split"] == "25% held out of train, seed 3"
     assert evaluate({"metrics": "[psnr]", "inception_path": None})["split"] == "train"
+    run_dir = tmp_path / "run"
+    shutil.copytree(model, run_dir / "final")
+    settings = {"data": {"path": str(images / "train"), "holdout_fraction": 0.25}, "train": {"seed": 3}}
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert "note:" not in capsys.readouterr().out
+    evaluate({**plain, "data.eval_split": "validation"}, "own", models=[run_dir / "final"])
+    words = "was trained on 75% of these images; --data.holdout_fraction 0.25 --seed 3 measures the others"
+    assert f"note: {run_dir / 'final'} {words}" in capsys.readouterr().out
     with pytest.raises(SystemExit) as exit_info:
         evaluate({**plain, "data.eval_split": "val"}, "refused")
     assert exit_info.value.code == 2

@@ -67,7 +67,11 @@ def test_a_file_of_weights_is_no_encoder(tmp_path, images):
 
 
 def test_what_costs_nothing_is_looked_at_first(tmp_path, images, rae):
-    """A wrong split or batch is found before weights are read: here, those that cannot be read."""
+    """A wrong split or batch is found before an encoder is fetched, and before weights are read: here, those that
+    cannot be read."""
+    absent = {"model.encoder": "nobody/nothing", "model.encoder_weights": "pretrained", "model.encoder_config": "{}"}
+    settings = {**PLAIN, **absent, "data.path": images, "data.eval_split": "absent"}
+    assert "no split 'absent'" in refused("train_rae.py", *flags(settings))
     RAEModel.from_pretrained(rae).encoder.save_pretrained(tmp_path / "encoder")
     (tmp_path / "encoder/preprocessor_config.json").write_text('{"image_mean": [0, 0, 0], "image_std": [1, 1, 1]}')
     (tmp_path / "encoder/model.safetensors").unlink()
@@ -77,7 +81,7 @@ def test_what_costs_nothing_is_looked_at_first(tmp_path, images, rae):
     wrong = {"data.eval_split": "absent", "train.global_batch_size": 4096}
     for key, value in wrong.items():
         line = refused("train_rae.py", *flags({**settings, key: value}))
-        assert "no split 'absent'" in line or "fewer than one global batch of 4096" in line
+        assert "no split 'absent'" in line or "train.global_batch_size: 4096, but there are" in line
     assert "model.safetensors" in refused("train_rae.py", *flags(settings))
     (tmp_path / "stage1").mkdir()
     settings = {"model.rae": tmp_path / "stage1", "data.path": images, "data.eval_split": "absent"}

@@ -132,5 +132,6 @@ def test_each_shared_file_can_be_imported_first():
     code += "    if os.waitpid(pid, 0)[1]:\n        print(name)\n"
     # the libraries first, once for all of them
     libraries = "import torch, transformers, accelerate, datasets, torchvision, cleanfid.fid, diffusers\n"
+    libraries += "import torchmetrics.functional.image, modeling_dit, modeling_rae\n"
     done = subprocess.run([sys.executable, "-c", libraries + code, *names], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout == "", done.stdout + done.stderr

@@ -325,7 +325,6 @@ def test_discriminator_heads_by_hand():
     [
         ({"key_depths": (0, 3)}, "gan.key_depths.*3.*has 3"),
         ({"key_depths": (-1,)}, "gan.key_depths.*-1"),
-        ({"kernel_size": 4}, "gan.kernel_size.*4"),
     ],
 )
 def test_discriminator_settings_that_cannot_be(changes, message):

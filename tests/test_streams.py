@@ -812,7 +812,7 @@ def test_bad_settings_are_one_line(tmp_path):
         check=False,
     )  # fmt: skip
     assert done.returncode == 2 and done.stderr.startswith("error: data.path: ") and done.stderr.count("\n") == 1
-    with pytest.raises(DataError, match="data.path: 20 training images are fewer than one global batch of 24"):
+    with pytest.raises(DataError, match="train.global_batch_size: 24, but there are 20 training images"):
         open_(good, batch=24)
     (tmp_path / "text").mkdir()
     for changed, num_samples, words in (

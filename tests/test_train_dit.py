@@ -371,7 +371,7 @@ def test_bad_input(whole, rae, images, tmp_path):
         ({"model.rae": tmp_path}, "model.rae: .* has no config.json"),
         ({"model.num_classes": 3}, "model.num_classes: 3, but the images of data.train_split are of 4 classes"),
         ({"model.class_names": "[class_0,class_1]"}, "model.class_names: the images of data.train_split have 2 "),
-        ({"train.global_batch_size": 32}, "data.path: 24 training images are fewer than one global batch of 32"),
+        ({"train.global_batch_size": 32}, "train.global_batch_size: 32, but there are 24 training images in data.path"),
         ({"model.hidden_size": 18}, "model: hidden_size .18. must be a multiple of 4"),
         ({"flow.time_distribution": "normal"}, "flow.time_distribution: time distribution: expected uniform or logit"),
         ({"flow.shift": 0.5}, "flow.shift: expected a number of at least 1, got 0.5"),
