@@ -980,7 +980,8 @@ def test_resume_gives_the_tail(start):
 def test_order_errors():
     one_line_error(lambda: batches(micro=3), "global batch size 8", "micro-batch size 3", "1 processes = 3")
     one_line_error(
-        lambda: loaders.TrainBatches(7, 8, 8, 0, 1, 0, 0, 1), "train.global_batch_size: 8, but there are 7 training images in data.path"
+        lambda: loaders.TrainBatches(7, 8, 8, 0, 1, 0, 0, 1),
+        "train.global_batch_size: 8, but there are 7 training images in data.path",
     )
     one_line_error(lambda: batches(rank=2, world_size=2), "rank 2")
 
