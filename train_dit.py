@@ -309,7 +309,7 @@ def evaluate(run: Run, evaluation: Evaluation, log: RunLog) -> None:
 
 def measure(run: Run, evaluation: Evaluation, log: RunLog, weights: str) -> dict:
     """Evaluate the "raw" or the averaged weights ("ema"), and write the line. Returns the metrics and `num_samples`."""
-    config, accelerator, values = run.config, run.accelerator, {}
+    config, accelerator = run.config, run.accelerator
     times = partial(training_times, distribution=config.flow.time_distribution, shift=run.shift)
     with run.ema.applied() if weights == "ema" else nullcontext():
         held_out, seed, unreadable = (evaluation.loader, evaluation.classes), config.train.seed, log.unreadable.add

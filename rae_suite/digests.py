@@ -23,16 +23,20 @@ def weights_digest(network: nn.Module, without: tuple = ()) -> str:
     return digest.hexdigest()
 
 
+def encoder_settings(rae: nn.Module) -> str:
+    """An RAE's settings that, beside the encoder's weights, decide what its latents are."""
+    return json.dumps([getattr(rae.config, name) for name in DECIDES_LATENTS])
+
+
 def encoder_settings_digest(rae: nn.Module) -> str:
-    """SHA-256 of an RAE's settings that, beside the encoder's weights, decide what its latents are."""
-    settings = json.dumps([getattr(rae.config, name) for name in DECIDES_LATENTS])
-    return hashlib.sha256(settings.encode()).hexdigest()
+    """SHA-256 of `encoder_settings`."""
+    return hashlib.sha256(encoder_settings(rae).encode()).hexdigest()
 
 
 def encoder_digest(rae: nn.Module) -> str:
     """SHA-256 of all that an RAE's latents depend on before they are normalised."""
-    settings = json.dumps([getattr(rae.config, name) for name in DECIDES_LATENTS])
-    return hashlib.sha256((settings + weights_digest(rae, ("decoder.", "latent_"))).encode()).hexdigest()
+    whole = encoder_settings(rae) + weights_digest(rae, ("decoder.", "latent_"))
+    return hashlib.sha256(whole.encode()).hexdigest()
 
 
 def latents_digest(model: nn.Module) -> str:

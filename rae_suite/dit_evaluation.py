@@ -38,9 +38,8 @@ from rae_suite.settings import ImagesConfig
 from rae_suite.settings_dit import DiTEvalConfig, DrawnEvalConfig
 from rae_suite.sources import ImageSource, SubsetSource
 
-NUM_FIXED_TIMES = (
-    4  # at which the loss on held-out images is measured: the middles of as many parts of the distribution
-)
+# at which the loss on held-out images is measured: the middles of as many parts of the distribution
+NUM_FIXED_TIMES = 4
 
 
 @torch.no_grad()

@@ -25,7 +25,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME
 from modeling_dit import RAEDiTModel, RAEDiTPipeline, RotaryEmbedding, check_parts_fit, rotary_table
 from modeling_rae import RAEModel
 from rae_suite.cli import read_yaml
-from rae_suite.digests import weights_digest
+from rae_suite.digests import DECIDES_LATENTS, weights_digest
 from rae_suite.errors import ConfigError, error_names_setting
 from rae_suite.files import is_whole_model
 from rae_suite.flow import default_shift
@@ -312,6 +312,5 @@ def load_guide(
 
 def latents_key(rae: RAEModel) -> Any:
     """What two RAEs with the same latents have in common, whatever their decoders are."""
-    names = ("encoder_input_size", "encoder_layers", "encoder_add_spatial_mean", "encoder_keep_final_affine",
-             "use_latent_stats", "latent_stats_have_mean", "image_mean", "image_std")  # fmt: skip
+    names = (*DECIDES_LATENTS, "use_latent_stats", "latent_stats_have_mean")
     return [getattr(rae.config, name) for name in names], weights_digest(rae, ("decoder.",))

@@ -2,7 +2,10 @@
 diffusion transformer."""
 
 import inspect
+from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Optional, Union
 
@@ -64,7 +67,7 @@ def compute_latent_stats(
 ) -> None:
     """Normalise with statistics of the training images: those of an earlier start, of the run that this one is a fork
     of, or new ones. The run folder then keeps them. Every process calls this."""
-    accelerator, file, digest = reader.accelerator, run_dir / LATENT_STATS, reader.digest(rae)
+    accelerator, file, digest = reader.accelerator, run_dir / LATENT_STATS, partial(reader.digest, rae)
     [kept] = broadcast_object_list([find_latent_stats(run_dir, fork_from, digest)])
     if kept is None:
         stats, num_images = reader.stats(rae)
@@ -74,24 +77,20 @@ def compute_latent_stats(
     give_latent_stats(rae, **stats)
     if kept != file and accelerator.is_main_process:
         with replacing(file) as beside:
-            save_file(stats, beside, {"digest": digest})
+            save_file(stats, beside, {"digest": digest()})
     accelerator.wait_for_everyone()
 
 
-def find_latent_stats(run_dir: Path, fork_from: Optional[str], digest: str) -> Optional[Path]:
+def find_latent_stats(run_dir: Path, fork_from: Optional[str], digest: Callable[[], str]) -> Optional[Path]:
     """The statistics that a run begins or goes on with, None where it has to compute them. Those of a run with
     checkpoints, or of a fork's, are compared with what the checkpoint was trained with; those of a start that came to
     no checkpoint must be of the same encoder and images (`digest`)."""
     own = run_dir / LATENT_STATS
     if checkpoints(run_dir):
         return own if own.exists() else None
-    if own.exists():
-        try:
-            with safe_open(own, "pt") as file:
-                if (file.metadata() or {}).get("digest") == digest:
-                    return own
-        except (OSError, SafetensorError):  # half-written by an earlier version, or damaged: computed again
-            return None
+    with suppress(OSError, SafetensorError), safe_open(own, "pt") as file:  # a damaged file is as good as none
+        if (file.metadata() or {}).get("digest") == digest():
+            return own
     of_fork = None if fork_from is None else Path(fork_from).parent.parent / LATENT_STATS
     return of_fork if of_fork is not None and of_fork.exists() else None
 

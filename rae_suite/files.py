@@ -94,9 +94,8 @@ def read_npz(path: Path, setting: str, wanted: tuple, expected: str) -> tuple:
         with np.load(path) as arrays:
             return set(arrays.files), {name: arrays[name] for name in wanted if name in arrays.files}
     except NPZ_ERRORS as error:
-        reason = (
-            f" ({error})" if zipfile.is_zipfile(path) else ""
-        )  # numpy's words on other files are advice to unpickle
+        # numpy's words on files of other kinds are advice to unpickle them
+        reason = f" ({error})" if zipfile.is_zipfile(path) else ""
         raise ConfigError(f"{setting}: {path} cannot be read as .npz{reason}, {expected}") from error
 
 

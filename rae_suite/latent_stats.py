@@ -1,7 +1,6 @@
 """Exact mean and variance of an autoencoder's latents over images."""
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from functools import partial
 from typing import Optional
 
 import torch
@@ -25,8 +24,8 @@ def encoder_autocast(precision: str, device: torch.device) -> torch.autocast:
 
 class LatentReader:
     """Goes through the images, centre-cropped, on all processes. With `flip` each image counts with its mirror image:
-    the published statistics flip at random, both ways is the exact value of that. `autocast` makes the context of the
-    encoder's `precision`; None: the accelerator's."""
+    the published statistics flip at random, both ways is the exact value of that. `precision`: the encoder's own; None:
+    the accelerator's."""
 
     def __init__(
         self,
@@ -35,12 +34,13 @@ class LatentReader:
         batch_size: int,
         flip: bool,
         accelerator: Accelerator,
-        autocast: Optional[Callable[[], AbstractContextManager]] = None,
         precision: Optional[str] = None,
     ):
         self.images, self.data, self.accelerator = images, data, accelerator
         self.batch_size, self.flip = batch_size, flip
-        self.autocast, self.precision = autocast or accelerator.autocast, precision
+        self.precision = precision
+        own = partial(encoder_autocast, precision, accelerator.device)
+        self.autocast = accelerator.autocast if precision is None else own
         self.unreadable = UnreadableLog(data.max_unreadable)
 
     def digest(self, model: RAEModel) -> str:

@@ -122,10 +122,10 @@ def resolve_config(config: Any, accelerator: Accelerator) -> Any:
     if config.data.streaming and config.data.stream_lanes is None:
         fork = config.train.fork_from
         run_dir = Path(config.train.output_dir) if fork is None else Path(fork).parent.parent
-        began = (
-            None if belongs_to_no_run(run_dir) else read_run_settings(run_dir / "config.yaml").get("data.stream_lanes")
+        began = {} if belongs_to_no_run(run_dir) else read_run_settings(run_dir / "config.yaml")
+        values["data.stream_lanes"] = began.get("data.stream_lanes") or accelerator.num_processes * max(
+            1, config.data.num_workers
         )
-        values["data.stream_lanes"] = began or accelerator.num_processes * max(1, config.data.num_workers)
     return with_settings(config, values)
 
 

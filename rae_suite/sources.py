@@ -31,12 +31,11 @@ class ImageSource:
     `name(i)` is the file's path, see `shown_name`, or 'split[i]'. `label(i)` is the class index, or None; it never
     decodes the image.
     `list_digest()` is of the list alone: the same wherever the data lies, another when images are added or renamed.
-    `class_names` is the list that label indexes, or None. `check_labels()` raises DataError where
-    several label columns could be meant. Commands that need labels call it; for the others such images have no labels.
-    `fingerprint(indices)` changes when
-    images are added, removed, renamed or replaced, of those with the given indices or of all: a key for what was
-    computed from them. `split` says in words which images of the data these are, as splits.py has found them. An image
-    of more than `max_megapixels` is unreadable.
+    `class_names` is the list that label indexes, or None. `check_labels()` raises DataError where several label columns
+    could be meant. Commands that need labels call it; for the others such images have no labels.
+    `fingerprint(indices)` changes when images are added, removed, renamed or replaced, of those with the given indices
+    or of all: a key for what was computed from them. `split` says in words which images of the data these are, as
+    splits.py has found them. An image of more than `max_megapixels` is unreadable.
     """
 
     class_names: Optional[list] = None

@@ -11,7 +11,7 @@ Image i is row i % shard_images of shard i // shard_images. An image that could 
 
 import json
 from dataclasses import dataclass, field
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Optional, Union
 
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from rae_suite.digests import encoder_digest
 from rae_suite.errors import ConfigError, DataError
 from rae_suite.images import TrainingView
-from rae_suite.latent_stats import LatentReader, encoder_autocast
+from rae_suite.latent_stats import LatentReader
 from rae_suite.loaders import TrainBatches, build_loader, label_of, too_many_in_a_row
 from rae_suite.moments import Moments
 from rae_suite.randomness import CROP_STREAM
@@ -234,6 +234,5 @@ def latent_reader(
     numbers, because the encoder runs in latents.encoder_precision here too."""
     if latents is not None:
         return StoredStats(latents, config.data.flip, accelerator)
-    precision = config.latents.encoder_precision
-    autocast = partial(encoder_autocast, precision, accelerator.device)
-    return LatentReader(images, config.data, config.eval.batch_size, config.data.flip, accelerator, autocast, precision)
+    batch_size, precision = config.eval.batch_size, config.latents.encoder_precision
+    return LatentReader(images, config.data, batch_size, config.data.flip, accelerator, precision)
